@@ -1,0 +1,28 @@
+"""GPT-2, as in chapter 4 of "Build a Large Language Model (From Scratch)", in JAX and Flax."""
+
+from flaxgpt.cache import KVCache, init_cache
+from flaxgpt.config import GPTConfig
+from flaxgpt.generation import generate, stream
+from flaxgpt.model import GPT, extend, forward, init
+from flaxgpt.text import generate_text
+from flaxgpt.tokenizer import load_tokenizer
+from flaxgpt.weights import book_params, load, save
+
+__version__ = "0.1.0"
+
+__all__ = [  # in the order in which data flows
+    "GPTConfig",
+    "init",
+    "book_params",
+    "load",
+    "save",
+    "load_tokenizer",
+    "GPT",
+    "forward",
+    "KVCache",
+    "init_cache",
+    "extend",
+    "generate",
+    "stream",
+    "generate_text",
+]

@@ -1,0 +1,5 @@
+import sys
+
+from flaxgpt.cli import main
+
+sys.exit(main())

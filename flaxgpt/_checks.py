@@ -1,0 +1,160 @@
+"""Checks of what users pass in, made on the host before anything is computed."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike, DTypeLike
+
+from flaxgpt.config import GPTConfig
+
+
+def check_size(name: str, value: Any) -> int:
+    """Returns `value` as an int of 1 or more, or raises ValueError."""
+    try:
+        size = operator.index(value)
+    except TypeError:
+        size = 0
+    if size < 1 or isinstance(value, bool):
+        raise ValueError(f"{name}={value!r} must be a whole number, 1 or more")
+    return size
+
+
+def check_dtype(dtype: DTypeLike) -> Any:
+    """Returns the NumPy dtype of a floating-point type to compute in, or raises ValueError."""
+    try:
+        resolved = jnp.dtype(dtype)
+    except TypeError:
+        resolved = None
+    if resolved is None or resolved.name not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"dtype={dtype!r} must be float32, bfloat16 or float16")
+    return resolved
+
+
+def check_ids(cfg: GPTConfig, ids: ArrayLike) -> Any:
+    """Returns ids as an array [B, T]; where their values are known, every one is looked at."""
+    ids = ids if isinstance(ids, jax.Array) else _integers(ids)
+    if ids.ndim != 2:
+        raise ValueError(f"ids of shape {ids.shape} must be [batch, length]; one row is ids[None]")
+    if not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise ValueError(f"ids of dtype {ids.dtype} must be integers")
+    if ids.shape[0] == 0 or ids.shape[1] == 0:
+        raise ValueError(f"ids of shape {ids.shape} are empty: give at least one row of one id")
+    if not isinstance(ids, jax.core.Tracer):
+        check_vocabulary(cfg, np.asarray(ids))
+    return ids
+
+
+def check_vocabulary(cfg: GPTConfig, ids: np.ndarray, row: int | None = None) -> None:
+    """Raises ValueError with the first id that lies outside the vocabulary, and its place."""
+    outside = (ids < 0) | (ids >= cfg.vocab_size)
+    if outside.any():
+        place = np.argwhere(outside)[0].tolist()
+        where = ", ".join(map(str, place if row is None else [row, *place]))
+        raise ValueError(
+            f"id {int(ids[tuple(place)])} at [{where}] is outside the vocabulary: expected 0 to "
+            f"{cfg.vocab_size - 1}; was the text encoded with this model's tokenizer?"
+        )
+
+
+def _integers(ids: Any) -> Any:
+    try:
+        array = np.asarray(ids)
+    except ValueError as error:
+        raise ValueError(
+            "ids must be an int array [batch, length], all rows equally long"
+        ) from error
+    if array.size and not np.issubdtype(array.dtype, np.integer):
+        raise ValueError(f"ids of dtype {array.dtype} must be integers")
+    return array.astype(np.int32) if not array.size else array
+
+
+def check_params(expected: Any, params: Any) -> None:
+    """Raises ValueError unless `params` has exactly the names and shapes of `expected`."""
+    if not isinstance(params, dict):
+        raise ValueError(f"params must be a nested dict of arrays, got {type(params).__name__}")
+    if params.keys() == {"params"}:
+        raise ValueError('params are inside a linen variables dict: pass variables["params"]')
+    wanted = jax.tree_util.tree_flatten_with_path(expected)[0]
+    given, _ = jax.tree_util.tree_flatten_with_path(params)
+    if [(path, leaf.shape) for path, leaf in wanted] == [
+        (path, getattr(leaf, "shape", None)) for path, leaf in given
+    ]:
+        return
+    shapes = {_path(path): leaf.shape for path, leaf in wanted}
+    found = {_path(path): getattr(leaf, "shape", None) for path, leaf in given}
+    faults = [f"missing {name}" for name in shapes if name not in found]
+    faults += [f"unexpected {name}" for name in found if name not in shapes]
+    faults += [
+        f"{name} has shape {found[name]} instead of {shapes[name]}"
+        for name in shapes
+        if name in found and found[name] != shapes[name]
+    ]
+    listed = "; ".join(faults[:8]) + (f"; and {len(faults) - 8} more" if len(faults) > 8 else "")
+    raise ValueError(f"params do not fit the configuration: {listed}")
+
+
+def _path(path: Any) -> str:
+    return "/".join(str(getattr(key, "key", key)) for key in path)
+
+
+def check_prompts(cfg: GPTConfig, prompts: Any) -> list[np.ndarray]:
+    """Returns prompts as B arrays of int32 ids, or raises ValueError saying which one is bad."""
+    if isinstance(prompts, jax.core.Tracer):
+        raise ValueError("prompts must be concrete: generate runs on the host, not inside jit")
+    if not isinstance(prompts, Iterable):
+        raise ValueError(f"prompts must be rows of ids, got {prompts!r}: for one prompt, [prompt]")
+    if isinstance(prompts, str) or any(isinstance(row, str) for row in prompts):
+        raise ValueError("prompts are ids, not text: use generate_text, or encode them first")
+    rows = []
+    for i, given in enumerate(prompts):
+        row = _integers(given)
+        if row.ndim == 0:
+            raise ValueError(
+                f"prompts must be rows of ids, got {given!r}: for one prompt, [prompt]"
+            )
+        if row.ndim != 1:
+            raise ValueError(f"prompt {i} of shape {row.shape} must be a flat list of ids")
+        if row.size == 0:
+            raise ValueError(
+                f"prompt {i} is empty: there must be an id to continue from, such as the "
+                "tokenizer's end-of-text id"
+            )
+        check_vocabulary(cfg, row, row=i)
+        rows.append(row.astype(np.int32))
+    if not rows:
+        raise ValueError("no prompts: give at least one row of ids")
+    return rows
+
+
+def check_stop_ids(cfg: GPTConfig, stop_ids: Any) -> list[int]:
+    """Returns stop ids as ints, or raises ValueError with one that no row could ever meet."""
+    if isinstance(stop_ids, (int, str)):
+        raise ValueError(f"stop_ids={stop_ids!r} must be a list of ids, such as (50256,)")
+    for token in stop_ids:
+        if not isinstance(token, (int, np.integer)) or not 0 <= token < cfg.vocab_size:
+            raise ValueError(f"stop id {token!r} must be an id from 0 to {cfg.vocab_size - 1}")
+    return [int(token) for token in stop_ids]
+
+
+def check_sampling(
+    temperature: float, top_k: int | None, top_p: float | None, vocab_size: int | None = None
+) -> None:
+    """Raises ValueError unless ids can be drawn so; None is "not given" or, of V, unknown."""
+    if not 0.0 <= temperature < float("inf"):
+        raise ValueError(
+            f"temperature={temperature} must be 0 (the likeliest id) or a positive number"
+        )
+    if top_k is not None and (top_k := check_size("top_k", top_k)) > (vocab_size or top_k):
+        raise ValueError(
+            f"top_k={top_k} exceeds vocab_size={vocab_size}: leave it out to draw from all ids"
+        )
+    if top_p is not None and not 0.0 < top_p <= 1.0:
+        raise ValueError(
+            f"top_p={top_p} must be above 0 and at most 1; leave it out to draw from all ids"
+        )

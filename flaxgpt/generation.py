@@ -1,0 +1,429 @@
+"""The decoding loop: prompts in, new ids out. One step, two drivers, no `lax.scan`.
+
+`generate` runs the step in a `lax.while_loop` inside one jit; `stream` runs it from Python, one
+jitted call an id, the state donated. Both walk the same three phases:
+
+    prefill     the prompts through the model at once, filling the cache; draws the first id
+    cached      one id at a time, until the cache holds `context_length` ids
+    slid        beyond that the book's `generate_text_simple` crops to the last `context_length`
+                ids and counts positions from 0: no cached key survives, each id is a new prefill
+
+Prompts of unequal lengths are padded on the left, so that all rows write to the same slot:
+
+    slot      0   1   2   3   4   5 ...
+    row 0     a   b   c   d   .   .        start 0      . filled by the loop
+    row 1     -   -   e   f   .   .        start 2      - padding, invisible to attention
+
+Array sizes are rounded up to a few sizes (`bucket`), with the true lengths traced, so that calls of
+similar length share one compilation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.typing import ArrayLike, DTypeLike
+
+from flaxgpt._checks import (
+    check_dtype,
+    check_params,
+    check_prompts,
+    check_sampling,
+    check_size,
+    check_stop_ids,
+)
+from flaxgpt.cache import KVCache, init_cache, merge_heads
+from flaxgpt.config import GPTConfig
+from flaxgpt.model.gpt import GPT, Params, param_shapes
+from flaxgpt.sampling import NOT_A_NUMBER, sample
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What is asked for: NumPy scalars on the host, traced in the loop, so no value compiles.
+
+    Attributes:
+        key: random keys [B], one a row, or one key [], of which row i uses `fold_in(key, i)`.
+        temperature, top_p: float32 [].
+        top_k: int32 [].
+        stop_ids: int32 [K], ids that end a row; unused places hold NOT_A_NUMBER.
+        prompt_length: int32 [], ids in the longest prompt.
+        final_length: int32 [], that and the new ids.
+    """
+
+    key: jax.Array
+    temperature: Any
+    top_k: Any
+    top_p: Any
+    stop_ids: Any
+    prompt_length: Any
+    final_length: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DecodeState:
+    """What the loop carries.
+
+    Attributes:
+        ids: int32 [B, W], padding, prompt, then new ids; what lies from `length` on is unwritten.
+        length: int32 [], places of `ids` written so far, one more than the cache has seen.
+        start: int32 [B], the place of each row's first id.
+        done: bool [B], rows that have met a stop id.
+        cache: keys and values of `ids[:, :length - 1]`.
+    """
+
+    ids: jax.Array
+    length: jax.Array
+    start: jax.Array
+    done: jax.Array
+    cache: KVCache
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a compilation depends on, beside the configuration and the batch.
+
+    Attributes:
+        prompt_width: places given to the prompts.
+        width: places given to prompts and new ids together (W).
+        slides: whether the ids outgrow the context.
+        merged: whether the cache's batch and head axes are merged; see `flaxgpt.cache`.
+        dtype: what is computed in.
+    """
+
+    prompt_width: int
+    width: int
+    slides: bool
+    merged: bool
+    dtype: Any
+
+
+def generate(
+    cfg: GPTConfig,
+    params: Params,
+    prompts: ArrayLike | Sequence[Sequence[int]],
+    max_new_tokens: int,
+    *,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    key: jax.Array | None = None,
+    stop_ids: Sequence[int] = (),
+    dtype: DTypeLike = jnp.float32,
+) -> list[list[int]]:
+    """Continues every prompt and returns the new ids alone.
+
+    A row's result does not depend on the rows beside it. Where prompt and new ids outgrow
+    `cfg.context_length`, the model looks at the last `context_length` of them, positions counted
+    from 0, as the book's `generate_text_simple` does (section 4.7).
+
+    Args:
+        cfg: the configuration, static.
+        params: parameters of that configuration.
+        prompts: ids, int [B, T], or B lists of any lengths of 1 or more.
+        max_new_tokens: new ids a row, 1 or more; a row that meets a stop id has fewer.
+        temperature: 0 takes the likeliest id; else logits are divided by it before drawing.
+        top_k: draw from the k likeliest ids only; None from all.
+        top_p: draw from the likeliest ids that reach this probability together; None from all.
+        key: a JAX random key, of which row i uses `fold_in(key, i)`, or an array of B keys, one a
+            row; each id folds in the number of ids drawn before it. Needed if temperature > 0.
+        stop_ids: ids that end a row; the row ends with the id itself.
+        dtype: what is computed in: float32, bfloat16 or float16.
+
+    Returns:
+        B lists of at most `max_new_tokens` ids.
+
+    Raises:
+        ValueError: an argument out of its range, params that do not fit, or logits that are NaN.
+    """
+    rows = check_prompts(cfg, prompts)
+    plan, request, state = _prepare(
+        cfg, params, rows, max_new_tokens, temperature, top_k, top_p, key, stop_ids, dtype
+    )
+    decode = _decode_on_cpu if plan.merged else _decode_jitted
+    ids: np.ndarray = np.asarray(
+        decode(cfg, plan, _compute_params(params, plan.dtype), request, *state)
+    )
+    new = ids[:, request.prompt_length : request.final_length]
+    return [_checked(_until_stop(row, stop_ids), i) for i, row in enumerate(new.tolist())]
+
+
+def stream(
+    cfg: GPTConfig,
+    params: Params,
+    prompt: ArrayLike | Sequence[int],
+    max_new_tokens: int,
+    *,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    key: jax.Array | None = None,
+    stop_ids: Sequence[int] = (),
+    dtype: DTypeLike = jnp.float32,
+) -> Iterator[int]:
+    """Continues one prompt and yields each new id as it comes.
+
+    The ids are those of `generate(cfg, params, [prompt], ...)` with the same arguments, which see.
+    Arguments are checked at the call, before the first id is asked for.
+
+    Args:
+        prompt: ids, int [T] or a list of 1 or more.
+        key: a JAX random key, used as row 0 of `generate` uses it, or an array of one key.
+    """
+    if isinstance(prompt, str) or np.ndim(prompt) != 1:
+        raise ValueError(f"stream takes the ids of one prompt, a flat list of ints, got {prompt!r}")
+    rows = check_prompts(cfg, [prompt])
+    plan, request, state = _prepare(
+        cfg, params, rows, max_new_tokens, temperature, top_k, top_p, key, stop_ids, dtype
+    )
+    return _stream(cfg, plan, params, request, state, set(stop_ids))
+
+
+def _stream(
+    cfg: GPTConfig, plan: Plan, params: Params, request: Request, prompt: Any, stop_ids: set[int]
+) -> Iterator[int]:
+    params = _compute_params(params, plan.dtype)
+    state, new = _prefill_jitted(cfg, plan, params, request, *prompt)
+    for length in range(int(request.prompt_length) + 1, int(request.final_length) + 1):
+        yield _checked([int(new[0])], 0)[0]
+        if length == int(request.final_length) or int(new[0]) in stop_ids:
+            return
+        step = _cached_jitted if length <= cfg.context_length else _slid_jitted
+        state, new = step(cfg, plan, params, request, state)
+
+
+# --- The step. Pure functions of arrays: `cfg` and `plan` are static, all else is traced. ---
+
+
+def decode(
+    cfg: GPTConfig,
+    plan: Plan,
+    params: Params,
+    request: Request,
+    ids: jax.Array,
+    start: jax.Array,
+) -> jax.Array:
+    """Returns int32 [B, W]: the ids given, followed by new ones up to `request.final_length`.
+
+    Args:
+        ids: int32 [B, prompt_width], rows of `request.prompt_length` ids, padded on the left.
+        start: int32 [B], where each row begins.
+    """
+
+    def unfinished(limit: ArrayLike, state: DecodeState) -> jax.Array:
+        return (state.length < limit) & ~state.done.all()
+
+    def cached_step(state: DecodeState) -> DecodeState:
+        return _cached(cfg, plan, params, request, state)[0]
+
+    def slid_step(state: DecodeState) -> DecodeState:
+        return _slid(cfg, plan, params, request, state)[0]
+
+    state, _ = _prefill(cfg, plan, params, request, ids, start)
+    full = jnp.minimum(request.final_length, cfg.context_length + 1)
+    state = lax.while_loop(partial(unfinished, full), cached_step, state)
+    if plan.slides:
+        state = lax.while_loop(partial(unfinished, request.final_length), slid_step, state)
+    return state.ids
+
+
+def _prefill(
+    cfg: GPTConfig,
+    plan: Plan,
+    params: Params,
+    request: Request,
+    ids: jax.Array,
+    start: jax.Array,
+) -> tuple[DecodeState, jax.Array]:
+    batch = ids.shape[0]
+    cache = init_cache(cfg, batch, min(plan.width, cfg.context_length), plan.dtype)
+    state = DecodeState(
+        ids=jnp.zeros((batch, plan.width), jnp.int32).at[:, : plan.prompt_width].set(ids),
+        length=jnp.asarray(request.prompt_length, jnp.int32),
+        start=start,
+        done=jnp.zeros(batch, bool),
+        cache=dataclasses.replace(merge_heads(cache) if plan.merged else cache, start=start),
+    )
+    state, new = _advance(cfg, plan, params, request, state, ids, request.prompt_length - 1)
+    # What was written beyond the prompts is filler: the next ids take its slots.
+    seen = dataclasses.replace(state.cache, length=state.length - 1)
+    return dataclasses.replace(state, cache=seen), new
+
+
+def _cached(
+    cfg: GPTConfig, plan: Plan, params: Params, request: Request, state: DecodeState
+) -> tuple[DecodeState, jax.Array]:
+    latest = lax.dynamic_slice_in_dim(state.ids, state.length - 1, 1, axis=1)
+    return _advance(cfg, plan, params, request, state, latest, 0)
+
+
+def _slid(
+    cfg: GPTConfig, plan: Plan, params: Params, request: Request, state: DecodeState
+) -> tuple[DecodeState, jax.Array]:
+    first = state.length - cfg.context_length
+    window = lax.dynamic_slice_in_dim(state.ids, first, cfg.context_length, axis=1)
+    emptied = dataclasses.replace(
+        state.cache, length=jnp.zeros((), jnp.int32), start=jnp.maximum(state.start - first, 0)
+    )
+    state = dataclasses.replace(state, cache=emptied)
+    return _advance(cfg, plan, params, request, state, window, cfg.context_length - 1)
+
+
+def _advance(
+    cfg: GPTConfig,
+    plan: Plan,
+    params: Params,
+    request: Request,
+    state: DecodeState,
+    chunk: jax.Array,  # int32 [B, T]: the ids that the cache lacks
+    last: ArrayLike,  # int32 []: which of them the next id follows
+) -> tuple[DecodeState, jax.Array]:
+    model: Any = GPT(cfg, plan.dtype)
+    x, cache = model.apply({"params": params}, chunk, state.cache, method=GPT.trunk)
+    final = lax.dynamic_index_in_dim(x, last, axis=1, keepdims=False)  # [B, D]
+    logits = model.apply({"params": params}, final, method=GPT.head)  # [B, V]
+
+    keys = request.key
+    if keys.ndim == 0:
+        keys = jax.vmap(partial(jax.random.fold_in, keys))(jnp.arange(chunk.shape[0]))
+    drawn = state.length - request.prompt_length
+    keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, drawn)
+    new = sample(logits, keys, request.temperature, request.top_k, request.top_p)
+
+    advanced = DecodeState(
+        ids=lax.dynamic_update_slice_in_dim(state.ids, new[:, None], state.length, axis=1),
+        length=state.length + 1,
+        start=state.start,
+        done=state.done | (new[:, None] == request.stop_ids).any(axis=-1),
+        cache=cache,
+    )
+    return advanced, new
+
+
+_decode_jitted = jax.jit(decode, static_argnums=(0, 1))
+# From jax 0.11 on, this pass takes the loop's body for a small one and runs it on one thread.
+_decode_on_cpu = jax.jit(
+    decode,
+    static_argnums=(0, 1),
+    compiler_options={"xla_disable_hlo_passes": "small-while-loop-hoisting"},
+)
+_prefill_jitted = jax.jit(_prefill, static_argnums=(0, 1))
+_cached_jitted = jax.jit(_cached, static_argnums=(0, 1), donate_argnames="state")
+_slid_jitted = jax.jit(_slid, static_argnums=(0, 1), donate_argnames="state")
+
+
+# --- The host's side: from what the user gave to arrays of a few sizes, and back. ---
+
+
+def bucket(length: int) -> int:
+    """Returns the size that arrays of this length get: 16, 24, 32, 48, 64, 96, 128, 192, ..."""
+    power = max(16, 1 << (length - 1).bit_length())
+    return power * 3 // 4 if length <= power * 3 // 4 and power > 16 else power
+
+
+def _prepare(
+    cfg: GPTConfig,
+    params: Params,
+    rows: list[np.ndarray],
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    key: jax.Array | None,
+    stop_ids: Sequence[int],
+    dtype: DTypeLike,
+) -> tuple[Plan, Request, tuple[np.ndarray, np.ndarray]]:
+    check_params(param_shapes(cfg), params)
+    max_new_tokens = check_size("max_new_tokens", max_new_tokens)
+    check_sampling(temperature, top_k, top_p, cfg.vocab_size)
+    stops = check_stop_ids(cfg, stop_ids)
+
+    rows = [row[-cfg.context_length :] for row in rows]  # the model looks no further back
+    longest = max(map(len, rows))
+    final = longest + max_new_tokens
+    plan = Plan(
+        prompt_width=min(bucket(longest), cfg.context_length),
+        width=bucket(final),
+        slides=final > cfg.context_length + 1,  # the last id is not looked at
+        merged=_platform(params) == "cpu",
+        dtype=check_dtype(dtype),
+    )
+    ids = np.zeros((len(rows), plan.prompt_width), np.int32)
+    start = np.array([longest - len(row) for row in rows], np.int32)
+    for i, row in enumerate(rows):
+        ids[i, start[i] : longest] = row
+    padded = np.full(max(4, 1 << (len(stops) - 1).bit_length()), NOT_A_NUMBER, np.int32)
+    padded[: len(stops)] = stops
+    request = Request(
+        key=_keys(key, len(rows), temperature),
+        temperature=np.float32(temperature),
+        top_k=np.int32(cfg.vocab_size if top_k is None else top_k),
+        top_p=np.float32(1.0 if top_p is None else top_p),
+        stop_ids=padded,
+        prompt_length=np.int32(longest),
+        final_length=np.int32(final),
+    )
+    return plan, request, (ids, start)
+
+
+def _keys(key: jax.Array | None, batch: int, temperature: float) -> jax.Array:
+    if key is None:
+        if temperature > 0:
+            raise ValueError(
+                f"temperature={temperature} draws at random and needs a key, such as "
+                "key=jax.random.key(0); temperature=0 needs none"
+            )
+        return jax.random.key(0)
+    key = jnp.asarray(key)
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        if key.dtype != jnp.uint32:
+            raise ValueError(f"key={key} must be a JAX random key, such as jax.random.key(0)")
+        key = jax.random.wrap_key_data(key)  # from jax.random.PRNGKey
+    if key.shape not in ((), (batch,)):
+        raise ValueError(f"keys of shape {key.shape} must be one key or {batch}, one a row")
+    return key
+
+
+def _platform(params: Params) -> str:
+    leaf = jax.tree.leaves(params)[0]
+    if isinstance(leaf, jax.core.Tracer):
+        raise ValueError(
+            "generate and stream return Python lists and cannot run inside jit, grad or vmap: jit "
+            "around `flaxgpt.extend` or `flaxgpt.generation.decode`, which are pure"
+        )
+    if isinstance(leaf, jax.Array):
+        return next(iter(leaf.devices())).platform
+    return jax.default_backend()
+
+
+def _compute_params(params: Params, dtype: Any) -> Params:
+    """Returns params with matrices in `dtype`: converted once here, not once a step."""
+    return params if dtype == jnp.float32 else _cast(params, dtype)
+
+
+@partial(jax.jit, static_argnums=1)
+def _cast(params: Params, dtype: Any) -> Params:
+    return jax.tree.map(lambda p: p.astype(dtype) if p.ndim > 1 else p, params)
+
+
+def _until_stop(row: list[int], stop_ids: Sequence[int]) -> list[int]:
+    ends = [i for i, token in enumerate(row) if token in stop_ids or token == NOT_A_NUMBER]
+    return row[: ends[0] + 1] if ends else row
+
+
+def _checked(row: list[int], index: int) -> list[int]:
+    if NOT_A_NUMBER in row:
+        raise ValueError(
+            f"the logits of row {index} became NaN at new id {row.index(NOT_A_NUMBER)}: the "
+            "parameters hold NaN or infinity, or overflow in this dtype; float32 may help"
+        )
+    return row

@@ -1,0 +1,37 @@
+"""The transformer block: attention and feed-forward, each behind a norm and beside a shortcut."""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.typing import DTypeLike
+
+from flaxgpt.cache import LayerCache
+from flaxgpt.config import GPTConfig
+from flaxgpt.model.attention import MultiHeadAttention
+from flaxgpt.model.layers import FeedForward, LayerNorm
+
+
+class TransformerBlock(nn.Module):
+    """Pre-norm block with two shortcuts (section 4.5)."""
+
+    cfg: GPTConfig
+    dtype: DTypeLike = jnp.float32
+
+    def setup(self) -> None:
+        self.norm1 = LayerNorm(dtype=self.dtype)
+        self.att = MultiHeadAttention(self.cfg, self.dtype)
+        self.norm2 = LayerNorm(dtype=self.dtype)
+        self.ff = FeedForward(self.cfg, self.dtype)
+        self.drop_shortcut = nn.Dropout(self.cfg.drop_rate_shortcut)
+
+    def __call__(
+        self,
+        x: jax.Array,  # [B, T, D]
+        mask: jax.Array,  # bool [B or 1, 1, T, S]
+        cache: LayerCache | None = None,
+        deterministic: bool = True,
+    ) -> tuple[jax.Array, LayerCache | None]:  # [B, T, D], the cache with T more slots filled
+        attended, cache = self.att(self.norm1(x), mask, cache, deterministic)
+        x = x + self.drop_shortcut(attended, deterministic=deterministic)
+        x = x + self.drop_shortcut(self.ff(self.norm2(x)), deterministic=deterministic)
+        return x, cache

@@ -1,0 +1,81 @@
+# shellcheck shell=sh
+# Sourced by scripts/flaxgpt, scripts/test and .ci/run with the repository's folder in $root.
+
+say() {
+    printf 'flaxgpt: %s\n' "$*" >&2
+}
+
+# Prints the path of the Python to make .venv from. Each candidate is tried by running it: pyenv
+# leaves commands on PATH for versions that are not active, and Debian has a python3 whose venv
+# fails for want of ensurepip (uv needs neither).
+find_python() {
+    modules='ensurepip, venv'
+    if [ "$installer" = uv ]; then modules=sys; fi
+    if [ -n "${FLAXGPT_PYTHON:-}" ]; then
+        set -- "$FLAXGPT_PYTHON"
+    else
+        set -- python3.13 python3.12 python3.11 python3 "$(uv python find '>=3.11' 2>/dev/null)"
+    fi
+    for candidate in "$@"; do
+        # The real path, since python3 may be that of the very .venv about to be replaced.
+        if "$candidate" -c "
+import os, sys, $modules
+if sys.version_info < (3, 11): sys.exit(1)
+print(os.path.realpath(sys.executable))" 2>/dev/null </dev/null; then
+            return
+        fi
+    done
+    if [ -n "${FLAXGPT_PYTHON:-}" ]; then
+        say "FLAXGPT_PYTHON is '$FLAXGPT_PYTHON', which does not run as Python 3.11 or later with" \
+            "venv and pip; set it to one that does, or unset it"
+    else
+        say "found no Python 3.11 or later with venv and pip among python3.13, python3.12," \
+            "python3.11 and python3; install one (on Debian and Ubuntu python3-venv too) or set" \
+            "FLAXGPT_PYTHON to its path"
+    fi
+    return 1
+}
+
+# prepare LIST... fills .venv with the packages pinned in those lists of scripts/. The stamp inside
+# says what .venv holds: its Python, then the checksum of each list. It is written last, so a run
+# cut short leaves none, and the next one starts afresh.
+prepare() (
+    cd "$root/scripts"
+    # Two first runs at once take turns. Where there is no flock (macOS), they must not overlap.
+    if command -v flock >/dev/null && ! flock -n 9; then
+        say "waiting for another run, which is setting up .venv"
+        flock 9
+    fi
+
+    if uv --version >/dev/null 2>&1; then installer=uv; else installer=pip; fi
+    venv=$root/.venv
+    stamp=$venv/flaxgpt-stamp
+    held=$(cat "$stamp" 2>/dev/null || true)
+    python=$(printf '%s\n' "$held" | head -n 1)
+    if [ -n "${FLAXGPT_PYTHON:-}" ] || [ ! -x "$python" ]; then
+        python=$(find_python)
+    fi
+    wanted=$(printf '%s\n' "$python" && cksum "$@")
+    case $held in "$wanted"*) exit ;; esac
+
+    say "setting up .venv from $* with $installer and $python" \
+        "(some 180 MB to download; about a minute)"
+    rm -f "$stamp"
+    # What is there is kept only when the lists asked for begin with those it holds.
+    case $wanted in "${held:-nothing}"*) ;; *) rm -rf "$venv" ;; esac
+    for list in "$@"; do
+        shift
+        set -- "$@" -r "$list"
+    done
+    if [ "$installer" = uv ]; then
+        { [ -d "$venv" ] || uv venv --quiet --seed --python "$python" "$venv"; } &&
+            uv pip install --quiet --python "$venv/bin/python" "$@"
+    else
+        { [ -d "$venv" ] || "$python" -m venv "$venv"; } &&
+            "$venv/bin/python" -m pip install -qq --disable-pip-version-check "$@"
+    fi >&2 || {
+        say "the installation failed, as told above; run the command again to repeat it"
+        exit 1
+    }
+    printf '%s\n' "$wanted" >"$stamp"
+) 9<"$root/scripts/_venv.sh"

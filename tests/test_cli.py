@@ -1,0 +1,205 @@
+"""The command as its users meet it: a process with arguments, streams and signals."""
+
+import os
+import signal
+import string
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import pytest
+
+import flaxgpt
+from flaxgpt import GPTConfig
+from flaxgpt.tokenizer import CharTokenizer
+
+ENVIRONMENT = os.environ | {
+    "PYTHONPATH": str(Path(flaxgpt.__file__).parent.parent),
+    "JAX_DEFAULT_MATMUL_PRECISION": "highest",
+    "PYTHONIOENCODING": "utf-8",
+}
+COMMAND = [sys.executable, "-m", "flaxgpt"]
+CFG = GPTConfig(vocab_size=100, context_length=16, emb_dim=16, n_heads=2, n_layers=1)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A saved model of 100 characters."""
+    path = tmp_path_factory.mktemp("models") / "chars"
+    params = flaxgpt.init(CFG, jax.random.key(0))
+    flaxgpt.save(path, CFG, params, tokenizer=CharTokenizer(string.printable))
+    return path
+
+
+def run(*arguments, stdin=""):
+    return subprocess.run(
+        [*COMMAND, *map(str, arguments)],
+        input=stdin.encode(),
+        capture_output=True,
+        env=ENVIRONMENT,
+        timeout=120,
+        check=False,
+    )
+
+
+def expected(folder, prompt, new, **options):
+    cfg, params, tokenizer = flaxgpt.load(folder)
+    return flaxgpt.generate_text(cfg, params, tokenizer, [prompt], new, **options)[0]
+
+
+def assert_refused(process, message):
+    assert process.returncode == 2
+    assert process.stdout == b""
+    lines = process.stderr.decode().splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("flaxgpt: ")
+    assert message in lines[0]
+
+
+def test_it_prints_the_prompt_and_its_continuation_and_nothing_else(folder):
+    process = run("generate", "Hello", "--model", folder, "--max-new-tokens", 6)
+    assert process.returncode == 0
+    assert process.stdout.decode() == "Hello" + expected(folder, "Hello", 6) + "\n"
+    assert process.stderr == b""
+
+
+def test_the_prompt_may_come_from_standard_input(folder):
+    options = ("--model", folder, "--max-new-tokens", 6, "--no-echo")
+    whole = expected(folder, "Hello\nyou", 6) + "\n"
+    assert run("generate", *options, stdin="Hello\nyou\n").stdout.decode() == whole
+    assert run("generate", "-", *options, stdin="Hello\nyou").stdout.decode() == whole
+
+
+def test_sampling_is_that_of_the_library_row_by_row(folder):
+    options = {"temperature": 0.9, "top_k": 20, "top_p": 0.9}
+    flags = ("--temperature", 0.9, "--top-k", 20, "--top-p", 0.9, "--seed", 5, "--n", 2)
+    process = run("generate", "Hi", "--model", folder, "--max-new-tokens", 8, *flags, "--no-echo")
+    cfg, params, tokenizer = flaxgpt.load(folder)
+    rows = flaxgpt.generate_text(
+        cfg, params, tokenizer, ["Hi", "Hi"], 8, key=jax.random.key(5), **options
+    )
+    assert process.stdout.decode() == f"{rows[0]}\n\n{rows[1]}\n"
+
+
+def test_a_stop_token_ends_the_text(folder):
+    free = expected(folder, "Hello", 12)
+    stop = free[3]
+    process = run("generate", "Hello", "--model", folder, "--max-new-tokens", 12, "--stop", stop)
+    assert process.stdout.decode() == "Hello" + free[: free.index(stop) + 1] + "\n"
+
+
+def test_output_is_whole_utf8_characters_even_of_an_untrained_model(tmp_path):
+    cfg = GPTConfig(vocab_size=50257, context_length=16, emb_dim=8, n_heads=1, n_layers=1)
+    flaxgpt.save(tmp_path / "model", cfg, flaxgpt.init(cfg, jax.random.key(0)))
+    flags = ("--temperature", 2, "--max-new-tokens", 30, "--no-echo")
+    process = run("generate", "é", "--model", tmp_path / "model", *flags)
+    whole = expected(
+        tmp_path / "model", "é", 30, temperature=2.0, key=jax.random.key(0), stop_ids=(50256,)
+    )
+    assert process.stdout.decode("utf-8", errors="strict") == whole + "\n"
+
+
+def test_version_and_help_answer_within_two_seconds():
+    for flag, answer in (("--version", flaxgpt.__version__), ("--help", "generate")):
+        seconds = []
+        for _ in range(3):  # the first may read the libraries from disk
+            start = time.perf_counter()
+            process = run(flag)
+            seconds.append(time.perf_counter() - start)
+            assert process.returncode == 0
+            assert answer in process.stdout.decode()
+        assert min(seconds) < 2, seconds
+
+
+def test_help_of_a_command_lists_its_options():
+    text = run("generate", "--help").stdout.decode()
+    for option in (
+        "--model",
+        "--max-new-tokens",
+        "--temperature",
+        "--top-k",
+        "--top-p",
+        "--seed",
+        "--stop",
+        "--dtype",
+    ):
+        assert option in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tempratur", 1], "Unrecognized options: --tempratur"),
+        (["--top-k", "many"], "--top-k"),
+        (["--dtype", "int8"], "--dtype"),
+        (["--temperature", -1], "temperature=-1.0 must be 0"),
+        (["--temperature", "nan"], "temperature=nan must be 0"),
+        (["--top-p", 1.5], "top_p=1.5 must be above 0"),
+        (["--top-k", 0], "top_k=0 must be a whole number"),
+        (["--max-new-tokens", 0], "--max-new-tokens=0 must be a whole number"),
+        (["--n", 3], "--n 3 at --temperature 0 would print one text 3 times"),
+        (["--seed", -1], "--seed -1 must be from 0"),
+    ],
+)
+def test_a_bad_option_is_refused_before_any_model_is_loaded(arguments, message):
+    process = run("generate", "Hello", "--model", "no/such/model/anywhere", *arguments)
+    assert_refused(process, message)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "stdin", "message"),
+    [
+        (["generate", "Hello", "--model", "./nowhere"], "", "nowhere"),
+        (["generate", ""], "", "the prompt is empty"),
+        (["generate"], "", "the prompt is empty"),
+        (["generat", "Hello"], "", "generat"),
+        ([], "", "generate"),
+    ],
+)
+def test_bad_input_is_one_clear_line_and_exit_code_2(arguments, stdin, message):
+    assert_refused(run(*arguments, stdin=stdin), message)
+
+
+def test_text_that_the_model_cannot_read_is_refused(folder):
+    process = run("generate", "né", "--model", folder)
+    assert_refused(process, "'é'")
+
+
+def test_a_stop_of_several_tokens_is_refused(folder):
+    process = run("generate", "a", "--model", folder, "--stop", "abc")
+    assert_refused(process, "--stop 'abc' is 3 tokens")
+
+
+def test_a_model_without_tokenizer_says_what_is_missing(tmp_path):
+    flaxgpt.save(tmp_path / "bare", CFG, flaxgpt.init(CFG, jax.random.key(0)))
+    process = run("generate", "a", "--model", tmp_path / "bare")
+    assert_refused(process, "has no tokenizer for its 100 tokens")
+
+
+@pytest.fixture
+def endless(folder):
+    """A process that has begun to print, and would go on for hours."""
+    arguments = ["generate", "Hello", "--model", str(folder), "--max-new-tokens", "100000000"]
+    process = subprocess.Popen(
+        [*COMMAND, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT
+    )
+    assert process.stdout.read(12).startswith(b"Hello")  # text comes while the loop runs
+    assert process.poll() is None
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def test_ctrl_c_ends_it_with_130_and_no_traceback(endless):
+    endless.send_signal(signal.SIGINT)
+    _, errors = endless.communicate(timeout=60)
+    assert endless.returncode == 130
+    assert errors == b""
+
+
+def test_a_closed_pipe_ends_it_quietly(endless):
+    endless.stdout.close()
+    assert endless.wait(timeout=60) == 0
+    assert endless.stderr.read() == b""

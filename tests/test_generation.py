@@ -1,0 +1,367 @@
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import flaxgpt
+import golden
+from flaxgpt import GPTConfig, generation
+from flaxgpt.generation import NOT_A_NUMBER, DecodeState, Plan, Request, bucket
+from flaxgpt.model import param_shapes
+
+MODELS = ["book-small", "book-qkv-bias", "hf-small"]
+SAMPLED = {"temperature": 1.2, "top_k": 40, "top_p": 0.95}
+
+
+def prompt(name, length, row=0):
+    return golden.model(name)[2]["input_ids"][row, :length].tolist()
+
+
+# --- Parity
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_greedy_ids_are_pytorchs_through_the_context_limit(name):
+    cfg, params, expected = golden.model(name)
+    ids, full = expected["input_ids"], expected["greedy_ids"]
+    new = full[:, ids.shape[1] :]
+    assert flaxgpt.generate(cfg, params, ids, new.shape[1]) == new.tolist()
+    for row, continuation in zip(ids, new.tolist(), strict=True):
+        assert list(flaxgpt.stream(cfg, params, row, len(continuation))) == continuation
+
+
+def test_ragged_greedy_ids_are_those_of_each_row_alone_in_pytorch():
+    cfg, params, expected = golden.model("hf-small")
+    lengths, new = expected["ragged_lengths"], expected["ragged_new_ids"]
+    rows = [row[:n].tolist() for row, n in zip(expected["input_ids"], lengths, strict=True)]
+    assert flaxgpt.generate(cfg, params, rows, new.shape[1]) == new.tolist()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_ragged_rows_past_the_context_are_the_books_crop(name):
+    cfg, params, expected = golden.model(name)
+    rows = [prompt(name, 3), prompt(name, expected["input_ids"].shape[1], 1), prompt(name, 7)]
+    new = cfg.context_length + 3
+    out = flaxgpt.generate(cfg, params, rows, new)
+    for row, continuation in zip(rows, out, strict=True):
+        ids = row + continuation
+        ends = range(len(row), len(ids))
+        windows = [ids[max(0, end - cfg.context_length) : end] for end in ends]
+        padded = np.array([w + [0] * (cfg.context_length - len(w)) for w in windows])
+        logits = flaxgpt.forward(cfg, params, padded)
+        last = np.array([len(w) - 1 for w in windows])
+        best = np.asarray(logits)[np.arange(len(windows)), last].argmax(-1)
+        assert continuation == best.tolist()
+
+
+def test_a_prompt_longer_than_the_context_is_cropped_as_in_the_book():
+    cfg, params, _ = golden.model("book-small")
+    long = np.random.default_rng(0).integers(0, cfg.vocab_size, 3 * cfg.context_length).tolist()
+    out = flaxgpt.generate(cfg, params, [long, long[-cfg.context_length :]], 5)
+    assert out[0] == out[1]
+
+
+# --- Rows, keys, drivers
+
+
+@settings(max_examples=6, deadline=None)  # most of them compile loops of their own
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=4),
+    seed=st.integers(0, 1000),
+    greedy=st.booleans(),
+)
+def test_a_row_does_not_depend_on_its_companions(lengths, seed, greedy):
+    cfg, params, _ = golden.model("book-small")
+    rng = np.random.default_rng(seed)
+    rows = [rng.integers(0, cfg.vocab_size, n).tolist() for n in lengths]
+    options = {} if greedy else SAMPLED
+    key = jax.random.key(seed)
+    together = flaxgpt.generate(cfg, params, rows, 6, key=key, **options)
+    for i, row in enumerate(rows):
+        own = jax.random.fold_in(key, i)[None]
+        assert flaxgpt.generate(cfg, params, [row], 6, key=own, **options) == [together[i]]
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("length", [1, 5])
+def test_stream_yields_the_ids_of_generate(name, length):
+    cfg, params, _ = golden.model(name)
+    new = cfg.context_length + 2
+    options = SAMPLED | {"key": jax.random.key(4), "stop_ids": (3, 4)}
+    ids = flaxgpt.generate(cfg, params, [prompt(name, length)], new, **options)[0]
+    assert list(flaxgpt.stream(cfg, params, prompt(name, length), new, **options)) == ids
+
+
+def test_the_same_key_gives_the_same_ids_and_another_key_others():
+    cfg, params, _ = golden.model("book-small")
+    run = partial(flaxgpt.generate, cfg, params, [prompt("book-small", 4)] * 2, 12, **SAMPLED)
+    first = run(key=jax.random.key(1))
+    assert run(key=jax.random.key(1)) == first
+    assert run(key=jax.random.key(2)) != first
+    assert first[0] != first[1]  # equal rows fold in their own number
+
+
+def test_old_style_keys_are_the_same_keys():
+    cfg, params, _ = golden.model("book-small")
+    run = partial(flaxgpt.generate, cfg, params, [prompt("book-small", 4)] * 2, 5, **SAMPLED)
+    assert run(key=jax.random.PRNGKey(7)) == run(key=jax.random.key(7))
+    each = jax.random.split(jax.random.PRNGKey(7))
+    assert run(key=each) == run(key=jax.random.wrap_key_data(each))
+
+
+def test_prompts_may_be_arrays_or_lists():
+    cfg, params, expected = golden.model("book-small")
+    ids = expected["input_ids"]
+    lists = flaxgpt.generate(cfg, params, ids.tolist(), 3)
+    for array in (ids, jnp.asarray(ids), [jnp.asarray(row) for row in ids], ids.astype(np.uint16)):
+        assert flaxgpt.generate(cfg, params, array, 3) == lists
+
+
+def test_numpy_parameters_are_parameters():
+    cfg, params, _ = golden.model("book-small")
+    plain = jax.tree.map(np.asarray, params)
+    rows = [prompt("book-small", 4)]
+    assert flaxgpt.generate(cfg, plain, rows, 3) == flaxgpt.generate(cfg, params, rows, 3)
+
+
+def test_ids_are_plain_ints():
+    cfg, params, _ = golden.model("book-small")
+    ids = flaxgpt.generate(cfg, params, [prompt("book-small", 4)], 3)[0]
+    assert [type(token) for token in ids] == [int] * 3
+    assert type(next(flaxgpt.stream(cfg, params, [1], 1))) is int
+
+
+# --- Stopping
+
+
+def test_a_stopped_row_ends_with_its_stop_id_and_the_others_go_on():
+    cfg, params, expected = golden.model("book-small")
+    free = flaxgpt.generate(cfg, params, expected["input_ids"], 12)
+    stop = free[0][4]
+    stopped = flaxgpt.generate(cfg, params, expected["input_ids"], 12, stop_ids=[stop])
+    for row, cut in zip(free, stopped, strict=True):
+        assert cut == (row[: row.index(stop) + 1] if stop in row else row)
+    assert len(stopped[0]) <= 5
+
+
+def test_the_loop_ends_when_every_row_has_stopped():
+    cfg, params, expected = golden.model("book-small")
+    ids = expected["input_ids"]
+    firsts = {row[0] for row in flaxgpt.generate(cfg, params, ids, 1)}
+    plan, request, state = generation._prepare(
+        cfg, params, list(ids), 12, 0.0, None, None, None, tuple(firsts), "float32"
+    )
+    out = generation.decode(cfg, plan, params, request, *state)
+    written = out[:, ids.shape[1] :] != 0
+    assert (written.sum(-1) <= 1).all()  # the first new id, and nothing after it
+
+
+# --- Compilation
+
+
+def test_ten_prompt_lengths_in_one_bucket_compile_once(compilations):
+    cfg, params, _ = golden.model("book-qkv-bias")
+    run = partial(flaxgpt.generate, cfg, params)
+    run([[5], [6]], 4, temperature=0.5, top_k=3, top_p=0.5, key=jax.random.key(0), stop_ids=[1])
+    del compilations[:]
+    for n in range(1, 11):
+        run(
+            [[n] * n, [1]],
+            max_new_tokens=14 - n,
+            temperature=n / 10,
+            top_k=n,
+            top_p=n / 11,
+            key=jax.random.key(n),
+            stop_ids=range(n % 5),
+        )
+    run([[1], [2]], 9)
+    assert compilations == []
+
+
+def test_streams_of_ten_prompt_lengths_in_one_bucket_compile_once(compilations):
+    cfg, params, _ = golden.model("book-qkv-bias")
+    list(flaxgpt.stream(cfg, params, [5], 4))
+    del compilations[:]
+    for n in range(1, 11):
+        list(flaxgpt.stream(cfg, params, [n] * n, 14 - n, temperature=1.0, key=jax.random.key(n)))
+    assert compilations == []
+
+
+@given(st.integers(1, 5000))
+def test_a_bucket_holds_its_lengths_and_wastes_at_most_half(length):
+    size = bucket(length)
+    assert length <= size <= max(16, 1.5 * length)
+    assert bucket(size) == size
+    assert bucket(length + 1) >= size
+
+
+# --- No scan
+
+
+def primitives(jaxpr):
+    """Yields the name of every primitive in a jaxpr and in those inside it."""
+    for equation in jaxpr.eqns:
+        yield equation.primitive.name
+        for value in equation.params.values():
+            for inner in value if isinstance(value, (list, tuple)) else [value]:
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    yield from primitives(inner)
+
+
+def abstract_call(cfg, merged, slides):
+    """Returns a plan and abstract arguments of the loop: shapes only, nothing is allocated."""
+    plan = Plan(16, bucket(cfg.context_length + 8), slides, merged, jnp.dtype("float32"))
+    i32, f32 = jnp.dtype("int32"), jnp.dtype("float32")
+    scalar = partial(jax.ShapeDtypeStruct, ())
+    request = Request(
+        key=jax.eval_shape(lambda: jax.random.key(0)),
+        temperature=scalar(f32),
+        top_k=scalar(i32),
+        top_p=scalar(f32),
+        stop_ids=jax.ShapeDtypeStruct((4,), i32),
+        prompt_length=scalar(i32),
+        final_length=scalar(i32),
+    )
+    ids, start = jax.ShapeDtypeStruct((2, 16), i32), jax.ShapeDtypeStruct((2,), i32)
+    return plan, (param_shapes(cfg), request, ids, start)
+
+
+@pytest.mark.parametrize("merged", [True, False])
+@pytest.mark.parametrize("preset", ["book-124M", "gpt2-xl"])
+def test_neither_driver_has_a_scan_in_its_jaxpr(preset, merged):
+    cfg = GPTConfig.preset(preset)
+    plan, (params, request, ids, start) = abstract_call(cfg, merged, slides=True)
+    loop = partial(generation.decode, cfg, plan)
+    names = set(primitives(jax.make_jaxpr(loop)(params, request, ids, start).jaxpr))
+    assert "while" in names
+    assert "dot_general" in names
+    assert "scan" not in names
+
+    prefill = partial(generation._prefill_jitted, cfg, plan)
+    state, _ = jax.eval_shape(prefill, params, request, ids, start)
+    assert isinstance(state, DecodeState)
+    for step in (generation._cached_jitted, generation._slid_jitted):
+        jaxpr = jax.make_jaxpr(partial(step, cfg, plan))(params, request, state)
+        names = set(primitives(jaxpr.jaxpr))
+        assert "dot_general" in names
+        assert "scan" not in names
+
+
+def test_the_walk_finds_a_scan_inside_a_loop_inside_a_jit():
+    def hidden(x):
+        return jax.lax.while_loop(
+            lambda c: c < 3, jax.jit(lambda c: jax.lax.fori_loop(0, 3, lambda _, d: d + 1, c)), x
+        )
+
+    assert "scan" in set(primitives(jax.make_jaxpr(jax.jit(hidden))(0).jaxpr))
+
+
+# --- Layout and dtype
+
+
+@pytest.mark.parametrize("merged", [True, False])
+def test_both_cache_layouts_give_the_same_ids(merged):
+    cfg, params, expected = golden.model("book-small")
+    ids, full = expected["input_ids"], expected["greedy_ids"]
+    plan, request, state = generation._prepare(
+        cfg, params, list(ids), full.shape[1] - ids.shape[1], 0.0, None, None, None, (), "float32"
+    )
+    plan = Plan(plan.prompt_width, plan.width, plan.slides, merged, plan.dtype)
+    out = jax.jit(generation.decode, static_argnums=(0, 1))(cfg, plan, params, request, *state)
+    np.testing.assert_array_equal(out[:, : full.shape[1]], full)
+
+
+def test_bfloat16_generates_on_both_drivers_alike():
+    cfg, params, _ = golden.model("book-small")
+    ids = prompt("book-small", 6)
+    out = flaxgpt.generate(cfg, params, [ids], 10, dtype=jnp.bfloat16)[0]
+    assert list(flaxgpt.stream(cfg, params, ids, 10, dtype="bfloat16")) == out
+    assert all(0 <= token < cfg.vocab_size for token in out)
+
+
+# --- Bad input
+
+DRAW = {"key": jax.random.key(0)}
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "message"),
+    [
+        ([[]], {}, "prompt 0 is empty"),
+        ([[1], []], {}, "prompt 1 is empty"),
+        ([], {}, "no prompts"),
+        (np.zeros((0, 3), int), {}, "no prompts"),
+        (np.zeros((2, 0), int), {}, "prompt 0 is empty"),
+        ([1, 2], {}, r"prompts must be rows of ids, got 1"),
+        ("Hello", {}, "prompts are ids, not text"),
+        (["Hello"], {}, "prompts are ids, not text"),
+        (7, {}, "prompts must be rows of ids, got 7"),
+        ([[[1]]], {}, r"prompt 0 of shape \(1, 1\) must be a flat list"),
+        (
+            [[1, 2], [3, 257]],
+            {},
+            r"id 257 at \[1, 1\] is outside the vocabulary: expected 0 to 256",
+        ),
+        ([[-1]], {}, r"id -1 at \[0, 0\] is outside"),
+        ([[1.5]], {}, "float64 must be integers"),
+        ([[1]], {"max_new_tokens": 0}, "max_new_tokens=0 must be a whole number"),
+        ([[1]], {"max_new_tokens": -1}, "max_new_tokens=-1 must be a whole number"),
+        ([[1]], {"max_new_tokens": 2.5}, "max_new_tokens=2.5 must be a whole number"),
+        ([[1]], {"temperature": -1}, "temperature=-1 must be 0"),
+        ([[1]], {"temperature": float("nan")}, "temperature=nan must be 0"),
+        ([[1]], {"temperature": float("inf"), **DRAW}, "temperature=inf must be 0"),
+        ([[1]], {"temperature": 1, "top_p": 0, **DRAW}, "top_p=0 must be above 0"),
+        ([[1]], {"temperature": 1, "top_p": 1.5, **DRAW}, "top_p=1.5 must be above 0 and at most"),
+        ([[1]], {"temperature": 1, "top_p": float("nan"), **DRAW}, "top_p=nan must be above 0"),
+        ([[1]], {"temperature": 1, "top_k": 0, **DRAW}, "top_k=0 must be a whole number"),
+        ([[1]], {"temperature": 1, "top_k": 258, **DRAW}, "top_k=258 exceeds vocab_size=257"),
+        ([[1]], {"temperature": 0.5}, "temperature=0.5 draws at random and needs a key"),
+        ([[1]], {"temperature": 1, "key": 3}, "key=3 must be a JAX random key"),
+        (
+            [[1]],
+            {"temperature": 1, "key": jax.random.split(jax.random.key(0))},
+            r"keys of shape \(2,\) must be one key or 1",
+        ),
+        ([[1]], {"stop_ids": 5}, "stop_ids=5 must be a list of ids"),
+        ([[1]], {"stop_ids": [257]}, "stop id 257 must be an id from 0 to 256"),
+        ([[1]], {"dtype": "int8"}, "dtype='int8' must be float32"),
+    ],
+)
+def test_bad_input_is_refused_with_what_to_do(prompts, options, message):
+    cfg, params, _ = golden.model("book-small")
+    with pytest.raises(ValueError, match=message):
+        flaxgpt.generate(cfg, params, prompts, **({"max_new_tokens": 3} | options))
+
+
+def test_stream_refuses_bad_input_at_the_call():
+    cfg, params, _ = golden.model("book-small")
+    for bad in ([[1, 2]], "Hello", 5):
+        with pytest.raises(ValueError, match="stream takes the ids of one prompt"):
+            flaxgpt.stream(cfg, params, bad, 3)
+    with pytest.raises(ValueError, match="prompt 0 is empty"):
+        flaxgpt.stream(cfg, params, [], 3)
+    with pytest.raises(ValueError, match="max_new_tokens=0"):
+        flaxgpt.stream(cfg, params, [1], 0)
+
+
+def test_parameters_that_give_nan_are_an_error_and_not_an_id():
+    cfg, params, _ = golden.model("book-small")
+    broken = params | {"out_head": {"weight": params["out_head"]["weight"].at[3, 0].set(jnp.nan)}}
+    with pytest.raises(ValueError, match="logits of row 0 became NaN at new id 0"):
+        flaxgpt.generate(cfg, broken, [[1, 2]], 3)
+    with pytest.raises(ValueError, match="logits of row 0 became NaN"):
+        list(flaxgpt.stream(cfg, broken, [1, 2], 3))
+    assert NOT_A_NUMBER < 0
+
+
+def test_generate_inside_jit_says_what_to_jit_instead():
+    cfg, params, _ = golden.model("book-small")
+    with pytest.raises(ValueError, match="cannot run inside jit"):
+        jax.jit(lambda p: flaxgpt.generate(cfg, p, [[1]], 3))(params)
+    with pytest.raises(ValueError, match="not inside jit"):
+        jax.jit(lambda ids: flaxgpt.generate(cfg, params, ids, 3))(jnp.ones((1, 2), jnp.int32))
