@@ -109,7 +109,10 @@ _COMMANDS: dict[str, Callable[..., Generate]] = {"generate": Generate}
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command line and returns its exit code: 0, 2 on bad input, 130 on Ctrl-C."""
+    """Runs the command line and returns its exit code.
+
+    0 on success, 1 where the device fails, 2 on bad input, 130 on Ctrl-C.
+    """
     argv = sys.argv[1:] if argv is None else argv
     if argv == ["--version"]:
         print(f"flaxgpt {flaxgpt.__version__}")
@@ -123,9 +126,20 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (ValueError, OSError) as error:
-        print(f"flaxgpt: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"flaxgpt: {_one_line(error)}", file=sys.stderr)
         return 2
+    except jax.errors.JaxRuntimeError as error:
+        print(
+            f"flaxgpt: the device could not do it ({_one_line(error)[:200]}): a smaller model, a "
+            "shorter text or --dtype bfloat16 needs less memory",
+            file=sys.stderr,
+        )
+        return 1
     return 0
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _parse(argv: list[str]) -> Generate:

@@ -21,7 +21,7 @@ similar length share one compilation.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -179,7 +179,7 @@ def stream(
         prompt: ids, int [T] or a list of 1 or more.
         key: a JAX random key, used as row 0 of `generate` uses it, or an array of one key.
     """
-    if isinstance(prompt, str) or np.ndim(prompt) != 1:
+    if isinstance(prompt, str) or not isinstance(prompt, Iterable):
         raise ValueError(f"stream takes the ids of one prompt, a flat list of ints, got {prompt!r}")
     rows = check_prompts(cfg, [prompt])
     plan, request, state = _prepare(
@@ -350,6 +350,8 @@ def _prepare(
     rows = [row[-cfg.context_length :] for row in rows]  # the model looks no further back
     longest = max(map(len, rows))
     final = longest + max_new_tokens
+    if final >= 2**31:
+        raise ValueError(f"max_new_tokens={max_new_tokens} is more than int32 can count")
     plan = Plan(
         prompt_width=min(bucket(longest), cfg.context_length),
         width=bucket(final),
@@ -361,7 +363,8 @@ def _prepare(
     start = np.array([longest - len(row) for row in rows], np.int32)
     for i, row in enumerate(rows):
         ids[i, start[i] : longest] = row
-    padded = np.full(max(4, 1 << (len(stops) - 1).bit_length()), NOT_A_NUMBER, np.int32)
+    # One place more than needed, so that a row that has become NaN stops too.
+    padded = np.full(max(8, 1 << len(stops).bit_length()), NOT_A_NUMBER, np.int32)
     padded[: len(stops)] = stops
     request = Request(
         key=_keys(key, len(rows), temperature),

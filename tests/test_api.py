@@ -1,7 +1,13 @@
+import doctest
+import importlib
 import inspect
+import pkgutil
+import re
+from pathlib import Path
 
 import flaxgpt
-import flaxgpt.tokenizer
+
+README = Path(__file__).parent.parent / "README.md"
 
 
 def test_the_public_names_are_in_the_order_data_flows():
@@ -44,3 +50,29 @@ def test_no_public_function_swallows_arguments():
         if inspect.isfunction(item):
             kinds = [p.kind for p in inspect.signature(item).parameters.values()]
             assert inspect.Parameter.VAR_KEYWORD not in kinds, name
+
+
+def test_the_examples_in_docstrings_are_true():
+    attempted = 0
+    for module in pkgutil.walk_packages(flaxgpt.__path__, "flaxgpt."):
+        if not module.name.endswith("__main__"):
+            results = doctest.testmod(importlib.import_module(module.name))
+            assert results.failed == 0, module.name
+            attempted += results.attempted
+    assert attempted > 0
+
+
+def test_the_readmes_python_runs_as_pasted(capsys):
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    names = {}
+    for block in blocks:
+        if "flaxgpt.load(" not in block:  # which needs a network and a folder
+            exec(compile(block, "README.md", "exec"), names)
+    printed = capsys.readouterr().out.split()
+    assert printed == [
+        str(token)
+        for token in names["flaxgpt"].generate(
+            names["cfg"], names["params"], [[15496, 11]], max_new_tokens=6
+        )[0]
+    ]
+    assert names["logits"].shape == (1, 1, 50257)

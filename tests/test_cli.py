@@ -181,7 +181,7 @@ def test_a_model_without_tokenizer_says_what_is_missing(tmp_path):
 @pytest.fixture
 def endless(folder):
     """A process that has begun to print, and would go on for hours."""
-    arguments = ["generate", "Hello", "--model", str(folder), "--max-new-tokens", "100000000"]
+    arguments = ["generate", "Hello", "--model", str(folder), "--max-new-tokens", "1000000"]
     process = subprocess.Popen(
         [*COMMAND, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT
     )

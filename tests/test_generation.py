@@ -312,6 +312,7 @@ DRAW = {"key": jax.random.key(0)}
         ([[1]], {"max_new_tokens": 0}, "max_new_tokens=0 must be a whole number"),
         ([[1]], {"max_new_tokens": -1}, "max_new_tokens=-1 must be a whole number"),
         ([[1]], {"max_new_tokens": 2.5}, "max_new_tokens=2.5 must be a whole number"),
+        ([[1]], {"max_new_tokens": 2**31}, "more than int32 can count"),
         ([[1]], {"temperature": -1}, "temperature=-1 must be 0"),
         ([[1]], {"temperature": float("nan")}, "temperature=nan must be 0"),
         ([[1]], {"temperature": float("inf"), **DRAW}, "temperature=inf must be 0"),
@@ -340,8 +341,11 @@ def test_bad_input_is_refused_with_what_to_do(prompts, options, message):
 
 def test_stream_refuses_bad_input_at_the_call():
     cfg, params, _ = golden.model("book-small")
-    for bad in ([[1, 2]], "Hello", 5):
+    for bad in ("Hello", 5):
         with pytest.raises(ValueError, match="stream takes the ids of one prompt"):
+            flaxgpt.stream(cfg, params, bad, 3)
+    for bad in ([[1, 2]], [[1], [2, 3]]):
+        with pytest.raises(ValueError, match=r"must be a flat list of ids|all rows equally long"):
             flaxgpt.stream(cfg, params, bad, 3)
     with pytest.raises(ValueError, match="prompt 0 is empty"):
         flaxgpt.stream(cfg, params, [], 3)
