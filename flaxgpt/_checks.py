@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
-from flaxgpt.config import GPTConfig
+if TYPE_CHECKING:  # which itself uses `check_size`
+    from flaxgpt.config import GPTConfig
 
 
 def check_size(name: str, value: Any) -> int:
@@ -95,8 +96,7 @@ def check_params(expected: Any, params: Any) -> None:
         for name in shapes
         if name in found and found[name] != shapes[name]
     ]
-    listed = "; ".join(faults[:8]) + (f"; and {len(faults) - 8} more" if len(faults) > 8 else "")
-    raise ValueError(f"params do not fit the configuration: {listed}")
+    raise ValueError(f"params do not fit the configuration: {listed(faults, '; ')}")
 
 
 def _path(path: Any) -> str:
@@ -109,6 +109,10 @@ def check_prompts(cfg: GPTConfig, prompts: Any) -> list[np.ndarray]:
         raise ValueError("prompts must be concrete: generate runs on the host, not inside jit")
     if not isinstance(prompts, Iterable):
         raise ValueError(f"prompts must be rows of ids, got {prompts!r}: for one prompt, [prompt]")
+    # Once through: an iterator has no second time, and rows of a device array would be fetched and
+    # compiled for one by one.
+    prompts = np.asarray(prompts) if isinstance(prompts, jax.Array) else prompts
+    prompts = prompts if isinstance(prompts, str) else list(prompts)
     if isinstance(prompts, str) or any(isinstance(row, str) for row in prompts):
         raise ValueError("prompts are ids, not text: use generate_text, or encode them first")
     rows = []
@@ -134,27 +138,45 @@ def check_prompts(cfg: GPTConfig, prompts: Any) -> list[np.ndarray]:
 
 def check_stop_ids(cfg: GPTConfig, stop_ids: Any) -> list[int]:
     """Returns stop ids as ints, or raises ValueError with one that no row could ever meet."""
-    if isinstance(stop_ids, (int, str)):
+    if isinstance(stop_ids, str) or not isinstance(stop_ids, Iterable):
         raise ValueError(f"stop_ids={stop_ids!r} must be a list of ids, such as (50256,)")
+    ids = []
     for token in stop_ids:
-        if not isinstance(token, (int, np.integer)) or not 0 <= token < cfg.vocab_size:
+        try:
+            ids.append(-1 if isinstance(token, bool) else operator.index(token))
+        except TypeError:
+            ids.append(-1)
+        if not 0 <= ids[-1] < cfg.vocab_size:
             raise ValueError(f"stop id {token!r} must be an id from 0 to {cfg.vocab_size - 1}")
-    return [int(token) for token in stop_ids]
+    return ids
 
 
 def check_sampling(
     temperature: float, top_k: int | None, top_p: float | None, vocab_size: int | None = None
 ) -> None:
     """Raises ValueError unless ids can be drawn so; None is "not given" or, of V, unknown."""
-    if not 0.0 <= temperature < float("inf"):
+    if not 0.0 <= _number(temperature) < float("inf"):
         raise ValueError(
-            f"temperature={temperature} must be 0 (the likeliest id) or a positive number"
+            f"temperature={temperature!r} must be 0 (the likeliest id) or a positive number"
         )
     if top_k is not None and (top_k := check_size("top_k", top_k)) > (vocab_size or top_k):
         raise ValueError(
             f"top_k={top_k} exceeds vocab_size={vocab_size}: leave it out to draw from all ids"
         )
-    if top_p is not None and not 0.0 < top_p <= 1.0:
+    if top_p is not None and not 0.0 < np.float32(_number(top_p)) <= 1.0:
         raise ValueError(
-            f"top_p={top_p} must be above 0 and at most 1; leave it out to draw from all ids"
+            f"top_p={top_p!r} must be above 0 and at most 1; leave it out to draw from all ids"
         )
+
+
+def listed(items: Sequence[str], separator: str = ", ") -> str:
+    """Returns the first eight of some words, and how many more there are."""
+    rest = len(items) - 8
+    return separator.join(items[:8]) + (f"{separator}and {rest} more" if rest > 0 else "")
+
+
+def _number(value: Any) -> float:
+    try:
+        return float("nan") if isinstance(value, (bool, str)) else float(value)
+    except (TypeError, ValueError):
+        return float("nan")

@@ -14,6 +14,8 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from flaxgpt._checks import listed
+
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 _NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM)  # kernel or file system
 
@@ -62,10 +64,9 @@ def replacing_folder(target: Path, replaceable: Collection[str]) -> Iterator[Pat
     """
     target = target.resolve()  # a link to a folder keeps pointing there
     if foreign := _foreign(target, replaceable):
-        shown = ", ".join(foreign[:8]) + (f" and {len(foreign) - 8} more" * (len(foreign) > 8))
         raise ValueError(
-            f"{target} also holds {shown}, which saving would delete: choose another folder, or "
-            "move them away first"
+            f"{target} also holds {listed(foreign)}, which saving would delete: choose another "
+            "folder, or move them away first"
         )
     temporary = _beside(target)
     try:

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-from flaxgpt._checks import check_size
-from flaxgpt.config import GPTConfig
+from flaxgpt._checks import check_dtype, check_size
+from flaxgpt.config import GPTConfig, check_config
 
 
 @jax.tree_util.register_dataclass
@@ -81,17 +81,19 @@ def init_cache(cfg: GPTConfig, batch: int, length: int, dtype: DTypeLike = jnp.f
         cfg: the model's configuration.
         batch: rows (B).
         length: slots (S), at most `cfg.context_length`.
-        dtype: of keys and values; the compute dtype of the `extend` that fills them.
+        dtype: float32, bfloat16 or float16, of keys and values, and what `extend` computes in.
 
     Raises:
-        ValueError: a batch or length below 1, or a length over the context.
+        ValueError: a batch or length below 1, a length over the context, or another dtype.
     """
+    check_config(cfg)
     batch, length = check_size("batch", batch), check_size("length", length)
     if length > cfg.context_length:
         raise ValueError(
             f"a cache of length={length} is longer than context_length={cfg.context_length}: "
             "the model has no positions for the rest"
         )
+    dtype = check_dtype(dtype)
     shape = (batch, cfg.n_heads, length, cfg.head_dim)
     return KVCache(
         keys=tuple(jnp.zeros(shape, dtype) for _ in range(cfg.n_layers)),

@@ -8,18 +8,22 @@ import io
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Annotated, Literal
 
 import jax
 import tyro
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
 
 import flaxgpt
 from flaxgpt._checks import check_sampling, check_size
+from flaxgpt.config import GPTConfig
 from flaxgpt.text import spoken, stream_text
 from flaxgpt.tokenizer import Tokenizer
+from flaxgpt.tokenizer_files import UnreadableTokenizerWarning
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +58,7 @@ class Generate:
     """How many continuations to print, an empty line between them."""
 
     stop: tuple[str, ...] = ()
-    """Tokens that end the text, each as its text or its id; without any, the end-of-text token."""
+    """Tokens that end the text, each as its text or its id; if none, end of text and its like."""
 
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """What is computed in."""
@@ -76,15 +80,19 @@ class Generate:
             )
         prompt = _prompt(self.prompt)
 
-        with _progress(f"loading {self.model}") as advance:
-            cfg, params, tokenizer = flaxgpt.load(self.model, progress=advance)
+        with _progress(f"loading {self.model}") as advance, warnings.catch_warnings():
+            warnings.simplefilter("error", UnreadableTokenizerWarning)  # text needs a tokenizer
+            try:
+                cfg, params, tokenizer = flaxgpt.load(self.model, progress=advance)
+            except UnreadableTokenizerWarning as warning:
+                raise ValueError(f"{self.model} has {warning}") from warning
         if tokenizer is None:
             raise ValueError(
                 f"{self.model} has no tokenizer for its {cfg.vocab_size} tokens: put vocab.json "
                 "and merges.txt, tokenizer.json or flaxgpt_tokenizer.json in its folder"
             )
         ids = tokenizer.encode(prompt)
-        stop_ids = _stop_ids(tokenizer, self.stop)
+        stop_ids = _stop_ids(cfg, tokenizer, self.stop)
         key = jax.random.key(self.seed)
         for i in range(self.n):
             tokens = flaxgpt.stream(
@@ -171,9 +179,10 @@ def _prompt(given: str | None) -> str:
     return prompt
 
 
-def _stop_ids(tokenizer: Tokenizer, stops: tuple[str, ...]) -> list[int]:
+def _stop_ids(cfg: GPTConfig, tokenizer: Tokenizer, stops: tuple[str, ...]) -> list[int]:
     if not stops:
-        return list(tokenizer.special_tokens.values())
+        # A tokenizer may have more, such as padding, than the model was trained with.
+        return [token for token in tokenizer.special_tokens.values() if token < cfg.vocab_size]
     ids = []
     for stop in stops:
         tokens = [int(stop)] if stop.isdecimal() else tokenizer.encode(stop, allowed_special="all")
@@ -188,7 +197,7 @@ def _progress(label: str) -> Iterator[Callable[[int, int], None]]:
     """Yields a function of (done, total) that moves a bar on standard error, if a terminal."""
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(label, total=None)
+        task = bar.add_task(escape(label), total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 

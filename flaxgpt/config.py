@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import operator
 from collections.abc import Mapping
 from typing import Any
+
+from flaxgpt._checks import check_size
 
 
 class _Inherited(float):
@@ -51,7 +52,7 @@ class GPTConfig:
 
     def __post_init__(self) -> None:
         for name in _SIZES:
-            object.__setattr__(self, name, _size(name, getattr(self, name)))
+            object.__setattr__(self, name, check_size(name, getattr(self, name)))
         if self.emb_dim % self.n_heads:
             fitting = [n for n in range(1, self.emb_dim + 1) if self.emb_dim % n == 0]
             nearest = min(fitting, key=lambda n: abs(n - self.n_heads))
@@ -130,6 +131,13 @@ class GPTConfig:
         return cls(**values)
 
 
+def check_config(cfg: GPTConfig) -> None:
+    """Raises ValueError where something else was given as configuration."""
+    if not isinstance(cfg, GPTConfig):
+        remedy = ": GPTConfig.from_dict makes one of it" if isinstance(cfg, Mapping) else ""
+        raise ValueError(f"cfg must be a GPTConfig, got {type(cfg).__name__}{remedy}")
+
+
 _SIZES = ("vocab_size", "context_length", "emb_dim", "n_heads", "n_layers")
 _SWITCHES = ("qkv_bias", "tie_embeddings")
 _OWN_RATES = ("drop_rate_emb", "drop_rate_attn", "drop_rate_shortcut")
@@ -182,7 +190,7 @@ def _from_huggingface(values: Mapping[str, Any]) -> dict[str, Any]:
         our_name: values.get(their_name, default)
         for their_name, (our_name, default) in _HUGGINGFACE_NAMES.items()
     }
-    ours["emb_dim"] = _size("n_embd", ours["emb_dim"])
+    ours["emb_dim"] = check_size("n_embd", ours["emb_dim"])
     n_inner = values.get("n_inner")
     if n_inner not in (None, 4 * ours["emb_dim"]):
         raise ValueError(
@@ -194,16 +202,6 @@ def _from_huggingface(values: Mapping[str, Any]) -> dict[str, Any]:
         for name in _OWN_RATES:
             del ours[name]
     return ours
-
-
-def _size(name: str, value: Any) -> int:
-    try:
-        size = None if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        size = None
-    if size is None or size < 1:
-        raise ValueError(f"{name}={value!r} must be a whole number, 1 or more")
-    return size
 
 
 def _rate(name: str, value: Any) -> float:

@@ -122,7 +122,8 @@ def generate(
 ) -> list[list[int]]:
     """Continues every prompt and returns the new ids alone.
 
-    A row's result does not depend on the rows beside it. Where prompt and new ids outgrow
+    A row's result does not depend on the rows beside it (random draws: with keys of JAX's default
+    kind, threefry; `rbg` keys draw differently in company). Where prompt and new ids outgrow
     `cfg.context_length`, the model looks at the last `context_length` of them, positions counted
     from 0, as the book's `generate_text_simple` does (section 4.7).
 
@@ -145,16 +146,28 @@ def generate(
     Raises:
         ValueError: an argument out of its range, params that do not fit, or logits that are NaN.
     """
-    rows = check_prompts(cfg, prompts)
     plan, request, state = _prepare(
-        cfg, params, rows, max_new_tokens, temperature, top_k, top_p, key, stop_ids, dtype
+        cfg, params, prompts, max_new_tokens, temperature, top_k, top_p, key, stop_ids, dtype
     )
+    places = len(state[0]) * plan.width
+    if places > 2**28:
+        raise ValueError(
+            f"max_new_tokens={max_new_tokens} for {len(state[0])} rows needs "
+            f"{places * 4 / 2**30:.1f} GiB for the ids alone: ask for fewer, or use "
+            "`stream`, which keeps only the context"
+        )
     decode = _decode_on_cpu if plan.merged else _decode_jitted
     ids: np.ndarray = np.asarray(
         decode(cfg, plan, _compute_params(params, plan.dtype), request, *state)
     )
     new = ids[:, request.prompt_length : request.final_length]
-    return [_checked(_until_stop(row, stop_ids), i) for i, row in enumerate(new.tolist())]
+    ends = {NOT_A_NUMBER, *request.stop_ids.tolist()}
+    rows = []
+    for i, row in enumerate(new.tolist()):
+        length = next((n + 1 for n, token in enumerate(row) if token in ends), len(row))
+        _check_number(row[length - 1], i, length - 1)
+        rows.append(row[:length])
+    return rows
 
 
 def stream(
@@ -178,27 +191,47 @@ def stream(
     Args:
         prompt: ids, int [T] or a list of 1 or more.
         key: a JAX random key, used as row 0 of `generate` uses it, or an array of one key.
+
+    Yields:
+        At most `max_new_tokens` ids; memory stays that of the context, however many are asked for.
+
+    Raises:
+        ValueError: an argument out of its range, params that do not fit, or, later, NaN logits.
     """
     if isinstance(prompt, str) or not isinstance(prompt, Iterable):
         raise ValueError(f"stream takes the ids of one prompt, a flat list of ints, got {prompt!r}")
-    rows = check_prompts(cfg, [prompt])
     plan, request, state = _prepare(
-        cfg, params, rows, max_new_tokens, temperature, top_k, top_p, key, stop_ids, dtype
+        cfg, params, [prompt], max_new_tokens, temperature, top_k, top_p, key, stop_ids, dtype
     )
-    return _stream(cfg, plan, params, request, state, set(stop_ids))
+    plan = dataclasses.replace(plan, width=min(plan.width, bucket(cfg.context_length + 1)))
+    return _stream(cfg, plan, params, request, state)
 
 
 def _stream(
-    cfg: GPTConfig, plan: Plan, params: Params, request: Request, prompt: Any, stop_ids: set[int]
+    cfg: GPTConfig,
+    plan: Plan,
+    params: Params,
+    request: Request,
+    prompt: tuple[np.ndarray, np.ndarray],
 ) -> Iterator[int]:
     params = _compute_params(params, plan.dtype)
     state, new = _prefill_jitted(cfg, plan, params, request, *prompt)
-    for length in range(int(request.prompt_length) + 1, int(request.final_length) + 1):
-        yield _checked([int(new[0])], 0)[0]
-        if length == int(request.final_length) or int(new[0]) in stop_ids:
+    prompt_length, final_length = int(request.prompt_length), int(request.final_length)
+    filled = prompt_length + 1  # places of `state.ids`
+    for drawn in range(final_length - prompt_length):
+        if drawn:
+            if filled == plan.width:
+                state, request = _moved_back(cfg, state, request)
+                filled = cfg.context_length
+            fits = prompt_length + drawn <= cfg.context_length
+            step = _cached_jitted if fits else _slid_jitted
+            state, new = step(cfg, plan, params, request, state)
+            filled += 1
+        token = int(new[0])
+        _check_number(token, 0, drawn)
+        yield token
+        if token in request.stop_ids:
             return
-        step = _cached_jitted if length <= cfg.context_length else _slid_jitted
-        state, new = step(cfg, plan, params, request, state)
 
 
 # --- The step. Pure functions of arrays: `cfg` and `plan` are static, all else is traced. ---
@@ -303,10 +336,27 @@ def _advance(
         ids=lax.dynamic_update_slice_in_dim(state.ids, new[:, None], state.length, axis=1),
         length=state.length + 1,
         start=state.start,
-        done=state.done | (new[:, None] == request.stop_ids).any(axis=-1),
+        done=state.done | (new[:, None] == request.stop_ids).any(axis=-1) | (new == NOT_A_NUMBER),
         cache=cache,
     )
     return advanced, new
+
+
+@partial(jax.jit, static_argnums=0)
+def _moved_back(
+    cfg: GPTConfig, state: DecodeState, request: Request
+) -> tuple[DecodeState, Request]:
+    """Returns the state with only the last context of its ids, and the rest of W free again."""
+    first = state.length - cfg.context_length
+    window = lax.dynamic_slice_in_dim(state.ids, first, cfg.context_length, axis=1)
+    state = dataclasses.replace(
+        state,
+        ids=jnp.zeros_like(state.ids).at[:, : cfg.context_length].set(window),
+        length=jnp.full_like(state.length, cfg.context_length),
+        start=jnp.maximum(state.start - first, 0),
+    )
+    # The number of ids drawn is counted from the prompt's end, which has moved too.
+    return state, dataclasses.replace(request, prompt_length=request.prompt_length - first)
 
 
 _decode_jitted = jax.jit(decode, static_argnums=(0, 1))
@@ -333,7 +383,7 @@ def bucket(length: int) -> int:
 def _prepare(
     cfg: GPTConfig,
     params: Params,
-    rows: list[np.ndarray],
+    prompts: Any,
     max_new_tokens: int,
     temperature: float,
     top_k: int | None,
@@ -343,19 +393,22 @@ def _prepare(
     dtype: DTypeLike,
 ) -> tuple[Plan, Request, tuple[np.ndarray, np.ndarray]]:
     check_params(param_shapes(cfg), params)
+    rows = check_prompts(cfg, prompts)
     max_new_tokens = check_size("max_new_tokens", max_new_tokens)
     check_sampling(temperature, top_k, top_p, cfg.vocab_size)
     stops = check_stop_ids(cfg, stop_ids)
 
     rows = [row[-cfg.context_length :] for row in rows]  # the model looks no further back
     longest = max(map(len, rows))
-    final = longest + max_new_tokens
-    if final >= 2**31:
-        raise ValueError(f"max_new_tokens={max_new_tokens} is more than int32 can count")
+    if max_new_tokens >= 2**30:
+        raise ValueError(f"max_new_tokens={max_new_tokens} is more than int32 can count with ease")
+    prompt_width = min(bucket(longest), cfg.context_length)
+    # From the bucket and not the length, so that all lengths in it share one plan.
+    most = prompt_width + max_new_tokens
     plan = Plan(
-        prompt_width=min(bucket(longest), cfg.context_length),
-        width=bucket(final),
-        slides=final > cfg.context_length + 1,  # the last id is not looked at
+        prompt_width=prompt_width,
+        width=bucket(most),
+        slides=most > cfg.context_length + 1,  # the last id is not looked at
         merged=_platform(params) == "cpu",
         dtype=check_dtype(dtype),
     )
@@ -363,8 +416,7 @@ def _prepare(
     start = np.array([longest - len(row) for row in rows], np.int32)
     for i, row in enumerate(rows):
         ids[i, start[i] : longest] = row
-    # One place more than needed, so that a row that has become NaN stops too.
-    padded = np.full(max(8, 1 << len(stops).bit_length()), NOT_A_NUMBER, np.int32)
+    padded = np.full(max(8, 1 << (len(stops) - 1).bit_length()), NOT_A_NUMBER, np.int32)
     padded[: len(stops)] = stops
     request = Request(
         key=_keys(key, len(rows), temperature),
@@ -373,7 +425,7 @@ def _prepare(
         top_p=np.float32(1.0 if top_p is None else top_p),
         stop_ids=padded,
         prompt_length=np.int32(longest),
-        final_length=np.int32(final),
+        final_length=np.int32(longest + max_new_tokens),
     )
     return plan, request, (ids, start)
 
@@ -386,11 +438,13 @@ def _keys(key: jax.Array | None, batch: int, temperature: float) -> jax.Array:
                 "key=jax.random.key(0); temperature=0 needs none"
             )
         return jax.random.key(0)
-    key = jnp.asarray(key)
-    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        if key.dtype != jnp.uint32:
-            raise ValueError(f"key={key} must be a JAX random key, such as jax.random.key(0)")
-        key = jax.random.wrap_key_data(key)  # from jax.random.PRNGKey
+    if not (isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)):
+        try:
+            key = jax.random.wrap_key_data(jnp.asarray(key))  # from jax.random.PRNGKey
+        except TypeError as error:
+            raise ValueError(
+                f"key={key!r} must be a JAX random key, such as jax.random.key(0)"
+            ) from error
     if key.shape not in ((), (batch,)):
         raise ValueError(f"keys of shape {key.shape} must be one key or {batch}, one a row")
     return key
@@ -418,15 +472,9 @@ def _cast(params: Params, dtype: Any) -> Params:
     return jax.tree.map(lambda p: p.astype(dtype) if p.ndim > 1 else p, params)
 
 
-def _until_stop(row: list[int], stop_ids: Sequence[int]) -> list[int]:
-    ends = [i for i, token in enumerate(row) if token in stop_ids or token == NOT_A_NUMBER]
-    return row[: ends[0] + 1] if ends else row
-
-
-def _checked(row: list[int], index: int) -> list[int]:
-    if NOT_A_NUMBER in row:
+def _check_number(token: int, row: int, place: int) -> None:
+    if token == NOT_A_NUMBER:
         raise ValueError(
-            f"the logits of row {index} became NaN at new id {row.index(NOT_A_NUMBER)}: the "
-            "parameters hold NaN or infinity, or overflow in this dtype; float32 may help"
+            f"the logits of row {row} became NaN at new id {place}: the parameters hold NaN or "
+            "infinity, or overflow in this dtype; float32 may help"
         )
-    return row

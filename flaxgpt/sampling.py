@@ -80,7 +80,8 @@ def keep_likely(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Ar
 
 def _ordered(x: jax.Array) -> jax.Array:
     """Returns int32 that compare as the floats do (IEEE 754: flip the magnitude of negatives)."""
-    bits = lax.bitcast_convert_type(x + 0.0, jnp.int32)
+    x = jnp.where(x == 0, 0.0, x)  # -0.0 has other bits than 0.0
+    bits = lax.bitcast_convert_type(x, jnp.int32)
     return jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
 

@@ -46,6 +46,7 @@ def generate_text(
 
     Raises:
         ValueError: an argument out of its range, or a tokenizer whose ids the model does not have.
+        TypeError: a prompt that is no text.
     """
     if isinstance(prompts, str):
         raise ValueError(f"prompts must be a list of texts: for one, [{prompts!r}]")

@@ -5,11 +5,11 @@ import contextlib
 import itertools
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from flaxgpt._files import write_file_atomically
 from flaxgpt.tokenizer import (
     GPT2_PATTERN,
     TOKENIZER_NAMES,
@@ -20,6 +20,10 @@ from flaxgpt.tokenizer import (
 )
 
 FILE_NAME = "flaxgpt_tokenizer.json"
+
+
+class UnreadableTokenizerWarning(UserWarning):
+    """A model was loaded without its tokenizer, which flaxgpt cannot read."""
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
@@ -36,13 +40,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
             recipe = {"kind": name}
     path = Path(folder) / FILE_NAME
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Renaming is atomic: a reader finds the old file or the new one, never half of one.
-    unfinished = path.with_suffix(f".{os.getpid()}.tmp")
-    try:
-        unfinished.write_text(json.dumps(recipe) + "\n", encoding="utf-8")
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    write_file_atomically(path, (json.dumps(recipe) + "\n").encode("utf-8"))
 
 
 def read_tokenizer(folder: Path) -> Tokenizer | None:

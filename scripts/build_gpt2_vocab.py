@@ -14,6 +14,7 @@ import json
 import os
 from pathlib import Path
 
+from flaxgpt._files import write_file_atomically
 from flaxgpt.tokenizer_files import byte_level_ranks, read_merges
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -62,9 +63,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "flaxgpt" / "vocab" / "gpt2.tiktoken")
     arguments = parser.parse_args()
     contents = build(arguments.folder)
-    unfinished = arguments.out.with_suffix(".tmp")
-    unfinished.write_bytes(contents)
-    unfinished.replace(arguments.out)
+    write_file_atomically(arguments.out, contents)
     print(f"{arguments.out}: {len(contents)} bytes, sha256 {hashlib.sha256(contents).hexdigest()}")
 
 

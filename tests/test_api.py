@@ -69,10 +69,8 @@ def test_the_readmes_python_runs_as_pasted(capsys):
         if "flaxgpt.load(" not in block:  # which needs a network and a folder
             exec(compile(block, "README.md", "exec"), names)
     printed = capsys.readouterr().out.split()
-    assert printed == [
-        str(token)
-        for token in names["flaxgpt"].generate(
-            names["cfg"], names["params"], [[15496, 11]], max_new_tokens=6
-        )[0]
-    ]
+    ids = names["flaxgpt"].generate(names["cfg"], names["params"], [[15496, 11]], 6)[0]
+    assert printed == list(map(str, ids))
+    call = 'flaxgpt.generate_text(cfg, params, tok, ["Hello, I am"], max_new_tokens=6)'
+    assert f"{call}\n# {eval(call, names)!r}\n" in README.read_text(encoding="utf-8")
     assert names["logits"].shape == (1, 1, 50257)

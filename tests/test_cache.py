@@ -43,7 +43,7 @@ def test_extending_id_by_id_equals_forward(setting, layout):
     golden.assert_logits_agree(extended(cfg, params, ids, [1] * ids.shape[1], layout), logits)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(data=st.data())
 def test_extending_in_any_chunks_equals_forward(data):
     cfg, params, expected = golden.model("book-qkv-bias")
@@ -149,3 +149,9 @@ def test_an_impossible_cache_is_refused(batch, length, message):
     cfg = golden.model("book-small")[0]
     with pytest.raises(ValueError, match=message):
         flaxgpt.init_cache(cfg, batch, length)
+
+
+@pytest.mark.parametrize("dtype", ["float31", jnp.int32])
+def test_a_cache_of_another_dtype_is_refused(dtype):
+    with pytest.raises(ValueError, match="must be float32, bfloat16 or float16"):
+        flaxgpt.init_cache(golden.model("book-small")[0], 1, 4, dtype)

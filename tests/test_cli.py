@@ -1,11 +1,12 @@
 """The command as its users meet it: a process with arguments, streams and signals."""
 
 import os
+import pty
+import shutil
 import signal
 import string
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import jax
@@ -13,7 +14,7 @@ import pytest
 
 import flaxgpt
 from flaxgpt import GPTConfig
-from flaxgpt.tokenizer import CharTokenizer
+from flaxgpt.tokenizer import GPT2_PATTERN, BPETokenizer, CharTokenizer
 
 ENVIRONMENT = os.environ | {
     "PYTHONPATH": str(Path(flaxgpt.__file__).parent.parent),
@@ -101,16 +102,20 @@ def test_output_is_whole_utf8_characters_even_of_an_untrained_model(tmp_path):
     assert process.stdout.decode("utf-8", errors="strict") == whole + "\n"
 
 
-def test_version_and_help_answer_within_two_seconds():
-    for flag, answer in (("--version", flaxgpt.__version__), ("--help", "generate")):
-        seconds = []
-        for _ in range(3):  # the first may read the libraries from disk
-            start = time.perf_counter()
-            process = run(flag)
-            seconds.append(time.perf_counter() - start)
-            assert process.returncode == 0
-            assert answer in process.stdout.decode()
-        assert min(seconds) < 2, seconds
+@pytest.mark.parametrize(
+    ("flag", "answer"), [("--version", flaxgpt.__version__), ("--help", "generate")]
+)
+def test_version_and_help_answer_within_two_seconds(flag, answer):
+    seconds = []
+    for _ in range(2):  # the first may compile Python files
+        before = os.times()
+        process = run(flag)
+        after = os.times()
+        # Processor time, which is what is left of the wall's where the machine is busy.
+        seconds.append(sum(after[2:4]) - sum(before[2:4]))
+        assert process.returncode == 0
+        assert answer in process.stdout.decode()
+    assert min(seconds) < 2, seconds
 
 
 def test_help_of_a_command_lists_its_options():
@@ -178,10 +183,63 @@ def test_a_model_without_tokenizer_says_what_is_missing(tmp_path):
     assert_refused(process, "has no tokenizer for its 100 tokens")
 
 
+def test_a_tokenizer_that_cannot_be_read_is_told_before_the_weights_are_loaded(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "model")
+    (tmp_path / "model" / "flaxgpt_tokenizer.json").write_text('{"kind": "morse"}')
+    process = run("generate", "a", "--model", tmp_path / "model")
+    assert_refused(process, "kind is 'morse'")
+
+
+def test_special_tokens_beyond_the_vocabulary_do_not_stop_the_text(tmp_path):
+    cfg = GPTConfig(vocab_size=256, context_length=16, emb_dim=16, n_heads=2, n_layers=1)
+    ranks = {bytes([i]): i for i in range(256)}
+    padded = BPETokenizer(GPT2_PATTERN, ranks, {"<|pad|>": 256})
+    params = flaxgpt.init(cfg, jax.random.key(0))
+    flaxgpt.save(tmp_path / "model", cfg, params, tokenizer=padded)
+    process = run("generate", "a", "--model", tmp_path / "model", "--max-new-tokens", 2)
+    assert process.returncode == 0, process.stderr
+
+
+def test_progress_is_shown_on_a_terminal_and_the_results_alone_on_standard_output(folder):
+    ours, theirs = pty.openpty()
+    odd = folder.parent / "odd [/name]"
+    shutil.copytree(folder, odd, dirs_exist_ok=True)
+    process = subprocess.run(
+        [*COMMAND, "generate", "Hello", "--model", str(odd), "--max-new-tokens", "3"],
+        stdout=subprocess.PIPE,
+        stderr=theirs,
+        env=ENVIRONMENT | {"TERM": "xterm"},
+        timeout=120,
+        check=True,
+    )
+    os.close(theirs)
+    shown = os.read(ours, 100_000).decode()
+    os.close(ours)
+    assert "loading" in shown
+    assert "odd [/name]" in shown.replace("\r\n", "")
+    assert process.stdout.decode() == "Hello" + expected(folder, "Hello", 3) + "\n"
+
+
+@pytest.mark.slow
+def test_a_second_process_takes_compilations_from_jaxs_cache(folder, tmp_path):
+    arguments = ["generate", "Hello", "--model", str(folder), "--max-new-tokens", "4"]
+    environment = ENVIRONMENT | {
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+    cached = []
+    for _ in range(2):
+        subprocess.run([*COMMAND, *arguments], env=environment, check=True, capture_output=True)
+        cached.append({path.name for path in (tmp_path / "cache").glob("*-cache")})
+    assert any("prefill" in name for name in cached[0])
+    assert cached[1] == cached[0]  # the second process had nothing to add
+
+
 @pytest.fixture
 def endless(folder):
     """A process that has begun to print, and would go on for hours."""
-    arguments = ["generate", "Hello", "--model", str(folder), "--max-new-tokens", "1000000"]
+    arguments = ["generate", "Hello", "--model", str(folder), "--max-new-tokens", "100000000"]
     process = subprocess.Popen(
         [*COMMAND, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT
     )

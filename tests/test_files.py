@@ -166,7 +166,7 @@ def test_a_link_among_the_files_counts_as_foreign(tmp_path: Path) -> None:
 def test_many_foreign_files_are_counted_not_listed(tmp_path: Path) -> None:
     for number in range(12):
         (tmp_path / f"{number:02}.jpg").touch()
-    with pytest.raises(ValueError, match=r"06\.jpg, 07\.jpg and 4 more, which"):
+    with pytest.raises(ValueError, match=r"06\.jpg, 07\.jpg, and 4 more, which"):
         save(tmp_path, "new")
 
 

@@ -99,8 +99,6 @@ def test_a_rate_of_zero_is_no_dropout(params, ids):
 
 
 def test_dropout_keeps_the_expectation(params, ids):
-    # With a linear path from the dropped embedding to the logits, the mean over keys must be the
-    # plain value: blocks whose outputs are zero and a head that sees the stream unnormalised.
     cfg = dataclasses.replace(TINY, drop_rate=0.0, drop_rate_emb=0.5)
 
     def stream(key):
@@ -155,6 +153,60 @@ def test_feed_forward_uses_the_tanh_form_of_gelu():
     np.testing.assert_allclose(layer.apply(scaled, x), expected, rtol=1e-4, atol=1e-4)
 
 
+def primitive_outputs(jaxpr, name):
+    """Yields the abstract result of every such primitive in a jaxpr and in those inside it."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == name:
+            yield equation.outvars[0].aval
+        for value in equation.params.values():
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from primitive_outputs(inner, name)
+
+
+def test_softmax_is_float32_whatever_the_dtype(params, ids):
+    half = partial(flaxgpt.forward, TINY, dtype=jnp.bfloat16)
+    exponentials = list(primitive_outputs(jax.make_jaxpr(half)(params, ids).jaxpr, "exp"))
+    assert len(exponentials) == TINY.n_layers
+    assert {aval.dtype for aval in exponentials} == {jnp.dtype("float32")}
+
+
+def test_dropout_is_where_the_book_has_it(params, ids):
+    drawn = partial(flaxgpt.forward, TINY, dropout_key=jax.random.key(0))
+    bits = list(primitive_outputs(jax.make_jaxpr(drawn)(params, ids).jaxpr, "random_bits"))
+    stream, weights = (2, 9, 24), (2, 3, 9, 9)
+    in_a_block = [weights, stream, stream]  # attention weights, then before each addition
+    assert [aval.shape for aval in bits] == [stream, *(TINY.n_layers * in_a_block)]
+
+
+def test_hidden_states_are_hugging_faces():
+    cfg, params, expected = golden.model("hf-small")
+    _, state = flaxgpt.GPT(cfg).apply(
+        {"params": params},
+        expected["input_ids"],
+        capture_intermediates=lambda module, _: (
+            (module.name.startswith("trf_blocks_") or module.name in ("drop_emb", "final_norm"))
+            if module.name and module.path == (module.name,)
+            else False
+        ),
+    )
+    seen = state["intermediates"]
+    states = [seen["drop_emb"]["__call__"][0]]
+    states += [seen[f"trf_blocks_{layer}"]["__call__"][0][0] for layer in range(cfg.n_layers)]
+    states[-1] = seen["final_norm"]["__call__"][0]  # as transformers reports the last one
+    for layer, hidden in enumerate(states):
+        golden.assert_logits_agree(hidden, expected[f"hidden_{layer}"])
+
+
+def test_bfloat16_logits_are_not_rounded_to_bfloat16(params, ids):
+    logits = flaxgpt.forward(TINY, params, ids, dtype=jnp.bfloat16)
+    assert (logits.astype(jnp.bfloat16).astype(jnp.float32) != logits).mean() > 0.9
+    tied = dataclasses.replace(TINY, tie_embeddings=True)
+    shared = {name: value for name, value in params.items() if name != "out_head"}
+    logits = flaxgpt.forward(tied, shared, ids, dtype=jnp.bfloat16)
+    assert (logits.astype(jnp.bfloat16).astype(jnp.float32) != logits).mean() > 0.9
+
+
 def test_bfloat16_computes_in_bfloat16_and_returns_float32(params, ids):
     half = flaxgpt.forward(TINY, params, ids, dtype=jnp.bfloat16)
     full = flaxgpt.forward(TINY, params, ids)
@@ -198,6 +250,33 @@ def test_an_id_outside_the_vocabulary_is_refused_on_the_host_and_nan_under_jit(b
     logits = jax.jit(partial(flaxgpt.forward, TINY))(params, ids)
     assert jnp.isfinite(logits[0]).all()
     assert jnp.isnan(logits[1, 1:]).all()
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int16, np.uint16, np.uint32])
+def test_narrow_and_unsigned_ids_are_ids(dtype, params, ids):
+    plain = flaxgpt.forward(TINY, params, ids)
+    golden.assert_logits_agree(flaxgpt.forward(TINY, params, np.asarray(ids, dtype)), plain)
+    wrong = np.array([[1, 2, -1]]).astype(dtype)  # 255, say, where unsigned
+    logits = jax.jit(partial(flaxgpt.forward, TINY))(params, wrong)
+    assert jnp.isnan(logits[0, -1]).all()
+
+
+def test_init_is_float32_even_where_float64_is_on():
+    with jax.enable_x64(True) if hasattr(jax, "enable_x64") else jax.experimental.enable_x64():
+        chex.assert_type(jax.tree.leaves(flaxgpt.init(TINY, jax.random.key(0))), jnp.float32)
+
+
+def test_a_plain_dict_is_not_a_configuration(params, ids):
+    book = TINY.to_dict()
+    for call in (
+        lambda: flaxgpt.init(book, jax.random.key(0)),
+        lambda: flaxgpt.forward(book, params, ids),
+        lambda: flaxgpt.init_cache(book, 1, 4),
+        lambda: flaxgpt.generate(book, params, [[1]], 1),
+        lambda: flaxgpt.book_params(book),
+    ):
+        with pytest.raises(ValueError, match=r"got dict: GPTConfig.from_dict makes one"):
+            call()
 
 
 @pytest.mark.parametrize(

@@ -793,7 +793,7 @@ class TestSavedTokenizers:
             raise OSError("disk full")
 
         save_tokenizer(CharTokenizer("ab"), tmp_path)
-        monkeypatch.setattr(Path, "replace", fail)
+        monkeypatch.setattr(os, "replace", fail)
         with pytest.raises(OSError, match="disk full"):
             save_tokenizer(CharTokenizer("xyz"), tmp_path)
         assert read_tokenizer(tmp_path) == CharTokenizer("ab")

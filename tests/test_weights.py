@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 from typing import Any
 
@@ -548,7 +549,7 @@ def test_a_name_with_and_without_its_prefix_is_refused(tmp_path: Path) -> None:
 def test_names_of_another_model_are_shown_with_what_was_expected(tmp_path: Path) -> None:
     tensors = {f"encoder.layer.{i}.weight": np.zeros(2, np.float32) for i in range(20)}
     message = (
-        r"no GPT-2 weights .*Its names: encoder.layer.0.weight, .*, \.\.\.\. Expected Hugging "
+        r"no GPT-2 weights .*Its names: encoder.layer.0.weight, .*, and 12 more. Expected Hugging "
         r"Face's \(transformer.wte.weight, .*\) or the book's \(tok_emb.weight, "
     )
     with pytest.raises(ValueError, match=message):
@@ -718,7 +719,6 @@ def hub_error(kind: str) -> Exception:
         ),
         ("GatedRepoError", PermissionError, "is gated: ask for access on its page, then log in"),
         ("LocalEntryNotFoundError", ConnectionError, "could not be reached .*: check the network"),
-        ("HfHubHTTPError", ConnectionError, r"could not be reached \(HfHubHTTPError\), nor is"),
     ],
 )
 def test_what_the_hub_answers_is_told_with_what_to_do(
@@ -732,6 +732,33 @@ def test_what_the_hub_answers_is_told_with_what_to_do(
     with pytest.raises(expected, match=f"no file or folder 'org/name' here, .*{message}") as caught:
         load("org/name")
     assert type(caught.value.__cause__).__name__ == raised
+
+
+def test_what_else_the_hub_answers_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*arguments: object, **options: object) -> None:
+        error = OSError("429 Too Many Requests\nsee the documentation")
+        error.response = types.SimpleNamespace(status_code=429)  # type: ignore[attr-defined]
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fails)
+    with pytest.raises(
+        ConnectionError, match="answered with 429: 429 Too Many Requests; try again"
+    ):
+        load("org/name")
+
+
+def test_a_preset_is_no_model() -> None:
+    with pytest.raises(FileNotFoundError, match="'book-124M': as a preset it has a shape and no"):
+        load("book-124M")
+
+
+def test_a_tokenizer_that_cannot_be_read_is_a_warning(tmp_path: Path) -> None:
+    shutil.copytree(HF, tmp_path / "model")
+    (tmp_path / "model" / "tokenizer.json").write_text('{"model": {"type": "WordPiece"}}')
+    with pytest.warns(UserWarning, match=r"no tokenizer: .*tokenizer.json: .*WordPiece"):
+        cfg, params, tokenizer = load(tmp_path / "model")
+    assert tokenizer is None
+    assert forward(cfg, params, [[1, 2]]).shape == (1, 2, cfg.vocab_size)
 
 
 def test_offline_a_model_that_is_not_in_the_cache_says_why(

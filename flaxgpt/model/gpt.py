@@ -13,7 +13,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from flaxgpt._checks import check_dtype, check_ids, check_params
 from flaxgpt.cache import KVCache, visible
-from flaxgpt.config import GPTConfig
+from flaxgpt.config import GPTConfig, check_config
 from flaxgpt.model.block import TransformerBlock
 from flaxgpt.model.layers import Embedding, LayerNorm, Linear
 
@@ -42,7 +42,9 @@ class GPT(nn.Module):
         self.trf_blocks = [TransformerBlock(cfg, self.dtype) for _ in range(cfg.n_layers)]
         self.final_norm = LayerNorm(dtype=self.dtype)
         if not cfg.tie_embeddings:
-            self.out_head = Linear(cfg.vocab_size, use_bias=False, dtype=self.dtype)
+            self.out_head = Linear(
+                cfg.vocab_size, use_bias=False, dtype=self.dtype, out_dtype=jnp.float32
+            )
 
     def __call__(self, ids: jax.Array, deterministic: bool = True) -> jax.Array:
         """Returns the logits float32 [B, T, V] that follow each of the ids, int [B, T]."""
@@ -71,16 +73,17 @@ class GPT(nn.Module):
         return self.final_norm(x), cache.advanced(layers, queries)
 
     def head(self, x: jax.Array) -> jax.Array:
-        """Returns logits, float32 [..., V], of final states [..., D]."""
-        logits = self.tok_emb.attend(x) if self.cfg.tie_embeddings else self.out_head(x)
-        return logits.astype(jnp.float32)
+        """Returns logits, float32 [..., V], of final states [..., D].
+
+        Logits of -100 in bfloat16 would be half a unit apart, and many of them equal.
+        """
+        return self.tok_emb.attend(x) if self.cfg.tie_embeddings else self.out_head(x)
 
     def _embed(self, ids: jax.Array, positions: jax.Array, deterministic: bool) -> jax.Array:
         x = self.tok_emb(ids) + self.pos_emb(positions)  # [B, T, D]
         return self.drop_emb(x, deterministic=deterministic)
 
 
-@partial(jax.jit, static_argnums=0)
 def init(cfg: GPTConfig, key: jax.Array) -> Params:
     """Returns fresh parameters as GPT-2 starts them: a nested dict of float32 arrays.
 
@@ -90,14 +93,28 @@ def init(cfg: GPTConfig, key: jax.Array) -> Params:
     Args:
         cfg: the configuration.
         key: a JAX random key.
+
+    Raises:
+        ValueError: `cfg` is no GPTConfig.
     """
+    check_config(cfg)
+    return _init(cfg, key)
+
+
+@partial(jax.jit, static_argnums=0)
+def _init(cfg: GPTConfig, key: jax.Array) -> Params:
     return GPT(cfg).init(key, jnp.zeros((1, 1), jnp.int32))["params"]
 
 
-@lru_cache(maxsize=64)
 def param_shapes(cfg: GPTConfig) -> Params:
     """Returns the parameters' shapes and dtypes without allocating any (do not modify it)."""
-    return jax.eval_shape(partial(init, cfg), jax.eval_shape(lambda: jax.random.key(0)))
+    check_config(cfg)
+    return _param_shapes(cfg)
+
+
+@lru_cache(maxsize=64)
+def _param_shapes(cfg: GPTConfig) -> Params:
+    return jax.eval_shape(partial(_init, cfg), jax.eval_shape(lambda: jax.random.key(0)))
 
 
 def forward(
@@ -128,8 +145,8 @@ def forward(
         ValueError: ids that are empty, not integers, too long or outside the vocabulary; params
             that do not fit the configuration.
     """
-    checked = check_ids(cfg, ids)
     check_params(param_shapes(cfg), params)
+    checked = check_ids(cfg, ids)
     if checked.shape[1] > cfg.context_length:
         raise ValueError(
             f"{checked.shape[1]} ids a row exceed context_length={cfg.context_length}: give at "
@@ -169,8 +186,8 @@ def extend(
     Raises:
         ValueError: bad ids, params that do not fit, or no room left in the cache.
     """
-    checked = check_ids(cfg, ids)
     check_params(param_shapes(cfg), params)
+    checked = check_ids(cfg, ids)
     batch, queries = checked.shape
     if batch != cache.start.shape[0]:
         raise ValueError(f"ids have {batch} rows, the cache has {cache.start.shape[0]}")

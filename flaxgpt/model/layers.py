@@ -23,22 +23,23 @@ class Linear(nn.Module):
         use_bias: whether a bias is added.
         std: standard deviation of the initial weight; the initial bias is zero.
         dtype: what is computed in; parameters stay as they are stored.
+        out_dtype: of the result where it is to be finer than `dtype`.
     """
 
     features: int
     use_bias: bool = True
     std: float = INIT_STD
     dtype: DTypeLike = jnp.float32
+    out_dtype: DTypeLike | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:  # [..., in] -> [..., out]
         shape = (self.features, x.shape[-1])
-        weight = self.param("weight", nn.initializers.normal(self.std), shape)
-        x, weight = x.astype(self.dtype), weight.astype(self.dtype)
-        y = lax.dot_general(x, weight, (((x.ndim - 1,), (1,)), ((), ())))
+        weight = self.param("weight", nn.initializers.normal(self.std), shape, jnp.float32)
+        y = _product(x.astype(self.dtype), weight.astype(self.dtype), self.out_dtype)
         if self.use_bias:
-            bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
-            y = y + bias.astype(self.dtype)
+            bias = self.param("bias", nn.initializers.zeros_init(), (self.features,), jnp.float32)
+            y = y + bias.astype(y.dtype)
         return y
 
 
@@ -57,18 +58,19 @@ class Embedding(nn.Module):
 
     def setup(self) -> None:
         shape = (self.rows, self.features)
-        self.weight = self.param("weight", nn.initializers.normal(INIT_STD), shape)
+        self.weight = self.param("weight", nn.initializers.normal(INIT_STD), shape, jnp.float32)
 
     def __call__(self, index: jax.Array) -> jax.Array:  # int [...] -> [..., features]
-        # A gather counts negative indices from the end, so they are moved out of range first.
+        # A gather counts negative indices from the end, so they are moved out of range first; in
+        # int8, say, that place would itself wrap around.
+        index = index.astype(jnp.int32)
         index = jnp.where(index < 0, self.rows, index)
         rows = self.weight.at[index].get(mode="fill", fill_value=jnp.nan)
         return rows.astype(self.dtype)
 
     def attend(self, x: jax.Array) -> jax.Array:  # [..., features] -> [..., rows]
-        """Returns the dot product of `x` with every row: the output head of a tied model."""
-        x, weight = x.astype(self.dtype), self.weight.astype(self.dtype)
-        return lax.dot_general(x, weight, (((x.ndim - 1,), (1,)), ((), ())))
+        """Returns the dot product of `x` with every row, float32: a tied model's output head."""
+        return _product(x.astype(self.dtype), self.weight.astype(self.dtype), jnp.float32)
 
 
 class LayerNorm(nn.Module):
@@ -87,8 +89,8 @@ class LayerNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:  # [..., D] -> [..., D]
-        scale = self.param("scale", nn.initializers.ones_init(), (x.shape[-1],))
-        shift = self.param("shift", nn.initializers.zeros_init(), (x.shape[-1],))
+        scale = self.param("scale", nn.initializers.ones_init(), (x.shape[-1],), jnp.float32)
+        shift = self.param("shift", nn.initializers.zeros_init(), (x.shape[-1],), jnp.float32)
         x = x.astype(jnp.float32)
         centred = x - x.mean(axis=-1, keepdims=True)
         variance = jnp.square(centred).mean(axis=-1, keepdims=True)
@@ -122,3 +124,9 @@ def residual_std(cfg: GPTConfig) -> float:
     that the stream's variance does not grow with depth.
     """
     return INIT_STD / (2 * cfg.n_layers) ** 0.5
+
+
+def _product(x: jax.Array, weight: jax.Array, dtype: DTypeLike | None) -> jax.Array:
+    """Returns `x @ weight.T` without the transpose: [..., in], [out, in] -> [..., out]."""
+    axes = (((x.ndim - 1,), (1,)), ((), ()))
+    return lax.dot_general(x, weight, axes, preferred_element_type=dtype)

@@ -19,7 +19,7 @@ from flaxgpt.config import GPTConfig
 from flaxgpt.model import param_shapes
 from flaxgpt.model.gpt import Params
 from flaxgpt.tokenizer import Tokenizer, load_tokenizer
-from flaxgpt.tokenizer_files import read_tokenizer, save_tokenizer
+from flaxgpt.tokenizer_files import UnreadableTokenizerWarning, read_tokenizer, save_tokenizer
 from flaxgpt.weights.book_init import book_params
 from flaxgpt.weights.hub import fetch
 from flaxgpt.weights.reading import LAYOUTS, read_params
@@ -87,7 +87,7 @@ def load(
         tokenizer = read_tokenizer(folder)
     except ValueError as error:
         # Many GPT-2 models have another kind of tokenizer; their weights are none the worse.
-        warnings.warn(f"{error}. The model is loaded without tokenizer", stacklevel=2)
+        warnings.warn(f"no tokenizer: {error}", UnreadableTokenizerWarning, stacklevel=2)
         return cfg, read_params(cfg, paths, progress), None
     if tokenizer is None and cfg.vocab_size == _GPT2_VOCABULARY:
         tokenizer = load_tokenizer("gpt2")
@@ -142,6 +142,11 @@ def _locate(source: str | os.PathLike[str]) -> Path:
     if name and path.exists():
         return path
     is_id = isinstance(source, str) and _HUB_ID.fullmatch(name) is not None
+    if name.startswith("book-"):
+        raise FileNotFoundError(
+            f"there is no file or folder {name!r}: as a preset it has a shape and no weights; "
+            "'book' has those of the book's untrained 124M model"
+        )
     if is_id and path.suffix not in _FILES:
         return fetch(name)
     raise FileNotFoundError(

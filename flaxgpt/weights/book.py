@@ -23,17 +23,17 @@ _BLOCK = (
     "ff/layers_2/weight",
     "ff/layers_2/bias",
 )
+# Our names are the book's: where PyTorch numbers the parts of a list, linen appends the number.
+_BLOCK_NAMES = tuple(path.replace("layers_", "layers.").replace("/", ".") for path in _BLOCK)
 
 BOOK = Layout(
     name="book",
-    # Our names are the book's: where PyTorch numbers the parts of a list, linen appends the number.
     rows=(
         Row("tok_emb/weight", "tok_emb.weight"),
         Row("pos_emb/weight", "pos_emb.weight"),
         *(
             Row(f"trf_blocks_{{l}}/{path}", f"trf_blocks.{{l}}.{name}")
-            for path in _BLOCK
-            for name in [path.replace("layers_", "layers.").replace("/", ".")]
+            for path, name in zip(_BLOCK, _BLOCK_NAMES, strict=True)
         ),
         Row("final_norm/scale", "final_norm.scale"),
         Row("final_norm/shift", "final_norm.shift"),

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flaxgpt.config import GPTConfig
+from flaxgpt.config import GPTConfig, check_config
 from flaxgpt.model.gpt import Params
 
 Progress = Callable[[int, int], None]
@@ -37,6 +37,7 @@ def book_params(cfg: GPTConfig, seed: int = 123, *, progress: Progress | None = 
     Raises:
         ValueError: a tied configuration, a seed out of range, or an embedding of under 16 values.
     """
+    check_config(cfg)
     if cfg.tie_embeddings:
         raise ValueError(
             "tie_embeddings=True: the book's model has an output head of its own; use a book "

@@ -43,6 +43,13 @@ def fetch(model_id: str) -> Path:
     except Exception as error:  # the client's own network errors have no common base
         if isinstance(error, OSError) and error.errno is not None:
             raise  # a full disk, a cache that may not be written
+        response = getattr(error, "response", None)
+        if response is not None:
+            raise ConnectionError(
+                f"{absent} the Hugging Face hub answered with {response.status_code}: "
+                f"{str(error).strip().splitlines()[0]}; try again later, or give the path of a "
+                "folder"
+            ) from error
         if constants.HF_HUB_OFFLINE:
             raise ConnectionError(
                 f"{absent} the Hugging Face hub may not be asked, because HF_HUB_OFFLINE is set, "

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
+from flaxgpt._checks import listed
 from flaxgpt.config import GPTConfig
 from flaxgpt.model.gpt import Params
 from flaxgpt.weights.book import BOOK
@@ -17,7 +18,6 @@ from flaxgpt.weights.table import Layout, Slot, slots, split
 from flaxgpt.weights.tensors import FLOATS, Tensor, read, stamp, tensors_in
 
 LAYOUTS = (HUGGINGFACE, BOOK)
-_SHOWN = 8  # faults in one message
 
 
 def read_params(
@@ -32,10 +32,10 @@ def read_params(
         ValueError: the files are damaged, or do not fit the configuration.
     """
     stamps = [stamp(path) for path in paths]
-    listed = [tensor for path in paths for tensor in tensors_in(path)]
-    layout = _layout([tensor.name for tensor in listed], paths)
+    there = [tensor for path in paths for tensor in tensors_in(path)]
+    layout = _layout([tensor.name for tensor in there], paths)
     wanted = slots(layout, cfg)
-    found = _checked(cfg, layout, wanted, listed, paths)
+    found = _checked(cfg, layout, wanted, there, paths)
 
     def order(name: str) -> tuple[int, bool]:
         return -found[name].size, wanted[name].role == "tied head"
@@ -68,10 +68,10 @@ def _layout(names: Sequence[str], paths: Sequence[Path]) -> Layout:
     known = {layout.name: sum(map(bool, map(layout.full_name, names))) for layout in LAYOUTS}
     best = max(LAYOUTS, key=lambda layout: known[layout.name])
     if not known[best.name]:
-        shown = ", ".join(sorted(names)[:_SHOWN]) or "no tensors at all"
+        shown = listed(sorted(names)) or "no tensors at all"
         raise ValueError(
-            f"{paths[0]} has no GPT-2 weights that flaxgpt knows. Its names: {shown}"
-            f"{', ...' if len(names) > _SHOWN else ''}. Expected Hugging Face's "
+            f"{paths[0]} has no GPT-2 weights that flaxgpt knows. Its names: {shown}. "
+            "Expected Hugging Face's "
             "(transformer.wte.weight, transformer.h.0.attn.c_attn.weight, ...) or the book's "
             "(tok_emb.weight, trf_blocks.0.att.W_query.weight, ...)"
         )
@@ -82,13 +82,13 @@ def _checked(
     cfg: GPTConfig,
     layout: Layout,
     wanted: dict[str, Slot],
-    listed: Sequence[Tensor],
+    there: Sequence[Tensor],
     paths: Sequence[Path],
 ) -> dict[str, Tensor]:
     """Returns the tensors by their full names, or raises ValueError with all that is wrong."""
     found: dict[str, Tensor] = {}
     unexpected, misshapen, mistyped = [], [], []
-    for tensor in listed:
+    for tensor in there:
         name = layout.full_name(tensor.name)
         if name is not None and layout.is_constant(name):
             continue
@@ -110,7 +110,7 @@ def _checked(
         if name not in found and slot.role != "tied head"
     ]
     faults = [*sorted(missing), *sorted(unexpected), *sorted(misshapen), *sorted(mistyped)]
-    named = [tensor.name for tensor in listed if layout.full_name(tensor.name)]
+    named = [tensor.name for tensor in there if layout.full_name(tensor.name)]
     blocks = 1 + max(map(_block, named))
     if faults and blocks != cfg.n_layers:
         # All of a block being too much or too little says less than their number does.
@@ -118,12 +118,11 @@ def _checked(
         faults = [fault for fault in faults if _block(fault) < common]
         faults.insert(0, f"the weights have {blocks} blocks instead of n_layers={cfg.n_layers}")
     if faults:
-        more = f"; and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
         raise ValueError(
             f"the weights in {_place(paths)} do not fit vocab_size={cfg.vocab_size}, "
             f"context_length={cfg.context_length}, emb_dim={cfg.emb_dim}, n_layers={cfg.n_layers}, "
             f"qkv_bias={cfg.qkv_bias}, tie_embeddings={cfg.tie_embeddings} of config.json: "
-            f"{'; '.join(faults[:_SHOWN])}{more}. Correct config.json, or get the weights it is for"
+            f"{listed(faults, '; ')}. Correct config.json, or get the weights it is for"
         )
     return found
 

@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from flaxgpt._checks import listed
+
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 FLOATS = ("F32", "F16", "BF16", "F64")
@@ -85,9 +87,9 @@ def shards(index: Path) -> list[Path]:
     if not names or not plain:
         raise ValueError(f"{index} lists {names[:8]}: expected .safetensors files of its folder")
     if missing := [name for name in names if not (index.parent / name).is_file()]:
-        shown = ", ".join(missing[:8]) + (f" and {len(missing) - 8} more" * (len(missing) > 8))
         raise FileNotFoundError(
-            f"{index.parent} lacks {shown}, which {index.name} lists: copy or download the rest"
+            f"{index.parent} lacks {listed(missing)}, which {index.name} lists: copy or "
+            "download the rest"
         )
     return [index.parent / name for name in names]
 
