@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
-
-if TYPE_CHECKING:  # which itself uses `check_size`
-    from flaxgpt.config import GPTConfig
 
 
 def check_size(name: str, value: Any) -> int:
@@ -37,7 +34,7 @@ def check_dtype(dtype: DTypeLike) -> Any:
     return resolved
 
 
-def check_ids(cfg: GPTConfig, ids: ArrayLike) -> Any:
+def check_ids(vocab_size: int, ids: ArrayLike) -> Any:
     """Returns ids as an array [B, T]; where their values are known, every one is looked at."""
     ids = ids if isinstance(ids, jax.Array) else _integers(ids)
     if ids.ndim != 2:
@@ -47,19 +44,19 @@ def check_ids(cfg: GPTConfig, ids: ArrayLike) -> Any:
     if ids.shape[0] == 0 or ids.shape[1] == 0:
         raise ValueError(f"ids of shape {ids.shape} are empty: give at least one row of one id")
     if not isinstance(ids, jax.core.Tracer):
-        check_vocabulary(cfg, np.asarray(ids))
+        check_vocabulary(vocab_size, np.asarray(ids))
     return ids
 
 
-def check_vocabulary(cfg: GPTConfig, ids: np.ndarray, row: int | None = None) -> None:
+def check_vocabulary(vocab_size: int, ids: np.ndarray, row: int | None = None) -> None:
     """Raises ValueError with the first id that lies outside the vocabulary, and its place."""
-    outside = (ids < 0) | (ids >= cfg.vocab_size)
+    outside = (ids < 0) | (ids >= vocab_size)
     if outside.any():
         place = np.argwhere(outside)[0].tolist()
         where = ", ".join(map(str, place if row is None else [row, *place]))
         raise ValueError(
             f"id {int(ids[tuple(place)])} at [{where}] is outside the vocabulary: expected 0 to "
-            f"{cfg.vocab_size - 1}; was the text encoded with this model's tokenizer?"
+            f"{vocab_size - 1}; was the text encoded with this model's tokenizer?"
         )
 
 
@@ -103,7 +100,7 @@ def _path(path: Any) -> str:
     return "/".join(str(getattr(key, "key", key)) for key in path)
 
 
-def check_prompts(cfg: GPTConfig, prompts: Any) -> list[np.ndarray]:
+def check_prompts(vocab_size: int, prompts: Any) -> list[np.ndarray]:
     """Returns prompts as B arrays of int32 ids, or raises ValueError saying which one is bad."""
     if isinstance(prompts, jax.core.Tracer):
         raise ValueError("prompts must be concrete: generate runs on the host, not inside jit")
@@ -129,14 +126,14 @@ def check_prompts(cfg: GPTConfig, prompts: Any) -> list[np.ndarray]:
                 f"prompt {i} is empty: there must be an id to continue from, such as the "
                 "tokenizer's end-of-text id"
             )
-        check_vocabulary(cfg, row, row=i)
+        check_vocabulary(vocab_size, row, row=i)
         rows.append(row.astype(np.int32))
     if not rows:
         raise ValueError("no prompts: give at least one row of ids")
     return rows
 
 
-def check_stop_ids(cfg: GPTConfig, stop_ids: Any) -> list[int]:
+def check_stop_ids(vocab_size: int, stop_ids: Any) -> list[int]:
     """Returns stop ids as ints, or raises ValueError with one that no row could ever meet."""
     if isinstance(stop_ids, str) or not isinstance(stop_ids, Iterable):
         raise ValueError(f"stop_ids={stop_ids!r} must be a list of ids, such as (50256,)")
@@ -146,8 +143,8 @@ def check_stop_ids(cfg: GPTConfig, stop_ids: Any) -> list[int]:
             ids.append(-1 if isinstance(token, bool) else operator.index(token))
         except TypeError:
             ids.append(-1)
-        if not 0 <= ids[-1] < cfg.vocab_size:
-            raise ValueError(f"stop id {token!r} must be an id from 0 to {cfg.vocab_size - 1}")
+        if not 0 <= ids[-1] < vocab_size:
+            raise ValueError(f"stop id {token!r} must be an id from 0 to {vocab_size - 1}")
     return ids
 
 

@@ -57,8 +57,8 @@ class Generate:
     n: int = 1
     """How many continuations to print, an empty line between them."""
 
-    stop: tuple[str, ...] = ()
-    """Tokens that end the text, each as its text or its id; if none, end of text and its like."""
+    stop: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """A token that ends the text, as text or id (repeatable); else end of text and its like."""
 
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """What is computed in."""

@@ -1,21 +1,8 @@
-"""The decoding loop: prompts in, new ids out. One step, two drivers, no `lax.scan`.
+"""Prompts in, new ids out: `generate` for whole batches, `stream` for one row as it comes.
 
-`generate` runs the step in a `lax.while_loop` inside one jit; `stream` runs it from Python, one
-jitted call an id, the state donated. Both walk the same three phases:
-
-    prefill     the prompts through the model at once, filling the cache; draws the first id
-    cached      one id at a time, until the cache holds `context_length` ids
-    slid        beyond that the book's `generate_text_simple` crops to the last `context_length`
-                ids and counts positions from 0: no cached key survives, each id is a new prefill
-
-Prompts of unequal lengths are padded on the left, so that all rows write to the same slot:
-
-    slot      0   1   2   3   4   5 ...
-    row 0     a   b   c   d   .   .        start 0      . filled by the loop
-    row 1     -   -   e   f   .   .        start 2      - padding, invisible to attention
-
-Array sizes are rounded up to a few sizes (`bucket`), with the true lengths traced, so that calls of
-similar length share one compilation.
+This is the host's side: it checks what the user gives, rounds array sizes up to a few sizes
+(`bucket`) with the true lengths traced, so that calls of similar length share one compilation, and
+turns arrays back into lists. The loop itself is `flaxgpt.decoding`.
 """
 
 from __future__ import annotations
@@ -28,7 +15,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
 from flaxgpt._checks import (
@@ -39,72 +25,19 @@ from flaxgpt._checks import (
     check_size,
     check_stop_ids,
 )
-from flaxgpt.cache import KVCache, init_cache, merge_heads
 from flaxgpt.config import GPTConfig
-from flaxgpt.model.gpt import GPT, Params, param_shapes
-from flaxgpt.sampling import NOT_A_NUMBER, sample
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """What is asked for: NumPy scalars on the host, traced in the loop, so no value compiles.
-
-    Attributes:
-        key: random keys [B], one a row, or one key [], of which row i uses `fold_in(key, i)`.
-        temperature, top_p: float32 [].
-        top_k: int32 [].
-        stop_ids: int32 [K], ids that end a row; unused places hold NOT_A_NUMBER.
-        prompt_length: int32 [], ids in the longest prompt.
-        final_length: int32 [], that and the new ids.
-    """
-
-    key: jax.Array
-    temperature: Any
-    top_k: Any
-    top_p: Any
-    stop_ids: Any
-    prompt_length: Any
-    final_length: Any
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class DecodeState:
-    """What the loop carries.
-
-    Attributes:
-        ids: int32 [B, W], padding, prompt, then new ids; what lies from `length` on is unwritten.
-        length: int32 [], places of `ids` written so far, one more than the cache has seen.
-        start: int32 [B], the place of each row's first id.
-        done: bool [B], rows that have met a stop id.
-        cache: keys and values of `ids[:, :length - 1]`.
-    """
-
-    ids: jax.Array
-    length: jax.Array
-    start: jax.Array
-    done: jax.Array
-    cache: KVCache
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """What a compilation depends on, beside the configuration and the batch.
-
-    Attributes:
-        prompt_width: places given to the prompts.
-        width: places given to prompts and new ids together (W).
-        slides: whether the ids outgrow the context.
-        merged: whether the cache's batch and head axes are merged; see `flaxgpt.cache`.
-        dtype: what is computed in.
-    """
-
-    prompt_width: int
-    width: int
-    slides: bool
-    merged: bool
-    dtype: Any
+from flaxgpt.decoding import (
+    Plan,
+    Request,
+    cached_jitted,
+    decode_jitted,
+    decode_on_cpu,
+    moved_back,
+    prefill_jitted,
+    slid_jitted,
+)
+from flaxgpt.model.gpt import Params, param_shapes
+from flaxgpt.sampling import NOT_A_NUMBER
 
 
 def generate(
@@ -156,7 +89,7 @@ def generate(
             f"{places * 4 / 2**30:.1f} GiB for the ids alone: ask for fewer, or use "
             "`stream`, which keeps only the context"
         )
-    decode = _decode_on_cpu if plan.merged else _decode_jitted
+    decode = decode_on_cpu if plan.merged else decode_jitted
     ids: np.ndarray = np.asarray(
         decode(cfg, plan, _compute_params(params, plan.dtype), request, *state)
     )
@@ -215,16 +148,16 @@ def _stream(
     prompt: tuple[np.ndarray, np.ndarray],
 ) -> Iterator[int]:
     params = _compute_params(params, plan.dtype)
-    state, new = _prefill_jitted(cfg, plan, params, request, *prompt)
+    state, new = prefill_jitted(cfg, plan, params, request, *prompt)
     prompt_length, final_length = int(request.prompt_length), int(request.final_length)
     filled = prompt_length + 1  # places of `state.ids`
     for drawn in range(final_length - prompt_length):
         if drawn:
             if filled == plan.width:
-                state, request = _moved_back(cfg, state, request)
+                state, request = moved_back(cfg, state, request)
                 filled = cfg.context_length
             fits = prompt_length + drawn <= cfg.context_length
-            step = _cached_jitted if fits else _slid_jitted
+            step = cached_jitted if fits else slid_jitted
             state, new = step(cfg, plan, params, request, state)
             filled += 1
         token = int(new[0])
@@ -232,146 +165,6 @@ def _stream(
         yield token
         if token in request.stop_ids:
             return
-
-
-# --- The step. Pure functions of arrays: `cfg` and `plan` are static, all else is traced. ---
-
-
-def decode(
-    cfg: GPTConfig,
-    plan: Plan,
-    params: Params,
-    request: Request,
-    ids: jax.Array,
-    start: jax.Array,
-) -> jax.Array:
-    """Returns int32 [B, W]: the ids given, followed by new ones up to `request.final_length`.
-
-    Args:
-        ids: int32 [B, prompt_width], rows of `request.prompt_length` ids, padded on the left.
-        start: int32 [B], where each row begins.
-    """
-
-    def unfinished(limit: ArrayLike, state: DecodeState) -> jax.Array:
-        return (state.length < limit) & ~state.done.all()
-
-    def cached_step(state: DecodeState) -> DecodeState:
-        return _cached(cfg, plan, params, request, state)[0]
-
-    def slid_step(state: DecodeState) -> DecodeState:
-        return _slid(cfg, plan, params, request, state)[0]
-
-    state, _ = _prefill(cfg, plan, params, request, ids, start)
-    full = jnp.minimum(request.final_length, cfg.context_length + 1)
-    state = lax.while_loop(partial(unfinished, full), cached_step, state)
-    if plan.slides:
-        state = lax.while_loop(partial(unfinished, request.final_length), slid_step, state)
-    return state.ids
-
-
-def _prefill(
-    cfg: GPTConfig,
-    plan: Plan,
-    params: Params,
-    request: Request,
-    ids: jax.Array,
-    start: jax.Array,
-) -> tuple[DecodeState, jax.Array]:
-    batch = ids.shape[0]
-    cache = init_cache(cfg, batch, min(plan.width, cfg.context_length), plan.dtype)
-    state = DecodeState(
-        ids=jnp.zeros((batch, plan.width), jnp.int32).at[:, : plan.prompt_width].set(ids),
-        length=jnp.asarray(request.prompt_length, jnp.int32),
-        start=start,
-        done=jnp.zeros(batch, bool),
-        cache=dataclasses.replace(merge_heads(cache) if plan.merged else cache, start=start),
-    )
-    state, new = _advance(cfg, plan, params, request, state, ids, request.prompt_length - 1)
-    # What was written beyond the prompts is filler: the next ids take its slots.
-    seen = dataclasses.replace(state.cache, length=state.length - 1)
-    return dataclasses.replace(state, cache=seen), new
-
-
-def _cached(
-    cfg: GPTConfig, plan: Plan, params: Params, request: Request, state: DecodeState
-) -> tuple[DecodeState, jax.Array]:
-    latest = lax.dynamic_slice_in_dim(state.ids, state.length - 1, 1, axis=1)
-    return _advance(cfg, plan, params, request, state, latest, 0)
-
-
-def _slid(
-    cfg: GPTConfig, plan: Plan, params: Params, request: Request, state: DecodeState
-) -> tuple[DecodeState, jax.Array]:
-    first = state.length - cfg.context_length
-    window = lax.dynamic_slice_in_dim(state.ids, first, cfg.context_length, axis=1)
-    emptied = dataclasses.replace(
-        state.cache, length=jnp.zeros((), jnp.int32), start=jnp.maximum(state.start - first, 0)
-    )
-    state = dataclasses.replace(state, cache=emptied)
-    return _advance(cfg, plan, params, request, state, window, cfg.context_length - 1)
-
-
-def _advance(
-    cfg: GPTConfig,
-    plan: Plan,
-    params: Params,
-    request: Request,
-    state: DecodeState,
-    chunk: jax.Array,  # int32 [B, T]: the ids that the cache lacks
-    last: ArrayLike,  # int32 []: which of them the next id follows
-) -> tuple[DecodeState, jax.Array]:
-    model: Any = GPT(cfg, plan.dtype)
-    x, cache = model.apply({"params": params}, chunk, state.cache, method=GPT.trunk)
-    final = lax.dynamic_index_in_dim(x, last, axis=1, keepdims=False)  # [B, D]
-    logits = model.apply({"params": params}, final, method=GPT.head)  # [B, V]
-
-    keys = request.key
-    if keys.ndim == 0:
-        keys = jax.vmap(partial(jax.random.fold_in, keys))(jnp.arange(chunk.shape[0]))
-    drawn = state.length - request.prompt_length
-    keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, drawn)
-    new = sample(logits, keys, request.temperature, request.top_k, request.top_p)
-
-    advanced = DecodeState(
-        ids=lax.dynamic_update_slice_in_dim(state.ids, new[:, None], state.length, axis=1),
-        length=state.length + 1,
-        start=state.start,
-        done=state.done | (new[:, None] == request.stop_ids).any(axis=-1) | (new == NOT_A_NUMBER),
-        cache=cache,
-    )
-    return advanced, new
-
-
-@partial(jax.jit, static_argnums=0)
-def _moved_back(
-    cfg: GPTConfig, state: DecodeState, request: Request
-) -> tuple[DecodeState, Request]:
-    """Returns the state with only the last context of its ids, and the rest of W free again."""
-    first = state.length - cfg.context_length
-    window = lax.dynamic_slice_in_dim(state.ids, first, cfg.context_length, axis=1)
-    state = dataclasses.replace(
-        state,
-        ids=jnp.zeros_like(state.ids).at[:, : cfg.context_length].set(window),
-        length=jnp.full_like(state.length, cfg.context_length),
-        start=jnp.maximum(state.start - first, 0),
-    )
-    # The number of ids drawn is counted from the prompt's end, which has moved too.
-    return state, dataclasses.replace(request, prompt_length=request.prompt_length - first)
-
-
-_decode_jitted = jax.jit(decode, static_argnums=(0, 1))
-# From jax 0.11 on, this pass takes the loop's body for a small one and runs it on one thread.
-_decode_on_cpu = jax.jit(
-    decode,
-    static_argnums=(0, 1),
-    compiler_options={"xla_disable_hlo_passes": "small-while-loop-hoisting"},
-)
-_prefill_jitted = jax.jit(_prefill, static_argnums=(0, 1))
-_cached_jitted = jax.jit(_cached, static_argnums=(0, 1), donate_argnames="state")
-_slid_jitted = jax.jit(_slid, static_argnums=(0, 1), donate_argnames="state")
-
-
-# --- The host's side: from what the user gave to arrays of a few sizes, and back. ---
 
 
 def bucket(length: int) -> int:
@@ -393,10 +186,10 @@ def _prepare(
     dtype: DTypeLike,
 ) -> tuple[Plan, Request, tuple[np.ndarray, np.ndarray]]:
     check_params(param_shapes(cfg), params)
-    rows = check_prompts(cfg, prompts)
+    rows = check_prompts(cfg.vocab_size, prompts)
     max_new_tokens = check_size("max_new_tokens", max_new_tokens)
     check_sampling(temperature, top_k, top_p, cfg.vocab_size)
-    stops = check_stop_ids(cfg, stop_ids)
+    stops = check_stop_ids(cfg.vocab_size, stop_ids)
 
     rows = [row[-cfg.context_length :] for row in rows]  # the model looks no further back
     longest = max(map(len, rows))
@@ -455,7 +248,7 @@ def _platform(params: Params) -> str:
     if isinstance(leaf, jax.core.Tracer):
         raise ValueError(
             "generate and stream return Python lists and cannot run inside jit, grad or vmap: jit "
-            "around `flaxgpt.extend` or `flaxgpt.generation.decode`, which are pure"
+            "around `flaxgpt.extend` or `flaxgpt.decoding.decode`, which are pure"
         )
     if isinstance(leaf, jax.Array):
         return next(iter(leaf.devices())).platform

@@ -87,7 +87,8 @@ def test_sampling_is_that_of_the_library_row_by_row(folder):
 def test_a_stop_token_ends_the_text(folder):
     free = expected(folder, "Hello", 12)
     stop = free[3]
-    process = run("generate", "Hello", "--model", folder, "--max-new-tokens", 12, "--stop", stop)
+    flags = ("--model", folder, "--max-new-tokens", 12, "--stop", stop, "--stop", "99")
+    process = run("generate", *flags, "Hello")
     assert process.stdout.decode() == "Hello" + free[: free.index(stop) + 1] + "\n"
 
 
@@ -240,9 +241,12 @@ def test_a_second_process_takes_compilations_from_jaxs_cache(folder, tmp_path):
 def endless(folder):
     """A process that has begun to print, and would go on for hours."""
     arguments = ["generate", "Hello", "--model", str(folder), "--max-new-tokens", "100000000"]
+    # A shell's background job has SIGINT ignored, and so would its children.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(
         [*COMMAND, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT
     )
+    signal.signal(signal.SIGINT, before)
     assert process.stdout.read(12).startswith(b"Hello")  # text comes while the loop runs
     assert process.poll() is None
     yield process

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 import flaxgpt
 import golden
-from flaxgpt import GPTConfig, generation
-from flaxgpt.generation import DecodeState, Plan, Request, bucket
+from flaxgpt import GPTConfig, decoding
+from flaxgpt.decoding import DecodeState, Plan, Request
+from flaxgpt.generation import _prepare, bucket
 from flaxgpt.model import param_shapes
 
 MODELS = ["book-small", "book-qkv-bias", "hf-small"]
@@ -172,10 +173,10 @@ def test_the_loop_ends_when_every_row_has_stopped():
     cfg, params, expected = golden.model("book-small")
     ids = expected["input_ids"]
     firsts = {row[0] for row in flaxgpt.generate(cfg, params, ids, 1)}
-    plan, request, state = generation._prepare(
+    plan, request, state = _prepare(
         cfg, params, ids, 12, 0.0, None, None, None, tuple(firsts), "float32"
     )
-    out = generation.decode(cfg, plan, params, request, *state)
+    out = decoding.decode(cfg, plan, params, request, *state)
     written = out[:, ids.shape[1] :] != 0
     assert (written.sum(-1) <= 1).all()  # the first new id, and nothing after it
 
@@ -259,16 +260,16 @@ def abstract_call(cfg, merged, slides):
 def test_neither_driver_has_a_scan_in_its_jaxpr(preset, merged):
     cfg = GPTConfig.preset(preset)
     plan, (params, request, ids, start) = abstract_call(cfg, merged, slides=True)
-    loop = partial(generation.decode, cfg, plan)
+    loop = partial(decoding.decode, cfg, plan)
     names = set(primitives(jax.make_jaxpr(loop)(params, request, ids, start).jaxpr))
     assert "while" in names
     assert "dot_general" in names
     assert "scan" not in names
 
-    prefill = partial(generation._prefill_jitted, cfg, plan)
+    prefill = partial(decoding.prefill_jitted, cfg, plan)
     state, _ = jax.eval_shape(prefill, params, request, ids, start)
     assert isinstance(state, DecodeState)
-    for step in (generation._cached_jitted, generation._slid_jitted):
+    for step in (decoding.cached_jitted, decoding.slid_jitted):
         jaxpr = jax.make_jaxpr(partial(step, cfg, plan))(params, request, state)
         names = set(primitives(jaxpr.jaxpr))
         assert "dot_general" in names
@@ -291,11 +292,11 @@ def test_the_walk_finds_a_scan_inside_a_loop_inside_a_jit():
 def test_both_cache_layouts_give_the_same_ids(merged):
     cfg, params, expected = golden.model("book-small")
     ids, full = expected["input_ids"], expected["greedy_ids"]
-    plan, request, state = generation._prepare(
+    plan, request, state = _prepare(
         cfg, params, ids, full.shape[1] - ids.shape[1], 0.0, None, None, None, (), "float32"
     )
     plan = Plan(plan.prompt_width, plan.width, plan.slides, merged, plan.dtype)
-    out = jax.jit(generation.decode, static_argnums=(0, 1))(cfg, plan, params, request, *state)
+    out = jax.jit(decoding.decode, static_argnums=(0, 1))(cfg, plan, params, request, *state)
     np.testing.assert_array_equal(out[:, : full.shape[1]], full)
 
 

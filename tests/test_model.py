@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import export
 
 import flaxgpt
 import golden
@@ -229,14 +230,14 @@ def test_forward_is_transparent_to_transformations(params, ids):
     golden.assert_logits_agree(rows, plain)
     shape = jax.eval_shape(partial(flaxgpt.forward, TINY), param_shapes(TINY), ids)
     assert (shape.shape, shape.dtype) == ((2, 9, 61), jnp.float32)
-    exported = jax.export.export(jitted)(params, ids)
+    exported = export.export(jitted)(params, ids)
     golden.assert_logits_agree(exported.call(params, ids), plain)
 
 
 def test_forward_exports_with_a_symbolic_batch(params, ids):
-    batch = jax.export.symbolic_shape("b")[0]
+    batch = export.symbolic_shape("b")[0]
     spec = jax.ShapeDtypeStruct((batch, 9), jnp.int32)
-    exported = jax.export.export(jax.jit(partial(flaxgpt.forward, TINY)))(params, spec)
+    exported = export.export(jax.jit(partial(flaxgpt.forward, TINY)))(params, spec)
     plain = flaxgpt.forward(TINY, params, ids)
     golden.assert_logits_agree(exported.call(params, ids), plain)
     golden.assert_logits_agree(exported.call(params, ids[:1]), plain[:1])

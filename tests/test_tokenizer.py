@@ -32,7 +32,7 @@ from flaxgpt.tokenizer_files import read_tokenizer, save_tokenizer, tokenizer_fr
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT / os.environ.get("FLAXGPT_SHARED", "../shared")
-RANKS = ROOT / "flaxgpt" / "vocab" / "gpt2.tiktoken"
+RANKS = Path(flaxgpt.__file__).parent / "vocab" / "gpt2.tiktoken"
 VERDICT = ROOT / "tests" / "data" / "verdict" / "the-verdict.txt"
 # The names tiktoken's cache gives OpenAI's files: the SHA-1 of their addresses.
 ENCODER_JSON = SHARED / "tiktoken_cache" / "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6"

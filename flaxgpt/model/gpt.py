@@ -146,7 +146,7 @@ def forward(
             that do not fit the configuration.
     """
     check_params(param_shapes(cfg), params)
-    checked = check_ids(cfg, ids)
+    checked = check_ids(cfg.vocab_size, ids)
     if checked.shape[1] > cfg.context_length:
         raise ValueError(
             f"{checked.shape[1]} ids a row exceed context_length={cfg.context_length}: give at "
@@ -187,7 +187,7 @@ def extend(
         ValueError: bad ids, params that do not fit, or no room left in the cache.
     """
     check_params(param_shapes(cfg), params)
-    checked = check_ids(cfg, ids)
+    checked = check_ids(cfg.vocab_size, ids)
     batch, queries = checked.shape
     if batch != cache.start.shape[0]:
         raise ValueError(f"ids have {batch} rows, the cache has {cache.start.shape[0]}")
