@@ -79,21 +79,21 @@ def generate(
     Raises:
         ValueError: an argument out of its range, params that do not fit, or logits that are NaN.
     """
-    plan, request, state = _prepare(
+    plan, request, (ids, start) = _prepare(
         cfg, params, prompts, max_new_tokens, temperature, top_k, top_p, key, stop_ids, dtype
     )
-    places = len(state[0]) * plan.width
+    places = len(ids) * plan.width
     if places > 2**28:
         raise ValueError(
-            f"max_new_tokens={max_new_tokens} for {len(state[0])} rows needs "
+            f"max_new_tokens={max_new_tokens} for {len(ids)} rows needs "
             f"{places * 4 / 2**30:.1f} GiB for the ids alone: ask for fewer, or use "
             "`stream`, which keeps only the context"
         )
     decode = decode_on_cpu if plan.merged else decode_jitted
-    ids: np.ndarray = np.asarray(
-        decode(cfg, plan, _compute_params(params, plan.dtype), request, *state)
+    out: np.ndarray = np.asarray(
+        decode(cfg, plan, _compute_params(params, plan.dtype), request, ids, start)
     )
-    new = ids[:, request.prompt_length : request.final_length]
+    new = out[:, request.prompt_length : request.final_length]
     ends = {NOT_A_NUMBER, *request.stop_ids.tolist()}
     rows = []
     for i, row in enumerate(new.tolist()):
@@ -133,11 +133,11 @@ def stream(
     """
     if isinstance(prompt, str) or not isinstance(prompt, Iterable):
         raise ValueError(f"stream takes the ids of one prompt, a flat list of ints, got {prompt!r}")
-    plan, request, state = _prepare(
+    plan, request, (ids, start) = _prepare(
         cfg, params, [prompt], max_new_tokens, temperature, top_k, top_p, key, stop_ids, dtype
     )
     plan = dataclasses.replace(plan, width=min(plan.width, bucket(cfg.context_length + 1)))
-    return _stream(cfg, plan, params, request, state)
+    return _stream(cfg, plan, params, request, ids, start)
 
 
 def _stream(
@@ -145,10 +145,11 @@ def _stream(
     plan: Plan,
     params: Params,
     request: Request,
-    prompt: tuple[np.ndarray, np.ndarray],
+    ids: np.ndarray,
+    start: np.ndarray,
 ) -> Iterator[int]:
     params = _compute_params(params, plan.dtype)
-    state, new = prefill_jitted(cfg, plan, params, request, *prompt)
+    state, new = prefill_jitted(cfg, plan, params, request, ids, start)
     prompt_length, final_length = int(request.prompt_length), int(request.final_length)
     filled = prompt_length + 1  # places of `state.ids`
     for drawn in range(final_length - prompt_length):

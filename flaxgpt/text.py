@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from flaxgpt.config import GPTConfig
+from flaxgpt._checks import check_stop_ids
+from flaxgpt.config import GPTConfig, check_config
 from flaxgpt.generation import generate
 from flaxgpt.model.gpt import Params
 from flaxgpt.tokenizer import Tokenizer
@@ -50,6 +51,8 @@ def generate_text(
     """
     if isinstance(prompts, str):
         raise ValueError(f"prompts must be a list of texts: for one, [{prompts!r}]")
+    check_config(cfg)
+    stop_ids = check_stop_ids(cfg.vocab_size, stop_ids)
     rows = generate(
         cfg,
         params,

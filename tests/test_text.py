@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import jax
 import pytest
 from hypothesis import given, settings
@@ -46,6 +48,14 @@ def test_a_word_that_stops_a_row_is_text():
 
 def test_a_special_token_that_stops_nothing_is_shown():
     assert list(spoken(TOKENIZER, [1, END, 2], [])) == [1, END, 2]
+
+
+def test_an_iterator_of_stop_ids_is_read_once(params):
+    always = flaxgpt.generate(CFG, params, [TOKENIZER.encode("A")], 1)[0][0]
+    special = SimpleNamespace(
+        encode=TOKENIZER.encode, decode=TOKENIZER.decode, special_tokens={"first": always}
+    )
+    assert flaxgpt.generate_text(CFG, params, special, ["A"], 5, stop_ids=iter([always])) == [""]
 
 
 def test_a_lone_string_is_not_a_list_of_prompts(params):
