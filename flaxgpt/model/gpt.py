@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from functools import lru_cache, partial
 from typing import Any
@@ -29,17 +30,22 @@ class GPT(nn.Module):
     Attributes:
         cfg: the architecture.
         dtype: what is computed in; parameters stay as they are stored, logits are float32.
+        remat: whether a gradient computes each block's activations again instead of keeping them.
     """
 
     cfg: GPTConfig
     dtype: DTypeLike = jnp.float32
+    remat: bool = False
 
     def setup(self) -> None:
         cfg = self.cfg
         self.tok_emb = Embedding(cfg.vocab_size, cfg.emb_dim, self.dtype)
         self.pos_emb = Embedding(cfg.context_length, cfg.emb_dim, self.dtype)
         self.drop_emb = nn.Dropout(cfg.drop_rate_emb)
-        self.trf_blocks = [TransformerBlock(cfg, self.dtype) for _ in range(cfg.n_layers)]
+        block: Any = TransformerBlock
+        if self.remat:
+            block = nn.remat(block, static_argnums=4)  # `deterministic`, counting `self`
+        self.trf_blocks = [block(cfg, self.dtype) for _ in range(cfg.n_layers)]
         self.final_norm = LayerNorm(dtype=self.dtype)
         if not cfg.tie_embeddings:
             self.out_head = Linear(
@@ -52,7 +58,7 @@ class GPT(nn.Module):
         causal = jnp.tril(jnp.ones((ids.shape[1], ids.shape[1]), bool))[None, None]
         x = self._embed(ids, positions, deterministic)
         for block in self.trf_blocks:
-            x, _ = block(x, causal, deterministic=deterministic)
+            x, _ = block(x, causal, None, deterministic)
         return self.head(self.final_norm(x))
 
     def trunk(self, ids: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
@@ -114,7 +120,13 @@ def param_shapes(cfg: GPTConfig) -> Params:
 
 @lru_cache(maxsize=64)
 def _param_shapes(cfg: GPTConfig) -> Params:
-    return jax.eval_shape(partial(_init, cfg), jax.eval_shape(lambda: jax.random.key(0)))
+    # Blocks are alike, and tracing each takes longer than all else about loading a small model.
+    one = dataclasses.replace(cfg, n_layers=1)
+    shapes = jax.eval_shape(partial(_init, one), jax.eval_shape(lambda: jax.random.key(0)))
+    block = shapes.pop("trf_blocks_0")
+    return dict(
+        sorted({**shapes, **{f"trf_blocks_{i}": block for i in range(cfg.n_layers)}}.items())
+    )
 
 
 def forward(
@@ -124,6 +136,7 @@ def forward(
     *,
     dropout_key: jax.Array | None = None,
     dtype: DTypeLike = jnp.float32,
+    remat: bool = False,
 ) -> jax.Array:
     """Returns the logits that follow each id, given the ids before it.
 
@@ -136,6 +149,8 @@ def forward(
         ids: int [B, T], T at most `cfg.context_length`.
         dropout_key: a key turns dropout on, None leaves it off.
         dtype: what is computed in: float32, bfloat16 or float16.
+        remat: whether a gradient computes each block's activations again instead of keeping them:
+            about a third slower, and memory for one block instead of L.
 
     Returns:
         float32 [B, T, V]. Under `jit`, where ids cannot be looked at, one outside the vocabulary
@@ -152,15 +167,20 @@ def forward(
             f"{checked.shape[1]} ids a row exceed context_length={cfg.context_length}: give at "
             f"most the last {cfg.context_length}, as ids[:, -{cfg.context_length}:]"
         )
-    return _forward(cfg, check_dtype(dtype), params, checked, dropout_key)
+    return _forward(cfg, check_dtype(dtype), remat, params, checked, dropout_key)
 
 
-@partial(jax.jit, static_argnums=(0, 1))
+@partial(jax.jit, static_argnums=(0, 1, 2))
 def _forward(
-    cfg: GPTConfig, dtype: Any, params: Params, ids: jax.Array, dropout_key: jax.Array | None
+    cfg: GPTConfig,
+    dtype: Any,
+    remat: bool,
+    params: Params,
+    ids: jax.Array,
+    dropout_key: jax.Array | None,
 ) -> jax.Array:
     rngs = None if dropout_key is None else {"dropout": dropout_key}
-    model: Any = GPT(cfg, dtype)
+    model: Any = GPT(cfg, dtype, remat)
     return model.apply({"params": params}, ids, deterministic=dropout_key is None, rngs=rngs)
 
 
