@@ -9,7 +9,7 @@ import functools
 import importlib.resources
 import itertools
 import operator
-from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -268,27 +268,27 @@ def load_tokenizer(name: str = "gpt2") -> BPETokenizer:
     Raises:
         ValueError: there is no such tokenizer; names those there are.
     """
-    if name not in _SHIPPED:
-        near = difflib.get_close_matches(str(name).lower(), _SHIPPED, n=1, cutoff=0.5)
+    if name not in TOKENIZER_NAMES:
+        near = difflib.get_close_matches(str(name).lower(), TOKENIZER_NAMES, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ValueError(
-            f"unknown tokenizer {name!r}; {hint}flaxgpt ships {', '.join(map(repr, _SHIPPED))}, "
-            "and read_tokenizer reads one from a model's folder"
+            f"unknown tokenizer {name!r}; {hint}flaxgpt ships "
+            f"{', '.join(map(repr, TOKENIZER_NAMES))}, and read_tokenizer reads one from a model's "
+            "folder"
         )
-    return _SHIPPED[name]()
+    return _shipped(name)
 
 
 @functools.cache
-def _gpt2() -> BPETokenizer:
+def _shipped(name: str) -> BPETokenizer:
     # tiktoken's own loader would copy the file to a temporary folder and trust that copy later.
-    lines = (importlib.resources.files("flaxgpt") / "vocab" / "gpt2.tiktoken").read_bytes()
-    pairs = (line.split() for line in lines.splitlines())
+    file = importlib.resources.files("flaxgpt") / "vocab" / f"{name}.tiktoken"
+    pairs = (line.split() for line in file.read_bytes().splitlines())
     ranks = {base64.b64decode(token): int(rank) for token, rank in pairs}
     return BPETokenizer(GPT2_PATTERN, ranks, {"<|endoftext|>": len(ranks)})
 
 
-_SHIPPED: dict[str, Callable[[], BPETokenizer]] = {"gpt2": _gpt2}
-TOKENIZER_NAMES = tuple(_SHIPPED)
+TOKENIZER_NAMES = ("gpt2", "tales")
 
 
 def _checked_request(

@@ -34,13 +34,27 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     Raises:
         ValueError: `tokenizer` is neither a `BPETokenizer` nor a `CharTokenizer`.
     """
-    recipe = _recipe(tokenizer)
-    for name in TOKENIZER_NAMES:
-        if recipe == _recipe(load_tokenizer(name)):
-            recipe = {"kind": name}
+    recipe = tokenizer_recipe(tokenizer)
     path = Path(folder) / FILE_NAME
     path.parent.mkdir(parents=True, exist_ok=True)
     write_file_atomically(path, (json.dumps(recipe) + "\n").encode("utf-8"))
+
+
+def tokenizer_recipe(tokenizer: Tokenizer) -> dict[str, Any]:
+    """What `save_tokenizer` writes of a tokenizer: a JSON object that defines it.
+
+    Returns:
+        Under "kind" the name of a tokenizer that ships with flaxgpt, else "characters" or "bpe",
+        with the whole vocabulary beside it.
+
+    Raises:
+        ValueError: `tokenizer` is neither a `BPETokenizer` nor a `CharTokenizer`.
+    """
+    recipe = _whole_recipe(tokenizer)
+    for name in TOKENIZER_NAMES:
+        if recipe == _whole_recipe(load_tokenizer(name)):
+            return {"kind": name}
+    return recipe
 
 
 def read_tokenizer(folder: Path) -> Tokenizer | None:
@@ -269,7 +283,7 @@ def _from_tokenizer_json(
     return _entry(model, "vocab", dict), merges, added
 
 
-def _recipe(tokenizer: Tokenizer) -> dict[str, Any]:
+def _whole_recipe(tokenizer: Tokenizer) -> dict[str, Any]:
     if isinstance(tokenizer, CharTokenizer):
         return {"kind": "characters", "characters": tokenizer.characters}
     if isinstance(tokenizer, BPETokenizer):

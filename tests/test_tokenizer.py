@@ -111,7 +111,7 @@ class TestGPT2:
 
         monkeypatch.setattr(socket, "socket", refuse)
         monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
-        fresh = flaxgpt.tokenizer._gpt2.__wrapped__()
+        fresh = flaxgpt.tokenizer._shipped.__wrapped__("gpt2")
         assert fresh.encode("Hello, I am") == [15496, 11, 314, 716]
         assert list(tmp_path.iterdir()) == []
 
@@ -807,7 +807,7 @@ class TestSavedTokenizers:
     @pytest.mark.parametrize(
         ("recipe", "message"),
         [
-            ({"kind": "words"}, "kind is 'words'; expected one of 'gpt2', 'characters', 'bpe'"),
+            ({"kind": "words"}, "kind is 'words'; expected one of 'gpt2', 'tales', 'charac"),
             ({}, "kind is None"),
             ({"kind": "characters"}, "'characters' is 'None'; expected str"),
             ({"kind": "characters", "characters": "aa"}, "'a' is at positions 0 and 1"),
