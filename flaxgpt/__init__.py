@@ -4,6 +4,7 @@ from flaxgpt.cache import KVCache, init_cache
 from flaxgpt.config import GPTConfig
 from flaxgpt.generation import generate, stream
 from flaxgpt.model import GPT, extend, forward, init
+from flaxgpt.scoring import score
 from flaxgpt.text import generate_text
 from flaxgpt.tokenizer import load_tokenizer
 from flaxgpt.weights import book_params, load, save
@@ -19,6 +20,7 @@ __all__ = [  # in the order in which data flows
     "load_tokenizer",
     "GPT",
     "forward",
+    "score",
     "KVCache",
     "init_cache",
     "extend",
