@@ -26,7 +26,7 @@ from flaxgpt.weights.reading import LAYOUTS, read_params
 from flaxgpt.weights.table import export
 from flaxgpt.weights.tensors import INDEX, SINGLE, shards
 
-__all__ = ["book_params", "load", "save"]
+__all__ = ["book_params", "load", "read_config", "save"]
 
 _GPT2_VOCABULARY = 50257
 _PICKLES = (".pth", ".pt", ".bin", ".ckpt")
@@ -59,9 +59,10 @@ def load(
     Args:
         source: a folder in Hugging Face's layout or the book's, with a `config.json` and either one
             `model.safetensors` or several and their index; a `.safetensors` file beside a
-            `config.json`; else a model on the Hugging Face hub, such as `gpt2` or
-            `openai-community/gpt2-medium`, which is downloaded unless its cache has it. `book` is
-            the book's untrained 124M model (a folder of that name is `./book`).
+            `config.json`; the folder of a training run, for its best model; else a model on the
+            Hugging Face hub, such as `gpt2` or `openai-community/gpt2-medium`, which is downloaded
+            unless its cache has it. `book` is the book's untrained 124M model (a folder of that
+            name is `./book`).
         progress: called with (parameters read, parameters in all) as they come.
 
     Returns:
@@ -135,12 +136,31 @@ def save(
             raise OSError(f"the weights could not be written to {folder}: {error}") from error
 
 
+def read_config(source: str | os.PathLike[str]) -> GPTConfig:
+    """Returns the configuration of a model, without its weights.
+
+    Args:
+        source: as for `load`.
+
+    Raises:
+        FileNotFoundError, PermissionError, ConnectionError, ValueError: as `load`.
+    """
+    if source == "book":
+        return GPTConfig.preset("book-124M")
+    path = _locate(source)
+    return _read_config(path if path.is_dir() else path.parent)
+
+
 def _locate(source: str | os.PathLike[str]) -> Path:
     """Returns the path that is meant, of a folder or a file that is there."""
     name = os.fspath(source)
     path = Path(name).expanduser()
     if name and path.exists():
-        return path
+        if not (path / "checkpoints").is_dir():
+            return path
+        if not (path / "model").is_dir():
+            raise FileNotFoundError(f"the training run in {path} has saved no model yet")
+        return path / "model"
     is_id = isinstance(source, str) and _HUB_ID.fullmatch(name) is not None
     if name.startswith("book-"):
         raise FileNotFoundError(

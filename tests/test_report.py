@@ -1,0 +1,426 @@
+"""What a training run tells: on standard error, in a terminal, and in the files of its folder."""
+
+import errno
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib.colors
+import matplotlib.image
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+import flaxgpt
+from flaxgpt.training import journal
+from flaxgpt.training.curves import draw_loss
+from flaxgpt.training.journal import cut_back, metrics_line, read_metrics, sample_block, visible
+from flaxgpt.training.report import Report
+
+NASTY = "[red]ROMEO:[/red] :smile:\n\x1b[2J\x07\r\x9b0m\u202eback\ttab \N{GRINNING FACE}"
+
+
+def plain() -> Console:
+    return Console(file=io.StringIO())
+
+
+def terminal(monkeypatch: pytest.MonkeyPatch) -> Console:
+    monkeypatch.setenv("TERM", "xterm-256color")
+    return Console(file=io.StringIO(), force_terminal=True, width=100)
+
+
+def shown(console: Console) -> str:
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def train(report: Report, *steps: int, loss: float = 2.0) -> None:
+    for step in steps:
+        report.training(step, loss, 9.8e-4, 1.25, tokens=2048, seconds=0.5)
+
+
+def steps_in(folder: Path) -> list[int]:
+    return [record["step"] for record in read_metrics(folder / "metrics.jsonl")]
+
+
+def test_without_a_terminal_every_call_is_a_line(tmp_path: Path) -> None:
+    console = plain()
+    with Report(tmp_path, 2000, console=console) as report:
+        report.training(200, 2.47123, 9.8e-4, 1.25, tokens=46_824, seconds=2.0)
+        report.validation(200, 1.93121, best=True)
+        report.sample(200, "To be,\nor not")
+        report.saved(200)
+        report.training(400, 2.3, 1e-3, 1.25, tokens=46_824, seconds=2.0)
+        report.validation(400, 2.0, best=False)
+        report.note("done")
+    assert shown(console).splitlines() == [
+        "step 200/2000  loss 2.4712  lr 9.8e-04  23,412 tokens/s  0:18 left",
+        "step 200/2000  validation 1.9312 (best)",
+        "step 200/2000  sample",
+        "  To be,",
+        "  or not",
+        "step 200/2000  checkpoint saved",
+        "step 400/2000  loss 2.3000  lr 1.0e-03  23,412 tokens/s  0:16 left",
+        "step 400/2000  validation 2.0000",
+        "done",
+    ]
+
+
+def test_long_lines_are_not_broken_where_there_is_no_terminal(tmp_path: Path) -> None:
+    console = plain()
+    with Report(tmp_path, 10, console=console) as report:
+        report.sample(5, "word " * 100 + "end")
+    assert len(shown(console).splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("steps", "seconds", "left"), [(1, 1, "1:39"), (10, 400, "1:00:00"), (50, 0.4, "0:00")]
+)
+def test_time_left_is_told_in_hours_minutes_and_seconds(
+    tmp_path: Path, steps: int, seconds: float, left: str
+) -> None:
+    console = plain()
+    with Report(tmp_path, 100, console=console) as report:
+        report.training(steps, 2.0, 1e-3, 1.0, tokens=1, seconds=seconds)
+    assert shown(console).endswith(f"  {left} left\n")
+
+
+def test_time_left_follows_a_change_of_pace_but_not_a_single_slow_report(tmp_path: Path) -> None:
+    console = plain()
+    with Report(tmp_path, 1100, console=console) as report:
+        for step, seconds in [*((i, 1.0) for i in range(1, 51)), (51, 4.0)]:
+            report.training(step, 2.0, 1e-3, 1.0, tokens=1, seconds=seconds)
+        for step in range(52, 102):
+            report.training(step, 2.0, 1e-3, 1.0, tokens=1, seconds=4.0)
+    clocks = re.findall(r"(?:(\d+):)?(\d+):(\d+) left", shown(console))
+    left = [int(h or 0) * 3600 + int(m) * 60 + int(s) for h, m, s in clocks]
+    assert left[49] == 1050
+    assert left[50] < 1.5 * left[49]
+    assert left[100] == pytest.approx(4 * 999, rel=0.01)
+
+
+def test_a_resumed_run_reckons_only_with_its_own_steps(tmp_path: Path) -> None:
+    console = plain()
+    with Report(tmp_path, 100, start_step=80, console=console) as report:
+        report.training(90, 2.0, 1e-3, 1.0, tokens=1, seconds=10.0)
+    assert "step 90/100 " in shown(console)
+    assert shown(console).endswith("  0:10 left\n")
+
+
+def test_progress_goes_to_standard_error_and_nothing_to_standard_output(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Report(tmp_path, 10) as report:
+        train(report, 5)
+        report.validation(5, 2.0, best=True)
+        report.sample(5, "text")
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("step 5/10  loss 2.0000")
+
+
+def test_on_a_terminal_a_bar_moves_and_other_lines_stay_above_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    console = terminal(monkeypatch)
+    with Report(tmp_path, 10, console=console) as report:
+        report.note("starting")
+        assert "step 0/10 " in shown(console)
+        assert "compiling" in shown(console)
+        train(report, 5)
+        report.sample(5, "To be")
+        train(report, 10)
+    scrolled, bar = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", shown(console)).rsplit("step 10/10 ", 1)
+    assert re.search(r"^━+ loss 2.0000  lr 9.8e-04  4,096 tokens/s  0:00 left\s*$", bar)
+    assert scrolled.index("starting") < scrolled.index("sample") < scrolled.index("  To be")
+
+
+def test_the_cursor_stays_visible_so_that_a_killed_run_leaves_a_sound_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    console = terminal(monkeypatch)
+    with Report(tmp_path, 10, console=console):
+        assert shown(console).rfind("\x1b[?25h") > shown(console).rfind("\x1b[?25l")
+
+
+def test_what_the_caller_prints_into_a_file_stays_out_of_the_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    console = terminal(monkeypatch)
+    with Report(tmp_path, 10, console=console):
+        print("result")
+    assert capsys.readouterr().out == "result\n"
+    assert "result" not in shown(console)
+
+
+def test_a_dumb_terminal_gets_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "dumb")
+    console = Console(file=io.StringIO(), force_terminal=True)
+    with Report(tmp_path, 10, console=console) as report:
+        train(report, 5)
+    assert shown(console) == "step 5/10  loss 2.0000  lr 9.8e-04  4,096 tokens/s  0:00 left\n"
+
+
+@pytest.mark.parametrize("kind", ["plain", "terminal"])
+def test_a_sample_is_shown_as_it_is_and_cannot_command_the_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    console = plain() if kind == "plain" else terminal(monkeypatch)
+    with Report(tmp_path, 10, console=console) as report:
+        report.sample(5, NASTY)
+    output = shown(console)
+    assert "[red]ROMEO:[/red] :smile:" in output
+    assert r"\x1b[2J\x07\r\x9b0m\u202eback" in output
+    assert "\N{GRINNING FACE}" in output
+    assert not re.search("\x1b\\[2J|[\x07\x9b\u202e]", output)
+    assert not re.search("[\x1b\x07\x9b\u202e]", (tmp_path / "samples.txt").read_text())
+
+
+def test_visible_text_has_no_control_characters_and_can_be_written() -> None:
+    everything = visible("".join(map(chr, range(0x10000))))
+    everything.encode()
+    controls = "[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]"
+    assert not re.search(controls, everything)
+
+
+@pytest.mark.parametrize(
+    "text", ["plain\n\ttext", "déjà vu 你好", "family: \U0001f468\u200d\U0001f467"]
+)
+def test_visible_text_is_otherwise_untouched(text: str) -> None:
+    assert visible(text) == text
+
+
+def test_lines_that_end_as_on_windows_end_without_a_spelled_out_return() -> None:
+    assert visible("one\r\ntwo\rthree") == "one\ntwo\\rthree"
+
+
+def test_samples_stand_beneath_headings_of_their_steps(tmp_path: Path) -> None:
+    with Report(tmp_path, 20, console=plain()) as report:
+        report.sample(5, "To be,\n\nor not")
+        report.sample(10, "step 3")
+    written = (tmp_path / "samples.txt").read_text()
+    assert written == "step 5\n  To be,\n\n  or not\n\nstep 10\n  step 3\n\n"
+
+
+def test_metrics_are_one_json_object_a_line_there_at_once(tmp_path: Path) -> None:
+    with Report(tmp_path, 20, console=plain()) as report:
+        report.training(5, 2.5, 1e-3, 1.25, tokens=100, seconds=0.5)
+        lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+        assert json.loads(lines[0]) == {
+            "step": 5,
+            "loss": 2.5,
+            "learning_rate": 1e-3,
+            "grad_norm": 1.25,
+            "tokens_per_s": 200.0,
+            "seconds": 0.5,
+        }
+        report.validation(5, 2.25, best=True)
+        lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+        assert json.loads(lines[1]) == {"step": 5, "validation_loss": 2.25, "best": True}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_what_json_cannot_say_becomes_null_and_the_line_says_it(
+    tmp_path: Path, value: float
+) -> None:
+    console = plain()
+    with Report(tmp_path, 20, console=console) as report:
+        train(report, 5, loss=value)
+        report.validation(5, value, best=False)
+    first, second = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert '"loss": null' in first
+    assert '"validation_loss": null' in second
+    assert f"loss {value}" in shown(console)
+
+
+def test_on_resuming_what_was_told_after_the_checkpoint_is_dropped(tmp_path: Path) -> None:
+    with Report(tmp_path, 40, console=plain()) as report:
+        for step in (10, 20, 30):
+            train(report, step)
+            report.validation(step, 2.0, best=True)
+            report.sample(step, f"step {step + 100}")
+    with Report(tmp_path, 40, start_step=20, console=plain()) as report:
+        assert steps_in(tmp_path) == [10, 10, 20, 20]
+        train(report, 30, 40)
+        report.sample(30, "anew")
+    assert steps_in(tmp_path) == [10, 10, 20, 20, 30, 40]
+    headings = re.findall(r"^step \d+", (tmp_path / "samples.txt").read_text(), re.MULTILINE)
+    assert headings == ["step 10", "step 20", "step 30"]
+
+
+def test_a_run_that_begins_anew_drops_all_of_the_one_before(tmp_path: Path) -> None:
+    with Report(tmp_path, 40, console=plain()) as report:
+        report.validation(0, 4.0, best=True)
+        report.sample(0, "old")
+        train(report, 10)
+    with Report(tmp_path, 40, console=plain()) as report:
+        report.validation(0, 4.0, best=True)
+    assert steps_in(tmp_path) == [0]
+    assert (tmp_path / "samples.txt").read_text() == ""
+
+
+@given(data=st.data())
+def test_a_run_killed_anywhere_in_a_line_resumes_with_whole_lines_up_to_its_checkpoint(
+    data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("run")
+    steps = data.draw(st.lists(st.integers(1, 9), max_size=6).map(sorted))
+    lines = [metrics_line({"step": step, "loss": 2.0}) for step in steps]
+    written = "".join(lines)
+    killed_at = data.draw(st.integers(0, len(written)))
+    (folder / "metrics.jsonl").write_text(written[:killed_at])
+    resumed = data.draw(st.integers(1, 9))
+    cut_back(folder / "metrics.jsonl", folder / "samples.txt", resumed)
+    whole = steps[: written[:killed_at].count("\n")]
+    assert steps_in(folder) == [step for step in whole if step <= resumed]
+
+
+def test_a_half_written_sample_of_a_killed_run_is_dropped(tmp_path: Path) -> None:
+    whole = sample_block(10, "To be")
+    (tmp_path / "samples.txt").write_text(whole + "step 1")
+    cut_back(tmp_path / "metrics.jsonl", tmp_path / "samples.txt", 10)
+    assert (tmp_path / "samples.txt").read_text() == whole
+
+
+def test_a_file_with_nothing_to_drop_is_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Report(tmp_path, 40, console=plain()) as report:
+        train(report, 10)
+    monkeypatch.delattr(journal, "write_file_atomically")
+    with Report(tmp_path, 40, start_step=10, console=plain()):
+        assert steps_in(tmp_path) == [10]
+
+
+@pytest.mark.parametrize("line", ["nonsense", "[1]", '{"loss": 2.0}', '{"step": "3"}', "3", ""])
+def test_a_broken_line_of_metrics_is_refused_by_its_number(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f'{{"step": 1}}\n{line}\n{{"step": 2}}\n')
+    message = re.escape(f"{path}, line 2: {line!r} is not a JSON object with a step")
+    with pytest.raises(ValueError, match=message), Report(tmp_path, 9, 5, plain()):
+        pass
+    assert len(path.read_text().splitlines()) == 3
+
+
+def picture(data: bytes) -> np.ndarray:
+    assert data.startswith(b"\x89PNG\r\n\x1a\n")
+    return matplotlib.image.imread(io.BytesIO(data), format="png")[..., :3]
+
+
+def has_colour(image: np.ndarray, name: str) -> bool:
+    return bool((np.abs(image - matplotlib.colors.to_rgb(name)).max(axis=-1) < 0.01).any())
+
+
+def test_each_validation_draws_the_loss_anew(tmp_path: Path) -> None:
+    with Report(tmp_path, 100, console=plain()) as report:
+        train(report, *range(1, 50))
+        assert not (tmp_path / "loss.png").exists()
+        report.validation(50, 2.0, best=True)
+        first = picture((tmp_path / "loss.png").read_bytes())
+        report.validation(100, 1.5, best=True)
+    second = picture((tmp_path / "loss.png").read_bytes())
+    assert first.shape == second.shape == (750, 1200, 3)
+    assert (first != second).any()
+    for colour in ("tab:blue", "tab:orange", "tab:red"):
+        assert has_colour(first, colour)
+    assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl", "loss.png"}
+
+
+def test_the_best_validation_is_marked() -> None:
+    records = [{"step": step, "validation_loss": abs(step - 30)} for step in range(0, 101, 10)]
+    red = np.array(matplotlib.colors.to_rgb("tab:red"))
+    reds = np.argwhere(np.abs(picture(draw_loss(records)) - red).max(axis=-1) < 0.01)
+    row, column = reds[reds[:, 0].argmax()]  # the lowest; the legend has another further up
+    assert row > 600
+    assert 300 < column < 500
+
+
+def test_a_loss_that_is_no_number_is_a_gap() -> None:
+    training = [{"step": i, "loss": None if 40 < i < 60 else 3 - i / 50} for i in range(101)]
+    image = picture(draw_loss([*training, {"step": 50, "validation_loss": None}]))
+    assert has_colour(image[:, :550], "tab:blue")
+    assert not has_colour(image[:, 590:640], "tab:blue")
+    assert has_colour(image[:, 680:], "tab:blue")
+    assert not has_colour(image, "tab:red")
+
+
+def test_the_callers_style_does_not_show_in_the_picture() -> None:
+    records = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}]
+    with matplotlib.rc_context({"axes.facecolor": "black", "lines.linewidth": 7, "font.size": 20}):
+        styled = draw_loss(records)
+    assert styled == draw_loss(records)
+
+
+@pytest.mark.parametrize(
+    "records", [[], [{"step": 1, "loss": None}], [{"step": 1, "loss": 2.0}]], ids=str
+)
+def test_a_run_that_has_hardly_begun_can_be_drawn(records: list[dict[str, float | None]]) -> None:
+    assert picture(draw_loss(records)).shape == (750, 1200, 3)
+
+
+def test_the_callers_matplotlib_is_left_alone_and_not_loaded_before_it_is_needed() -> None:
+    program = """
+import sys
+import flaxgpt.training.report
+assert "matplotlib" not in sys.modules
+import matplotlib
+matplotlib.rcParams["lines.linewidth"] = 7
+before = dict(matplotlib.rcParams.copy())
+flaxgpt.training.report.draw_loss([{"step": 1, "loss": 2.0}, {"step": 1, "validation_loss": 2.0}])
+assert dict(matplotlib.rcParams.copy()) == before
+assert "matplotlib.pyplot" not in sys.modules
+"""
+    root = str(Path(flaxgpt.__file__).parent.parent)
+    subprocess.run(
+        [sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": root}, check=True
+    )
+
+
+def test_without_matplotlib_one_line_says_how_to_get_it_and_the_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("matplotlib", "matplotlib.figure", "matplotlib.backends.backend_agg"):
+        monkeypatch.setitem(sys.modules, name, None)
+    console = plain()
+    with Report(tmp_path, 100, console=console) as report:
+        report.validation(50, 2.0, best=True)
+        report.validation(100, 1.5, best=True)
+    lines = [line for line in shown(console).splitlines() if "validation" not in line]
+    assert len(lines) == 1
+    assert lines[0].startswith("no loss.png: drawing the loss needs matplotlib")
+    assert lines[0].endswith("pip install 'flaxgpt[train]'")
+    assert steps_in(tmp_path) == [50, 100]
+    assert not (tmp_path / "loss.png").exists()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+@pytest.mark.parametrize("name", ["metrics.jsonl", "samples.txt"])
+def test_a_full_disk_stops_the_run_with_the_name_of_the_file(tmp_path: Path, name: str) -> None:
+    with Report(tmp_path, 100, console=plain()) as report:
+        (tmp_path / name).symlink_to("/dev/full")
+        with pytest.raises(OSError, match=re.escape(str(tmp_path / name))) as raised:
+            train(report, 10)
+            report.sample(10, "text")
+    assert raised.value.errno == errno.ENOSPC
+
+
+def test_a_disk_too_full_for_the_picture_stops_the_run_and_leaves_the_last_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with Report(tmp_path, 100, console=plain()) as report:
+        report.validation(50, 2.0, best=True)
+        last = (tmp_path / "loss.png").read_bytes()
+        monkeypatch.setattr(os, "fsync", fails)
+        with pytest.raises(OSError, match=r"No space left.*/loss\.png'$"):
+            report.validation(100, 1.5, best=True)
+    assert (tmp_path / "loss.png").read_bytes() == last
+    assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl", "loss.png"}

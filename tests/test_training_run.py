@@ -1,0 +1,370 @@
+"""A whole run: what it leaves behind, how it goes on, and what it refuses."""
+
+import dataclasses
+import io
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from rich.console import Console
+
+import flaxgpt
+import golden
+from flaxgpt import GPTConfig
+from flaxgpt.training import DivergedError, TrainConfig, read_run, train
+from flaxgpt.training.journal import read_metrics
+
+VERDICT = golden.DATA / "verdict" / "the-verdict.txt"
+CFG = GPTConfig(vocab_size=62, context_length=16, emb_dim=16, n_heads=2, n_layers=1, drop_rate=0.1)
+RECIPE = TrainConfig(
+    data=(str(VERDICT),),
+    tokenizer="characters",
+    steps=40,
+    batch_size=4,
+    learning_rate=1e-2,
+    warmup_steps=5,
+    steps_per_call=4,
+    log_every=2,
+    eval_every=20,
+    eval_windows=8,
+    save_every=10,
+    sample_every=20,
+    sample_tokens=8,
+)
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(flaxgpt.__file__).parent.parent)}
+
+
+def run(out, cfg=CFG, **changes):
+    """Trains in this process; returns the outcome and what a person saw."""
+    seen = io.StringIO()
+    recipe = dataclasses.replace(RECIPE, **changes)
+    outcome = train(cfg, recipe, out, console=Console(file=seen, width=200))
+    return outcome, seen.getvalue()
+
+
+def leaves(outcome):
+    state = outcome.state
+    kept = (state.params, state.opt_state, state.step, jax.random.key_data(state.key))
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(kept)]
+
+
+def assert_the_same(one, other):
+    for a, b in zip(leaves(one), leaves(other), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """A run that nothing disturbed."""
+    out = tmp_path_factory.mktemp("runs") / "done"
+    outcome, seen = run(out)
+    return out, outcome, seen
+
+
+def test_a_run_leaves_all_that_describes_it(done):
+    out, _, _ = done
+    assert {path.name for path in out.iterdir() if path.name != ".lock"} == {
+        "config.json",
+        "flaxgpt_tokenizer.json",
+        "data",
+        "checkpoints",
+        "metrics.jsonl",
+        "loss.png",
+        "samples.txt",
+        "model",
+    }
+    assert read_run(out) == (CFG, RECIPE)
+    header = json.loads((out / "config.json").read_text())
+    assert header["training"]["learning_rate"] == 1e-2
+    assert header["model"]["emb_dim"] == 16
+
+
+def test_a_run_tells_of_itself(done):
+    out, outcome, seen = done
+    metrics = read_metrics(out / "metrics.jsonl")
+    assert [m["step"] for m in metrics if "loss" in m] == list(range(2, 41, 2))
+    assert [m["step"] for m in metrics if "validation_loss" in m] == [20, 40]
+    assert "step 20/40  loss" in seen
+    assert "step 40/40  validation" in seen
+    assert "step 20/40  sample" in (out / "samples.txt").read_text() + seen
+    assert outcome.validation_loss == min(m.get("validation_loss", 9) for m in metrics)
+    first, last = metrics[0]["loss"], outcome.validation_loss
+    assert last < first - 0.5  # characters are far from equally likely
+
+
+def test_the_model_of_a_run_loads_and_speaks(done):
+    out, outcome, _ = done
+    cfg, params, tokenizer = flaxgpt.load(out)
+    assert (cfg, outcome.best_step) == (CFG, 40)
+    jax.tree.map(np.testing.assert_array_equal, params, outcome.state.params)
+    text = VERDICT.read_text(encoding="utf-8")
+    assert tokenizer.characters == "".join(sorted(set(text)))
+    assert len(flaxgpt.generate_text(cfg, params, tokenizer, ["I had"], 5)[0]) == 5
+
+
+def test_the_text_is_split_by_characters(done):
+    out, _, _ = done
+    text = VERDICT.read_text(encoding="utf-8")
+    tokenizer = flaxgpt.load(out)[2]
+    train_ids, val_ids = (
+        flaxgpt.data.read_ids(out / "data" / f"{name}.ids").ids for name in ("train", "val")
+    )
+    assert tokenizer.decode(train_ids) == text[: int(0.9 * len(text))]
+    assert tokenizer.decode(val_ids) == text[int(0.9 * len(text)) :]
+
+
+def test_a_run_is_the_same_each_time(done, tmp_path):
+    assert_the_same(run(tmp_path / "again")[0], done[1])
+
+
+def test_a_run_stopped_by_ctrl_c_ends_as_if_it_had_not_been(done, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    told = flaxgpt.training.report.Report.training
+
+    def press(self, step, *others):
+        told(self, step, *others)
+        if step == 14:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(flaxgpt.training.report.Report, "training", press)
+    # A shell's background job ignores Ctrl-C, and so would this test in it.
+    monkeypatch.setattr(signal, "getsignal", lambda number: signal.default_int_handler)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run(out)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert [path.name for path in (out / "checkpoints").iterdir() if int(path.name) > 10] == ["16"]
+    outcome, _ = run(out, init_from=str(out))
+    assert_the_same(outcome, done[1])
+    steps = [m["step"] for m in read_metrics(out / "metrics.jsonl") if "loss" in m]
+    assert steps == list(range(2, 41, 2))
+    assert read_run(out)[1].init_from == "scratch"
+
+
+KILLED = """
+import sys, pathlib
+from flaxgpt.training import read_run, train
+import dataclasses
+cfg, recipe = read_run(pathlib.Path(sys.argv[1]))
+train(cfg, dataclasses.replace(recipe, init_from=sys.argv[1]), sys.argv[1])
+"""
+
+
+def killed_at_random(out, rounds, seed, longest):
+    """Goes on with a run in processes that are killed; returns how many lived to be."""
+    chance = random.Random(seed)
+    ended = 0
+    for _ in range(rounds):
+        process = subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", KILLED, str(out)],
+            env=ENVIRONMENT,
+            stderr=subprocess.PIPE,
+        )
+        # From when it begins to train: importing is not what is tested.
+        assert process.stderr is not None
+        for line in process.stderr:
+            if b"compiled" in line or b"saved" in line:
+                break
+        time.sleep(chance.uniform(0, longest))
+        process.send_signal(signal.SIGKILL)
+        ended += process.wait() != -signal.SIGKILL
+        process.stderr.close()
+    return ended
+
+
+def begun(out, **changes):
+    """Makes the folder of a run that has not done a step."""
+    from flaxgpt.training.run import prepare
+
+    prepare(CFG, dataclasses.replace(RECIPE, **changes), out, lambda line: None)
+    return out
+
+
+def test_a_run_killed_twice_ends_with_the_same_bits(done, tmp_path):
+    out = begun(tmp_path / "run")
+    killed_at_random(out, 2, seed=1, longest=0.3)
+    outcome, _ = run(out, init_from=str(out))
+    assert_the_same(outcome, done[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.filterwarnings("ignore:removing")
+def test_a_run_killed_time_and_again_ends_with_the_same_bits(tmp_path, seed):
+    changes = {"steps": 1000, "save_every": 7, "eval_every": 50, "seed": seed}
+    whole, _ = run(tmp_path / "whole", **changes)
+    out = begun(tmp_path / "run", **changes)
+    assert killed_at_random(out, 8, seed, longest=1.5) < 8
+    outcome, _ = run(out, init_from=str(out), **changes)
+    assert_the_same(outcome, whole)
+
+
+def test_a_complete_run_can_be_made_longer(tmp_path):
+    out = tmp_path / "run"
+    run(out, steps=20)
+    outcome, _ = run(out, steps=24, init_from=str(out))
+    assert int(outcome.state.step) == 24
+    assert read_run(out)[1].steps == 24
+
+
+def test_fine_tuning_starts_from_a_saved_model(done, tmp_path):
+    out, trained, _ = done
+    cfg = dataclasses.replace(CFG, drop_rate=0.0)
+    outcome, _ = run(
+        tmp_path / "tuned",
+        cfg,
+        init_from=str(out / "model"),
+        tokenizer="",
+        steps=1,
+        warmup_steps=0,
+        learning_rate=1e-9,
+        min_learning_rate=0.0,
+    )
+    assert abs(outcome.validation_loss - trained.validation_loss) < 1e-4
+    with pytest.raises(ValueError, match=r"has another architecture: emb_dim=32 \(was 16\)"):
+        run(tmp_path / "x", dataclasses.replace(CFG, emb_dim=32), init_from=str(out / "model"))
+    assert not (tmp_path / "x").exists()
+
+
+def test_without_validation_the_last_model_is_kept(tmp_path):
+    outcome, seen = run(tmp_path / "run", val_fraction=0.0, steps=20, sample_every=0)
+    assert outcome.validation_loss is None and outcome.best_step is None
+    assert "  validation" not in seen
+    _, params, _ = flaxgpt.load(tmp_path / "run")
+    jax.tree.map(np.testing.assert_array_equal, params, outcome.state.params)
+
+
+def test_a_loss_that_is_no_number_stops_the_run_before_it_is_saved(tmp_path):
+    out = tmp_path / "run"
+    with pytest.raises(
+        DivergedError,
+        match=r"step 2[1-9] has loss .*; the last checkpoint is of 20\. Try a lower learning_rate",
+    ):
+        begun(out)
+        run(out, init_from=str(out), steps=20)
+        changes = {"learning_rate": 1e30, "min_learning_rate": 1e30, "grad_clip": 0.0}
+        run(out, init_from=str(out), warmup_steps=1, **changes)
+    assert {path.name for path in (out / "checkpoints").iterdir()} == {"10", "20"}
+
+
+def test_a_folder_in_use_is_refused_and_left_alone(done, tmp_path):
+    out, _, _ = done
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    with pytest.raises(ValueError, match=rf"{out} is in use.*--init-from {out} goes on with it"):
+        run(out)
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="is in use, and nothing in it is overwritten: give a new"):
+        run(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_run_goes_on_only_as_what_it_was(done):
+    out, _, _ = done
+    with pytest.raises(
+        ValueError, match=r"cannot go on with emb_dim=32 \(was 16\), batch_size=8 \(was 4\)"
+    ):
+        run(out, dataclasses.replace(CFG, emb_dim=32), batch_size=8, init_from=str(out))
+
+
+def test_a_run_refuses_another_text(done, tmp_path):
+    other = tmp_path / "other.txt"
+    other.write_text(VERDICT.read_text(encoding="utf-8").replace("I", "i"), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"the text has changed since the run in .* began"):
+        run(done[0], data=(str(other),), init_from=str(done[0]))
+
+
+def test_a_run_goes_on_without_the_text_it_has_tokenized(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_bytes(VERDICT.read_bytes())
+    out = tmp_path / "run"
+    run(out, steps=10, data=(str(text),))
+    text.unlink()
+    outcome, seen = run(out, steps=20, data=(str(text),), init_from=str(out))
+    assert "text.txt is no longer there" in seen
+    assert int(outcome.state.step) == 20
+
+
+def test_two_processes_do_not_train_in_one_folder(tmp_path):
+    from flaxgpt.training.run import sole
+
+    out = begun(tmp_path / "run")
+    with sole(out), pytest.raises(ValueError, match="another process is training in"):
+        run(out, init_from=str(out))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data": ()}, "data is empty: give at least one file"),
+        ({"data": ("nowhere.txt",)}, "nowhere.txt does not exist"),
+        ({"batch_size": 5000}, "batch_size=5000 exceeds the data: 18431 ids are 1151 windows"),
+        ({"tokenizer": "gpt2"}, "the tokenizer has 50257 ids and the model vocab_size=62"),
+        ({"tokenizer": "nowhere"}, "tokenizer='nowhere' must be one of gpt2, tales, characters"),
+        ({"init_from": "no/where"}, "there is no file or folder 'no/where'"),
+        ({"val_fraction": 0.0005}, "the validation text is too short"),
+    ],
+)
+def test_bad_input_is_found_before_anything_is_made(tmp_path, changes, message):
+    with pytest.raises((ValueError, OSError), match=message):
+        run(tmp_path / "run", **changes)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty; give a file that holds text"),
+        (b"tiny", "ids do not fill one window: a context of 16 takes 17"),
+        (b"good \xff bad" * 30, "is not UTF-8: byte 0xff at position 5"),
+    ],
+)
+def test_bad_text_is_found_before_anything_is_made(tmp_path, content, message):
+    text = tmp_path / "text.txt"
+    text.write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path / "run", data=(str(text),))
+    assert not (tmp_path / "run").exists()
+
+
+def test_bytes_that_are_not_utf8_can_be_replaced(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_bytes(b"good \xff bad" * 30)
+    run(tmp_path / "run", data=(str(text),), errors="replace", steps=2, warmup_steps=0)
+    assert "\ufffd" in flaxgpt.load(tmp_path / "run")[2].characters
+
+
+def test_a_full_disk_stops_the_run_and_leaves_earlier_checkpoints(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("only root may mount the small file system that this needs")
+    try:
+        out = disk / "run"
+        run(out, steps=20, sample_every=0)
+        free = os.statvfs(disk)
+        (disk / "filler").write_bytes(b"x" * (free.f_bavail * free.f_frsize - 100_000))
+        with pytest.raises(OSError, match="free some space"):
+            run(out, init_from=str(out), sample_every=0)
+        (disk / "filler").unlink()
+        outcome, _ = run(out, init_from=str(out), sample_every=0)
+        assert int(outcome.state.step) == 40
+    finally:
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)  # ids are mapped from it
+
+
+def test_a_run_in_a_process_of_many_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(ValueError, match="train runs in one process, and there are 2"):
+        run(tmp_path / "run")
