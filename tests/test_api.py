@@ -20,6 +20,7 @@ def test_the_public_names_are_in_the_order_data_flows():
         "load_tokenizer",
         "GPT",
         "forward",
+        "score",
         "KVCache",
         "init_cache",
         "extend",
@@ -40,7 +41,16 @@ def test_every_public_name_explains_itself():
 
 
 def test_the_configuration_comes_first_so_that_it_can_be_bound():
-    for name in ("init", "book_params", "forward", "init_cache", "extend", "generate", "stream"):
+    for name in (
+        "init",
+        "book_params",
+        "forward",
+        "score",
+        "init_cache",
+        "extend",
+        "generate",
+        "stream",
+    ):
         assert next(iter(inspect.signature(getattr(flaxgpt, name)).parameters)) == "cfg"
 
 

@@ -6,22 +6,16 @@ import shutil
 import signal
 import string
 import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import pytest
 
 import flaxgpt
+from command import COMMAND, ENVIRONMENT, assert_refused, run
 from flaxgpt import GPTConfig
 from flaxgpt.tokenizer import GPT2_PATTERN, BPETokenizer, CharTokenizer
 
-ENVIRONMENT = os.environ | {
-    "PYTHONPATH": str(Path(flaxgpt.__file__).parent.parent),
-    "JAX_DEFAULT_MATMUL_PRECISION": "highest",
-    "PYTHONIOENCODING": "utf-8",
-}
-COMMAND = [sys.executable, "-m", "flaxgpt"]
+GREEDY = ("--temperature", "0")
 CFG = GPTConfig(vocab_size=100, context_length=16, emb_dim=16, n_heads=2, n_layers=1)
 
 
@@ -34,40 +28,20 @@ def folder(tmp_path_factory):
     return path
 
 
-def run(*arguments, stdin=""):
-    return subprocess.run(
-        [*COMMAND, *map(str, arguments)],
-        input=stdin.encode(),
-        capture_output=True,
-        env=ENVIRONMENT,
-        timeout=120,
-        check=False,
-    )
-
-
 def expected(folder, prompt, new, **options):
     cfg, params, tokenizer = flaxgpt.load(folder)
     return flaxgpt.generate_text(cfg, params, tokenizer, [prompt], new, **options)[0]
 
 
-def assert_refused(process, message):
-    assert process.returncode == 2
-    assert process.stdout == b""
-    lines = process.stderr.decode().splitlines()
-    assert len(lines) == 1
-    assert lines[0].startswith("flaxgpt: ")
-    assert message in lines[0]
-
-
 def test_it_prints_the_prompt_and_its_continuation_and_nothing_else(folder):
-    process = run("generate", "Hello", "--model", folder, "--max-new-tokens", 6)
+    process = run("generate", "Hello", "--model", folder, "--max-new-tokens", 6, *GREEDY)
     assert process.returncode == 0
     assert process.stdout.decode() == "Hello" + expected(folder, "Hello", 6) + "\n"
     assert process.stderr == b""
 
 
 def test_the_prompt_may_come_from_standard_input(folder):
-    options = ("--model", folder, "--max-new-tokens", 6, "--no-echo")
+    options = ("--model", folder, "--max-new-tokens", 6, "--no-echo", *GREEDY)
     whole = expected(folder, "Hello\nyou", 6) + "\n"
     assert run("generate", *options, stdin="Hello\nyou\n").stdout.decode() == whole
     assert run("generate", "-", *options, stdin="Hello\nyou").stdout.decode() == whole
@@ -87,7 +61,7 @@ def test_sampling_is_that_of_the_library_row_by_row(folder):
 def test_a_stop_token_ends_the_text(folder):
     free = expected(folder, "Hello", 12)
     stop = free[3]
-    flags = ("--model", folder, "--max-new-tokens", 12, "--stop", stop, "--stop", "99")
+    flags = ("--model", folder, "--max-new-tokens", 12, "--stop", stop, "--stop", "99", *GREEDY)
     process = run("generate", *flags, "Hello")
     assert process.stdout.decode() == "Hello" + free[: free.index(stop) + 1] + "\n"
 
@@ -145,7 +119,7 @@ def test_help_of_a_command_lists_its_options():
         (["--top-p", 1.5], "top_p=1.5 must be above 0"),
         (["--top-k", 0], "top_k=0 must be a whole number"),
         (["--max-new-tokens", 0], "--max-new-tokens=0 must be a whole number"),
-        (["--n", 3], "--n 3 at --temperature 0 would print one text 3 times"),
+        ([*GREEDY, "--n", 3], "--n 3 at --temperature 0 would print one text 3 times"),
         (["--seed", -1], "--seed -1 must be from 0"),
     ],
 )
@@ -206,7 +180,7 @@ def test_progress_is_shown_on_a_terminal_and_the_results_alone_on_standard_outpu
     odd = folder.parent / "odd [/name]"
     shutil.copytree(folder, odd, dirs_exist_ok=True)
     process = subprocess.run(
-        [*COMMAND, "generate", "Hello", "--model", str(odd), "--max-new-tokens", "3"],
+        [*COMMAND, "generate", "Hello", "--model", str(odd), "--max-new-tokens", "3", *GREEDY],
         stdout=subprocess.PIPE,
         stderr=theirs,
         env=ENVIRONMENT | {"TERM": "xterm"},

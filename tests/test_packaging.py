@@ -56,8 +56,16 @@ def test_an_installed_flaxgpt_reports_the_version_of_its_source() -> None:
     assert installed == flaxgpt.__version__
 
 
-@pytest.mark.parametrize("name", ["py.typed", "vocab/gpt2.tiktoken", "vocab/LICENSE"])
-def test_types_and_vocabulary_travel_with_the_package(name: str) -> None:
+@pytest.mark.parametrize(
+    "name",
+    [
+        "py.typed",
+        "vocab/gpt2.tiktoken",
+        "vocab/LICENSE",
+        "vocab/tales.tiktoken",
+    ],
+)
+def test_types_and_vocabularies_travel_with_the_package(name: str) -> None:
     assert importlib.resources.files("flaxgpt").joinpath(name).is_file()
 
 
@@ -97,8 +105,8 @@ def test_every_dependency_is_pinned_to_a_version_it_allows(python: str) -> None:
     run, test = pins("requirements.txt", python), pins("requirements-test.txt", python)
     extras = PROJECT["optional-dependencies"]
     for pinned, dependencies in (
-        (run, PROJECT["dependencies"]),
-        (test, [*extras["test"], *extras["dev"]]),
+        (run, [*PROJECT["dependencies"], *extras["train"]]),
+        (test, [*set(extras["test"]).difference({"flaxgpt[train]"}), *extras["dev"]]),
     ):
         for dependency in map(Requirement, dependencies):
             assert pinned[canonicalize_name(dependency.name)] in dependency.specifier
@@ -109,6 +117,7 @@ def test_every_dependency_is_pinned_to_a_version_it_allows(python: str) -> None:
     ("shell", "name"),
     [
         ("sh", "scripts/flaxgpt"),
+        ("sh", "scripts/build_tales"),
         ("sh", "scripts/test"),
         ("sh", "scripts/test_matrix"),
         ("bash", ".ci/run"),

@@ -1,0 +1,172 @@
+"""The two ends of scripts/build_tales: the vocabulary before training, the package's files after.
+
+    python scripts/build_tales.py vocabulary train.txt    writes flaxgpt/vocab/tales.tiktoken
+    python scripts/build_tales.py package RUN val.txt     writes flaxgpt/models/tales
+
+The vocabulary is a byte-level BPE learned by Hugging Face's `tokenizers`, stored as tiktoken's
+ranks. The weights are rounded to bfloat16; all figures on the card are measured with them.
+"""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import json
+import lzma
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import flaxgpt
+from flaxgpt._files import write_file_atomically
+from flaxgpt.scoring import measure
+from flaxgpt.tokenizer_files import byte_level_ranks
+from flaxgpt.training import read_run
+from flaxgpt.training.journal import read_metrics
+
+PACKAGE = Path(__file__).resolve().parent.parent / "flaxgpt"
+VOCABULARY = PACKAGE / "vocab" / "tales.tiktoken"
+MODEL = PACKAGE / "models" / "tales"
+SIZE = 4096  # with <|endoftext|>
+
+CARD = """# tales
+
+{parameters:,} parameters, trained by flaxgpt alone on children's classics, to tell a story at once
+on any machine: `flaxgpt generate "Once upon a time"`.
+
+| | |
+| --- | --- |
+| architecture | GPT-2, tied: {n_layers} blocks, width {emb_dim}, {n_heads} heads |
+| context | {context_length} tokens |
+| tokenizer | byte-level BPE of {vocab_size} ids, learned from the training text |
+| data | {train_ids:,} tokens of children's classics in English, {train_bytes} of text |
+| training | {steps:,} updates of {batch_size} windows: {tokens:,} tokens, {epochs:.1f} epochs |
+| optimiser | {optimizer}, learning rate {learning_rate} |
+| time | {minutes:.0f} minutes of updates |
+| stored as | bfloat16, {size} |
+| licence | the text is in the public domain; these weights are Apache-2.0, as flaxgpt is |
+
+## How well it predicts
+
+Bits per byte of text it was not trained on (other books, {val_bytes}), with at least half a context
+before each token:
+
+| | bits per byte |
+| --- | --- |
+| gzip -9 | {gzip:.3f} |
+| xz -9 | {xz:.3f} |
+| tales | {bits:.3f} |
+
+(The compressors have seen nothing but the file itself.) Loss {loss:.4f} nats per token, perplexity
+{perplexity:.1f}.
+
+## Curve
+
+| step | tokens, millions | validation loss |
+| --- | --- | --- |
+{curve}
+
+## What it writes
+
+Temperature 0.8, seeds 0, 1 and 2, unedited:
+
+{samples}
+
+## Limits
+
+It knows the manners of old tales and little else: sentences are mostly well formed, but who is who
+and what has happened gets lost within a paragraph. It answers no questions and knows no facts. The
+books are of their time, and so are their prejudices, which the model may repeat.
+
+`scripts/build_tales` makes all of this again from the text.
+"""
+
+
+def vocabulary(text: Path) -> None:
+    """Learns the merges; ties between equally frequent pairs are broken alike each time."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # GPT-2's pattern
+    trainer = trainers.BpeTrainer(
+        vocab_size=SIZE - 1, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train([str(text)], trainer)
+    model = json.loads(tokenizer.to_str())["model"]
+    ranks = byte_level_ranks(model["vocab"], [tuple(pair) for pair in model["merges"]])
+    lines = [
+        base64.b64encode(token) + b" %d\n" % rank
+        for token, rank in sorted(ranks.items(), key=lambda item: item[1])
+    ]
+    write_file_atomically(VOCABULARY, b"".join(lines))
+    print(f"{VOCABULARY}: {len(lines)} tokens")
+
+
+def package(run: Path, val_text: Path) -> None:
+    """Writes the run's best model, in bfloat16, and its card."""
+    _, recipe = read_run(run)
+    cfg, params, tokenizer = flaxgpt.load(run)
+    assert tokenizer is not None
+    coarse = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params)
+    flaxgpt.save(MODEL, cfg, coarse, tokenizer=tokenizer)
+    params = jax.tree.map(lambda p: p.astype(jnp.float32), coarse)
+
+    ids = np.array(tokenizer.encode(val_text.read_text(encoding="utf-8")))
+    found = measure(cfg, params, ids, tokenizer=tokenizer)
+    raw = val_text.read_bytes()
+    records = read_metrics(run / "metrics.jsonl")
+    per_step = recipe.batch_size * cfg.context_length
+    curve = [
+        f"| {r['step']:,} | {r['step'] * per_step / 1e6:.2f} | {r['validation_loss']:.4f} |"
+        for r in records
+        if "validation_loss" in r
+    ]
+    samples = []
+    for seed in range(3):
+        prompt = "Once upon a time"
+        text = flaxgpt.generate_text(
+            cfg, params, tokenizer, [prompt], 150, temperature=0.8, key=jax.random.key(seed)
+        )[0]
+        samples.append("\n".join(f"> {line}".rstrip() for line in (prompt + text).split("\n")))
+    train_ids = (run / "data" / "train.ids").stat().st_size // 2
+    tokens = recipe.steps * per_step
+    card = CARD.format(
+        parameters=sum(p.size for p in jax.tree.leaves(params)),
+        train_ids=train_ids,
+        train_bytes=_megabytes(sum(Path(path).stat().st_size for path in recipe.data)),
+        tokens=tokens,
+        epochs=tokens / train_ids,
+        minutes=sum(r["seconds"] for r in records if "seconds" in r) / 60,
+        size=_megabytes((MODEL / "model.safetensors").stat().st_size),
+        val_bytes=_megabytes(len(raw)),
+        gzip=8 * len(gzip.compress(raw, 9)) / len(raw),
+        xz=8 * len(lzma.compress(raw, preset=9)) / len(raw),
+        bits=found.bits_per_byte,
+        loss=found.loss,
+        perplexity=found.perplexity,
+        curve="\n".join(curve),
+        samples="\n\n---\n\n".join(samples),
+        **cfg.to_dict(),
+        **{name: getattr(recipe, name) for name in ("steps", "batch_size", "optimizer")},
+        learning_rate=recipe.learning_rate,
+    )
+    (MODEL / "README.md").write_text(card, encoding="utf-8")
+    print(f"{MODEL}: {found.bits_per_byte:.4f} bits per byte")
+
+
+def _megabytes(n_bytes: int) -> str:
+    return f"{n_bytes / 1e6:.1f} MB"
+
+
+if __name__ == "__main__":
+    match sys.argv[1:]:
+        case ["vocabulary", text]:
+            vocabulary(Path(text))
+        case ["package", run, val_text]:
+            package(Path(run), Path(val_text))
+        case _:
+            sys.exit(__doc__)
