@@ -2,9 +2,12 @@
 
     python scripts/bench.py decode --preset gpt2 --batch 1 --prompt-length 32 --new-tokens 128
     python scripts/bench.py decode --batch 8 --against "peers/bin/python peers.py decode --batch 8"
+    python scripts/bench.py train --preset shakespeare-char --batch 12 --length 64 --steps 50
 
-Weights are random; decoding is greedy and never stops early; the tokens counted are the new ones,
-while the time includes the prompt's prefill. One call compiles and warms up and is reported apart.
+Weights and text are random. Decoding is greedy and never stops early; the tokens counted are the
+new ones, while the time includes the prompt's prefill. Training includes taking windows from a text
+of 10 million ids, whose share of the time is data_share (while the device works, so an upper bound
+of what is waited for). One call compiles and warms up and is reported apart.
 With --against, this command and the peer run in turn, each in a fresh process; the peer prints
 a JSON object with "tokens_per_s" as its last line, and the ratios are of neighbouring runs.
 """
@@ -14,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import platform
+import resource
 import shlex
 import statistics
 import subprocess
@@ -78,11 +82,87 @@ class Decode:
         return figures | {"ms_per_step": 1000 * self.batch / figures["tokens_per_s"]}
 
 
+@dataclasses.dataclass(frozen=True)
+class Train:
+    """Tokens a second of `train_steps`, fed by `data.batches`, with a preset's recipe."""
+
+    preset: Literal["shakespeare-char", "tales", "gpt2", "verdict"] = "shakespeare-char"
+    """A preset of flaxgpt train; its dtype, dropout and accumulation are replaced by those here."""
+    batch: int = 12
+    length: int = 64
+    steps: int = 10
+    """Updates a timed call."""
+    steps_per_call: int = 10
+    """Updates a jitted call; a divisor of --steps."""
+    repeats: int = 5
+    """Timed calls after the first."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    remat: bool = False
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    against: str | None = None
+    """Command of a peer, run in turn with this one."""
+    rounds: int = 5
+    """Turns, where there is a peer."""
+
+    def run(self) -> Figures:
+        """Times training in this process."""
+        import jax
+        import numpy as np
+
+        from flaxgpt.data import batches
+        from flaxgpt.training import init_state, preset, train_steps
+
+        calls, rest = divmod(self.steps, self.steps_per_call)
+        if rest:
+            raise SystemExit(f"--steps {self.steps} must be a multiple of {self.steps_per_call}")
+        cfg, recipe = preset(self.preset)
+        cfg = dataclasses.replace(cfg, context_length=max(self.length, cfg.context_length))
+        recipe = dataclasses.replace(
+            recipe,
+            batch_size=self.batch,
+            accumulate=1,
+            dtype=self.dtype,
+            remat=self.remat,
+            optimizer=self.optimizer,
+        )
+        text = np.random.default_rng(0).integers(0, cfg.vocab_size, 10_000_000, np.uint16)
+        windows = batches(text, length=self.length, batch_size=self.batch, seed=0)
+        state = init_state(cfg, recipe)
+        taken = []
+
+        def take() -> np.ndarray:
+            start = time.perf_counter()
+            chunk = np.stack([next(windows) for _ in range(self.steps_per_call)])
+            taken.append(time.perf_counter() - start)
+            return chunk
+
+        chunk = take()
+
+        def call() -> None:
+            nonlocal state, chunk
+            for _ in range(calls):
+                state, metrics = train_steps(state, chunk)
+                chunk = take()
+                losses = jax.device_get(metrics["loss"])
+            assert np.isfinite(losses).all()
+
+        tokens = self.steps * self.batch * self.length
+        figures = _timed(call, self.repeats, tokens)
+        ms = 1000 * self.batch * self.length / figures["tokens_per_s"]
+        share = statistics.median(taken) / self.steps_per_call / (ms / 1000)
+        return figures | {"ms_per_step": ms, "data_share": share, "peak_memory_mb": _peak_memory()}
+
+
+def _peak_memory() -> float:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1e6 if sys.platform == "darwin" else 1e3)  # bytes there, kB elsewhere
+
+
 def _timed(call: Callable[[], None], repeats: int, tokens: int) -> Figures:
     seconds = []
     for _ in range(1 + repeats):
         start = time.perf_counter()
-        call()  # returns Python values, so the device has finished
+        call()  # ends with values on the host, so the device has finished
         seconds.append(time.perf_counter() - start)
     first, *rest = seconds
     median = statistics.median(rest)
@@ -131,7 +211,11 @@ def _in_turn(ours: list[str], peer: str, rounds: int) -> Figures:
         "ratio": _spread(ratios),
         "flaxgpt": _spread(rates["flaxgpt"]),
         "peer": _spread(rates["peer"]) | {"command": peer},
-        "compile_s": _spread([run["compile_s"] for run in runs["flaxgpt"]]),
+        **{
+            name: _spread([run[name] for run in runs["flaxgpt"]])
+            for name in ("compile_s", "data_share", "peak_memory_mb")
+            if name in runs["flaxgpt"][0]
+        },
         "rounds": rounds,
     }
 
@@ -142,17 +226,21 @@ def _spread(values: list[float]) -> Figures:
 
 def main() -> None:
     """Parses the command line, times, and prints."""
-    tasks: dict[str, Callable[..., Decode]] = {"decode": Decode}
+    tasks: dict[str, Callable[..., Decode | Train]] = {"decode": Decode, "train": Train}
     task = tyro.extras.subcommand_cli_from_dict(tasks, description=__doc__)
+    name = type(task).__name__.lower()
     if task.against is None:
         figures = task.run()
     else:
-        alone = [sys.executable, __file__, "decode"]
-        for name, value in dataclasses.asdict(task).items():
-            if name not in ("against", "rounds"):
-                alone += [f"--{name.replace('_', '-')}", str(value)]
+        alone = [sys.executable, __file__, name]
+        for option, value in dataclasses.asdict(task).items():
+            flag = option.replace("_", "-")
+            if isinstance(value, bool):
+                alone.append(f"--{flag}" if value else f"--no-{flag}")
+            elif option not in ("against", "rounds"):
+                alone += [f"--{flag}", str(value)]
         figures = _in_turn(alone, task.against, task.rounds)
-    print(json.dumps({"task": "decode"} | dataclasses.asdict(task) | _machine() | figures))
+    print(json.dumps({"task": name} | dataclasses.asdict(task) | _machine() | figures))
 
 
 if __name__ == "__main__":
