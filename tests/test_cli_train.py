@@ -19,6 +19,7 @@ VERDICT = golden.DATA / "verdict" / "the-verdict.txt"
 SMALL = (
     *("--emb-dim", 16, "--n-heads", 2, "--n-layers", 1, "--context-length", 16),
     *("--batch-size", 4, "--warmup-steps", 2, "--steps-per-call", 5),
+    *("--sample-every", 0),
 )
 
 
