@@ -116,7 +116,9 @@ class Train:
         if rest:
             raise SystemExit(f"--steps {self.steps} must be a multiple of {self.steps_per_call}")
         cfg, recipe = preset(self.preset)
-        cfg = dataclasses.replace(cfg, context_length=max(self.length, cfg.context_length))
+        cfg = dataclasses.replace(
+            cfg, context_length=max(self.length, cfg.context_length), drop_rate=0.0
+        )
         recipe = dataclasses.replace(
             recipe,
             batch_size=self.batch,

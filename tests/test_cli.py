@@ -81,16 +81,17 @@ def test_output_is_whole_utf8_characters_even_of_an_untrained_model(tmp_path):
     ("flag", "answer"), [("--version", flaxgpt.__version__), ("--help", "generate")]
 )
 def test_version_and_help_answer_within_two_seconds(flag, answer):
-    seconds = []
-    for _ in range(2):  # the first may compile Python files
-        before = os.times()
-        process = run(flag)
-        after = os.times()
+    def seconds(command):
         # Processor time, which is what is left of the wall's where the machine is busy.
-        seconds.append(sum(after[2:4]) - sum(before[2:4]))
-        assert process.returncode == 0
-        assert answer in process.stdout.decode()
-    assert min(seconds) < 2, seconds
+        before = os.times()
+        process = subprocess.run(command, env=ENVIRONMENT, capture_output=True, check=True)
+        after = os.times()
+        return sum(after[2:4]) - sum(before[2:4]), process.stdout.decode()
+
+    taken, printed = zip(*(seconds([*COMMAND, flag]) for _ in range(2)), strict=True)
+    assert answer in printed[0]  # the first may compile Python files
+    jaxs, _ = seconds([COMMAND[0], "-c", "import jax"])
+    assert min(taken) < max(2, 2 * jaxs), (taken, jaxs)  # a slow machine needs a second for JAX
 
 
 def test_help_of_a_command_lists_its_options():

@@ -78,6 +78,28 @@ def test_eval_measures_a_model_on_a_text(trained):
     )
 
 
+def test_fine_tuning_takes_the_models_shape_and_a_recipe_of_its_own(trained, tmp_path):
+    out = tmp_path / "tuned"
+    process = run(
+        *("train", "--init-from", trained[0] / "model", "--data", VERDICT, "--out", out),
+        *("--steps", 3, "--learning-rate", 3e-5, "--sample-every", 0),
+    )
+    assert process.returncode == 0, process.stderr
+    config = json.loads((out / "config.json").read_text())
+    assert config["model"]["emb_dim"] == 16
+    assert config["training"]["batch_size"] == 4
+    assert (config["training"]["learning_rate"], config["training"]["warmup_steps"]) == (3e-5, 0)
+    assert "step 0/3  validation" in process.stderr.decode()
+
+
+def test_a_run_goes_on_however_its_folder_is_spelled(trained):
+    out, _ = trained
+    process = run("train", "--init-from", f"{out}/", "--out", out, "--learning-rate", "nan")
+    assert_refused(process, "learning_rate=nan must be a finite number")
+    process = run("train", "--init-from", f"{out}/", "--out", out, "--batch-size", 5)
+    assert_refused(process, "cannot go on with batch_size=5 (was 4)")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -237,6 +237,45 @@ def test_fine_tuning_starts_from_a_saved_model(done, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.filterwarnings("ignore:removing")
+def test_fine_tuning_killed_in_its_first_checkpoint_starts_from_the_model_again(done, tmp_path):
+    changes = {"init_from": str(done[0] / "model"), "tokenizer": "", "steps": 8, "sample_every": 0}
+    whole, _ = run(tmp_path / "whole", **changes)
+    out = tmp_path / "run"
+    from flaxgpt.training.run import prepare
+
+    prepare(CFG, dataclasses.replace(RECIPE, **changes), out, lambda line: None)
+    (out / "checkpoints" / ".8.0123.tmp").mkdir(parents=True)
+    (out / "data" / ".train.ids.0123.tmp").touch()
+    outcome, _ = run(out, **changes | {"init_from": str(out)})
+    assert_the_same(outcome, whole)
+    assert not list((out / "data").glob(".*.tmp"))
+
+
+def test_fine_tuning_that_makes_it_worse_keeps_what_it_started_from(done, tmp_path):
+    out, trained, _ = done
+    outcome, seen = run(
+        tmp_path / "tuned",
+        init_from=str(out / "model"),
+        tokenizer="",
+        steps=4,
+        learning_rate=1.0,
+        warmup_steps=0,
+        sample_every=0,
+    )
+    assert "step 0/4  validation" in seen
+    assert outcome.best_step == 0
+    _, params, _ = flaxgpt.load(tmp_path / "tuned")
+    jax.tree.map(np.testing.assert_array_equal, params, trained.state.params)
+
+
+def test_fine_tuning_a_model_without_a_tokenizer_asks_for_one(done, tmp_path):
+    bare = tmp_path / "bare"
+    flaxgpt.save(bare, CFG, done[1].state.params)
+    with pytest.raises(ValueError, match="bare has no tokenizer that flaxgpt reads: name the one"):
+        run(tmp_path / "run", init_from=str(bare), tokenizer="")
+
+
 def test_without_validation_the_last_model_is_kept(tmp_path):
     outcome, seen = run(tmp_path / "run", val_fraction=0.0, steps=20, sample_every=0)
     assert outcome.validation_loss is None and outcome.best_step is None
@@ -301,7 +340,8 @@ def test_two_processes_do_not_train_in_one_folder(tmp_path):
 
     out = begun(tmp_path / "run")
     with sole(out), pytest.raises(ValueError, match="another process is training in"):
-        run(out, init_from=str(out))
+        run(out, init_from=str(out), steps=48)
+    assert read_run(out)[1].steps == 40  # what the other one goes by
 
 
 @pytest.mark.parametrize(
@@ -314,6 +354,7 @@ def test_two_processes_do_not_train_in_one_folder(tmp_path):
         ({"tokenizer": "nowhere"}, "tokenizer='nowhere' must be one of gpt2, tales, characters"),
         ({"init_from": "no/where"}, "there is no file or folder 'no/where'"),
         ({"val_fraction": 0.0005}, "the validation text is too short"),
+        ({"sample_prompt": "7"}, "sample_prompt='7': "),
     ],
 )
 def test_bad_input_is_found_before_anything_is_made(tmp_path, changes, message):

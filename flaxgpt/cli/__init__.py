@@ -45,8 +45,9 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     except jax.errors.JaxRuntimeError as error:
         print(
-            f"flaxgpt: the device could not do it ({_one_line(error)[:200]}): a smaller model, a "
-            "shorter text or --dtype bfloat16 needs less memory",
+            f"flaxgpt: the device could not do it ({_one_line(error)[:200]}): a smaller model, "
+            "--dtype bfloat16, a shorter text or, in training, a smaller --batch-size or a higher "
+            "--accumulate needs less memory",
             file=sys.stderr,
         )
         return 1

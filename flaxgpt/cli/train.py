@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
@@ -13,7 +13,7 @@ import tyro
 
 from flaxgpt.cli.common import say
 from flaxgpt.config import GPTConfig
-from flaxgpt.training.config import PRESETS, TrainConfig, preset
+from flaxgpt.training.config import FINE_TUNING, PRESETS, TrainConfig, preset
 
 Preset = Literal["shakespeare-char", "tales", "gpt2", "verdict"]
 _DEFAULT_PRESET: Preset = "shakespeare-char"
@@ -26,12 +26,13 @@ class Train:
     Examples:
       flaxgpt train --data input.txt --out run
       flaxgpt train --preset gpt2 --data a.txt b.txt --out run --batch-size 4 --accumulate 2
-      flaxgpt train --init-from gpt2 --data mine.txt --out tuned --learning-rate 3e-5
+      flaxgpt train --init-from tales --data mine.txt --out tuned
       flaxgpt train --init-from run
     """
 
-    preset: Preset = _DEFAULT_PRESET
-    """A known recipe, of which everything below can be set otherwise."""
+    preset: Preset | None = None
+    """A known recipe, of which everything below can be set otherwise: shakespeare-char if none is
+    given, or with --init-from a model, that model's architecture and a recipe for fine-tuning."""
 
     out: str = ""
     """Folder of the run: new, or left out to go on with the run given as --init-from."""
@@ -61,23 +62,50 @@ def defaults(arguments: Sequence[str]) -> Train:
         ValueError, OSError: an unknown preset, or a model to start from that cannot be read.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for name in ("preset", "out", "init-from"):
+    names = ("preset", "out", "init-from", "learning-rate", "steps", "vocab-size")
+    for name in names:
         parser.add_argument(f"--{name}", f"--{name.replace('-', '_')}", nargs="?", default="")
     given, _ = parser.parse_known_args(arguments)
-    given.preset = given.preset or _DEFAULT_PRESET
-    cfg, train_cfg = preset(given.preset)
-    source = given.init_from or train_cfg.init_from
-    fits = not any(re.match(r"--vocab[-_]size(=|$)", argument) for argument in arguments)
-    if source not in ("scratch", "book"):
-        from flaxgpt.training.run import is_run, read_run
+    cfg, train_cfg = preset(given.preset or _DEFAULT_PRESET)
+    source = given.init_from or "scratch"
+    if source == "scratch":
+        fits = not given.vocab_size
+    else:
+        from flaxgpt.training.run import is_run, read_run, resumes
         from flaxgpt.weights import read_config
 
         fits = False
-        if is_run(Path(source)) and given.out in ("", source):
-            cfg, train_cfg = read_run(Path(source))
-            given.out = source
-        else:
+        folder = Path(source).expanduser()
+        out = Path(given.out or source).expanduser()
+        if is_run(folder) and resumes(dataclasses.replace(train_cfg, init_from=source), out):
+            cfg, train_cfg = read_run(folder)
+            return Train(None, given.out or source, cfg, _init_from(train_cfg, source), False)
+        if not given.preset:
+            train_cfg = FINE_TUNING
+        if source != "book" or not given.preset:  # which has weights for whatever architecture
             cfg = read_config(source)
             train_cfg = dataclasses.replace(train_cfg, tokenizer="")
-        train_cfg = dataclasses.replace(train_cfg, init_from=source)
-    return Train(given.preset, given.out, cfg, train_cfg, fits)
+        train_cfg = _init_from(train_cfg, source)
+    return Train(given.preset or None, given.out, cfg, _fitted(train_cfg, given), fits)
+
+
+def _init_from(train_cfg: TrainConfig, source: str) -> TrainConfig:
+    return dataclasses.replace(train_cfg, init_from=source)
+
+
+def _fitted(train_cfg: TrainConfig, given: argparse.Namespace) -> TrainConfig:
+    """Returns the recipe with its lowest rate and its warm-up in proportion to what is given.
+
+    Values that are no numbers are for tyro to refuse.
+    """
+    with contextlib.suppress(ValueError, TypeError):
+        high = float(given.learning_rate)
+        if 0 < high < float("inf"):
+            low = train_cfg.min_learning_rate / train_cfg.learning_rate * high
+            train_cfg = dataclasses.replace(train_cfg, learning_rate=high, min_learning_rate=low)
+    with contextlib.suppress(ValueError, TypeError):
+        steps = int(given.steps)
+        if steps > 0:
+            warmup = min(train_cfg.warmup_steps, steps // 10)
+            train_cfg = dataclasses.replace(train_cfg, steps=steps, warmup_steps=warmup)
+    return train_cfg

@@ -23,9 +23,9 @@ class TrainConfig:
         val_fraction: share of the characters of `data` kept for validation.
         errors: `strict` refuses bytes that are not UTF-8, `replace` reads them as U+FFFD.
         tokenizer: `gpt2`, `tales`, `characters` (those of `data`) or the folder of a model; if
-            empty, that of the model it starts from, else GPT-2's.
-        init_from: `scratch`; `book` (its weights for seed 123); what `flaxgpt.load` takes, to
-            fine-tune; or the run's own folder, to resume it.
+            empty, that of the model it starts from; GPT-2's from scratch.
+        init_from: `scratch`; `book` (the book's initial weights for seed 123); what
+            `flaxgpt.load` takes, to fine-tune; or the run's own folder, to resume it.
         steps: optimiser updates.
         batch_size: windows an update, over all processes and pieces.
         windows: `shifted` cuts the text elsewhere in each epoch, `aligned` always at multiples of
@@ -88,7 +88,7 @@ class TrainConfig:
     steps_per_call: int = 10
     log_every: int = 10
     eval_every: int = 250
-    eval_windows: int = 0
+    eval_windows: int = 2000
     save_every: int = 250
     keep: int = 2
     sample_every: int = 500
@@ -188,6 +188,22 @@ def preset(name: str) -> tuple[GPTConfig, TrainConfig]:
         raise ValueError(f"no training preset {name!r}: {hint}There are {', '.join(PRESETS)}")
     return PRESETS[name]
 
+
+# From a model's weights on. The rate is a tenth of what training from scratch takes; every step is
+# told of, as one of GPT-2's takes seconds on CPU.
+FINE_TUNING = TrainConfig(
+    steps=200,
+    batch_size=4,
+    learning_rate=1e-4,
+    min_learning_rate=0.0,
+    warmup_steps=10,
+    steps_per_call=1,
+    log_every=1,
+    eval_every=20,
+    eval_windows=100,
+    save_every=100,
+    sample_every=100,
+)
 
 PRESETS: dict[str, tuple[GPTConfig, TrainConfig]] = {
     "shakespeare-char": (

@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -26,7 +26,7 @@ from flaxgpt.training.checkpoint import Checkpoints
 from flaxgpt.training.config import TrainConfig
 from flaxgpt.training.loss import evaluate
 from flaxgpt.training.report import Report
-from flaxgpt.training.run import Run, prepare, sole
+from flaxgpt.training.run import Run, prepare, resumes, sole
 from flaxgpt.training.step import TrainState, init_state, train_steps
 from flaxgpt.weights import save
 
@@ -86,15 +86,22 @@ def train(
         )
     console = Console(stderr=True) if console is None else console
     out = Path(out).expanduser()
-    run = prepare(cfg, train_cfg, out, lambda line: console.print(line, markup=False, style="dim"))
-    with (
-        sole(out),
-        Checkpoints(out / "checkpoints", run.train_cfg.keep) as checkpoints,
-        _interruptible() as asked,
-    ):
+
+    def say(line: str) -> None:
+        console.print(line, markup=False, style="dim")
+
+    with contextlib.ExitStack() as stack:
+        if resumes(train_cfg, out):  # before its files are touched
+            stack.enter_context(sole(out))
+            run = prepare(cfg, train_cfg, out, say)
+        else:
+            run = prepare(cfg, train_cfg, out, say)
+            stack.enter_context(sole(out))
+        checkpoints = stack.enter_context(Checkpoints(out / "checkpoints", run.train_cfg.keep))
+        asked = stack.enter_context(_interruptible(say))
         state, iterator = _start(run, checkpoints)
-        with Report(out, run.train_cfg.steps, int(state.step), console) as report:
-            outcome = _go_on(run, state, iterator, checkpoints, report, asked)
+        report = stack.enter_context(Report(out, run.train_cfg.steps, int(state.step), console))
+        outcome = _go_on(run, state, iterator, checkpoints, report, asked)
     if asked:  # with everything closed, what Ctrl-C or a termination does when nobody minds it
         signal.raise_signal(asked[0])
     return outcome
@@ -126,9 +133,35 @@ def _go_on(
     asked: list[int],
 ) -> Outcome:
     recipe = run.train_cfg
-    step = int(state.step)
+    start = step = int(state.step)
     compiled: dict[int, Any] = {}
     unreported: list[tuple[float, float]] = []  # loss and seconds of each step
+    if step >= recipe.steps:
+        report.note(f"step {step} is there already: more steps than {recipe.steps} go on from it")
+
+    def validated() -> float:
+        assert run.val_windows is not None
+        loss = evaluate(
+            run.cfg,
+            state.params,
+            run.val_windows,
+            batch_size=max(1, recipe.batch_size // recipe.accumulate),
+            dtype=recipe.dtype,
+        )
+        best = checkpoints.best()
+        is_best = best is None or loss < best[1]
+        report.validation(step, loss, is_best)
+        if is_best:
+            save(run.folder / "model", run.cfg, state.params, tokenizer=run.tokenizer)
+        return loss
+
+    def keep(place: dict[str, Any], validation: float | None) -> None:
+        config = {"model": run.cfg.to_dict(), "training": recipe.to_dict()}
+        checkpoints.save(step, _arrays(state), place, config, validation)
+
+    new = checkpoints.latest_step() is None
+    if new and run.params is not None and run.val_windows is not None:
+        keep(iterator.get_state(), validated())  # what it starts from may stay the best
     upcoming = _take(iterator, recipe, step)
     while upcoming is not None:
         chunk, place = upcoming
@@ -152,29 +185,18 @@ def _go_on(
 
         validation = None
         if run.val_windows is not None and _due(step, recipe.eval_every, recipe):
-            validation = evaluate(
-                run.cfg,
-                state.params,
-                run.val_windows,
-                batch_size=max(1, recipe.batch_size // recipe.accumulate),
-                dtype=recipe.dtype,
-            )
-            best = checkpoints.best()
-            is_best = best is None or validation < best[1]
-            report.validation(step, validation, is_best)
-            if is_best:
-                save(run.folder / "model", run.cfg, state.params, tokenizer=run.tokenizer)
+            validation = validated()
         if recipe.sample_every and _due(step, recipe.sample_every, recipe):
             report.sample(step, _sample(run, state.params))
         if validation is not None or _due(step, recipe.save_every, recipe) or asked:
             if run.val_windows is None:
                 save(run.folder / "model", run.cfg, state.params, tokenizer=run.tokenizer)
-            config = {"model": run.cfg.to_dict(), "training": recipe.to_dict()}
-            checkpoints.save(step, _arrays(state), place, config, validation)
+            keep(place, validation)
         if asked:
             break
     checkpoints.wait()
-    report.saved(step)
+    if step > start:
+        report.saved(step)
     best_step, best_loss = checkpoints.best() or (None, None)
     return Outcome(state, best_loss, best_step, run.folder / "model")
 
@@ -252,7 +274,7 @@ def _sample(run: Run, params: Params) -> str:
 
 
 @contextlib.contextmanager
-def _interruptible() -> Iterator[list[int]]:
+def _interruptible(say: Callable[[str], None]) -> Iterator[list[int]]:
     """Yields a list that a first Ctrl-C or termination is put in; a second one interrupts."""
     asked: list[int] = []
 
@@ -260,6 +282,7 @@ def _interruptible() -> Iterator[list[int]]:
         if asked:
             raise KeyboardInterrupt
         asked.append(number)
+        say("saving after this step; interrupt again to stop without")
 
     before = {}
     if threading.current_thread() is threading.main_thread():  # only there may handlers be set

@@ -27,6 +27,7 @@ from flaxgpt._files import write_file_atomically
 from flaxgpt.config import GPTConfig, check_config
 from flaxgpt.data import (
     Survey,
+    check_same_source,
     count_windows,
     evaluation_windows,
     read_ids,
@@ -103,10 +104,12 @@ def sole(folder: Path) -> Iterator[None]:
     with (folder / ".lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             raise ValueError(
                 f"another process is training in {folder}: let it end first"
             ) from error
+        except OSError:  # a file system without locks: all that is lost is this check
+            pass
         yield
 
 
@@ -135,6 +138,7 @@ def prepare(cfg: GPTConfig, train_cfg: TrainConfig, out: Path, say: Callable[[st
     text = _survey(train_cfg.data, train_cfg)
     validation = _survey(train_cfg.validation_data, train_cfg)
     params, tokenizer = _beginning(cfg, train_cfg, text)
+    _check_prompt(train_cfg, tokenizer)
     was_there = out.exists()
     out.mkdir(parents=True, exist_ok=True)
     try:
@@ -152,6 +156,8 @@ def prepare(cfg: GPTConfig, train_cfg: TrainConfig, out: Path, say: Callable[[st
 
 def _resume(asked_cfg: GPTConfig, asked: TrainConfig, out: Path, say: Callable[[str], None]) -> Run:
     cfg, was, hashes = _read(out)
+    for leftover in (*out.glob(".*.tmp"), *(out / "data").glob(".*.tmp")):  # of a killed process
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     faults = _differences(cfg, asked_cfg, tuple(_names(cfg)))
     faults += _differences(was, asked, _FIXED)
     if faults:
@@ -177,9 +183,12 @@ def _resume(asked_cfg: GPTConfig, asked: TrainConfig, out: Path, say: Callable[[
             )
     train_cfg = dataclasses.replace(asked, init_from=was.init_from)
     tokenizer, params = read_tokenizer(out), None
-    if tokenizer is None or not any((out / "checkpoints").glob("*")):
+    if tokenizer is None:
         params, tokenizer = _beginning(cfg, train_cfg, text)
         save_tokenizer(tokenizer, out)
+    elif not any(path.name.isdecimal() for path in (out / "checkpoints").glob("*")):
+        params, _ = _source(cfg, train_cfg)
+    _check_prompt(train_cfg, tokenizer)
     if train_cfg != was:
         _write(out, cfg, train_cfg, hashes)
     ids, val_windows = _tokenized(cfg, train_cfg, out, tokenizer, text, validation, say)
@@ -190,16 +199,14 @@ def _beginning(
     cfg: GPTConfig, train_cfg: TrainConfig, text: Survey | None
 ) -> tuple[Params | None, Tokenizer]:
     """Returns the parameters to start from, None for fresh ones, and the tokenizer."""
-    params, tokenizer = None, None
-    if train_cfg.init_from == "book":
-        params = book_params(cfg)
-    elif train_cfg.init_from != "scratch":
-        its_cfg, params, tokenizer = load(train_cfg.init_from)
-        rates = ("drop_rate", "drop_rate_emb", "drop_rate_attn", "drop_rate_shortcut")
-        sizes = tuple(name for name in _names(cfg) if name not in rates)
-        if faults := _differences(its_cfg, cfg, sizes):
-            raise ValueError(f"{train_cfg.init_from} has another architecture: {listed(faults)}")
+    params, tokenizer = _source(cfg, train_cfg)
     if train_cfg.tokenizer or tokenizer is None:
+        if params is not None and not train_cfg.tokenizer:
+            raise ValueError(
+                f"{train_cfg.init_from} has no tokenizer that flaxgpt reads: name the one it was "
+                f"trained with, as in --tokenizer gpt2, or one of {', '.join(TOKENIZER_NAMES)}, or "
+                "the folder of a model that has it"
+            )
         tokenizer = _tokenizer(train_cfg.tokenizer or "gpt2", text)
     if tokenizer.vocab_size > cfg.vocab_size:
         raise ValueError(
@@ -207,6 +214,28 @@ def _beginning(
             f"{cfg.vocab_size}: set vocab_size={tokenizer.vocab_size} or more"
         )
     return params, tokenizer
+
+
+def _source(cfg: GPTConfig, train_cfg: TrainConfig) -> tuple[Params | None, Tokenizer | None]:
+    """Returns parameters and tokenizer of what a run starts from."""
+    if train_cfg.init_from == "scratch":
+        return None, None
+    if train_cfg.init_from == "book":
+        return book_params(cfg), load_tokenizer("gpt2")
+    its_cfg, params, tokenizer = load(train_cfg.init_from)
+    rates = ("drop_rate", "drop_rate_emb", "drop_rate_attn", "drop_rate_shortcut")
+    sizes = tuple(name for name in _names(cfg) if name not in rates)
+    if faults := _differences(its_cfg, cfg, sizes):
+        raise ValueError(f"{train_cfg.init_from} has another architecture: {listed(faults)}")
+    return params, tokenizer
+
+
+def _check_prompt(train_cfg: TrainConfig, tokenizer: Tokenizer) -> None:
+    if train_cfg.sample_every:
+        try:
+            tokenizer.encode(train_cfg.sample_prompt)
+        except ValueError as error:
+            raise ValueError(f"sample_prompt={train_cfg.sample_prompt!r}: {error}") from error
 
 
 def tokenizer_of(train_cfg: TrainConfig) -> Tokenizer:
@@ -244,12 +273,13 @@ def _tokenized(
     split = None
     if text is not None and not train_cfg.validation_data:
         split = int((1 - train_cfg.val_fraction) * text.n_characters)
-    for path, source, start, stop in (
-        (out / _TRAIN, text, 0, split),
-        (out / _VALIDATION, validation or text, split or 0, None),
-    ):
-        validates = train_cfg.validation_data or train_cfg.val_fraction
-        if path.exists() or (path.name == _VALIDATION.name and not validates):
+    parts = [(out / _TRAIN, text, 0, split)]
+    if train_cfg.validation_data or train_cfg.val_fraction:
+        parts.append((out / _VALIDATION, validation or text, split or 0, None))
+    for path, source, start, stop in parts:
+        if path.exists():
+            if source is not None:
+                check_same_source(read_ids(path), source)
             continue
         if source is None:
             raise FileNotFoundError(f"{path} is missing, and so is the text to make it from")
