@@ -13,6 +13,7 @@ import base64
 import gzip
 import json
 import lzma
+import statistics
 import sys
 from pathlib import Path
 
@@ -22,14 +23,17 @@ import numpy as np
 
 import flaxgpt
 from flaxgpt._files import write_file_atomically
+from flaxgpt.data import read_ids
 from flaxgpt.scoring import measure
 from flaxgpt.tokenizer_files import byte_level_ranks
 from flaxgpt.training import read_run
 from flaxgpt.training.journal import read_metrics
+from flaxgpt.training.optimizer import learning_rate
 
 PACKAGE = Path(__file__).resolve().parent.parent / "flaxgpt"
 VOCABULARY = PACKAGE / "vocab" / "tales.tiktoken"
 MODEL = PACKAGE / "models" / "tales"
+PROCESSOR = "2 cores of an AMD EPYC (AVX2)"  # set it to what you train on
 SIZE = 4096  # with <|endoftext|>
 
 CARD = """# tales
@@ -44,8 +48,8 @@ on any machine: `flaxgpt generate "Once upon a time"`.
 | tokenizer | byte-level BPE of {vocab_size} ids, learned from the training text |
 | data | {train_ids:,} tokens of children's classics in English, {train_bytes} of text |
 | training | {steps:,} updates of {batch_size} windows: {tokens:,} tokens, {epochs:.1f} epochs |
-| optimiser | {optimizer}, learning rate {learning_rate} |
-| time | {minutes:.0f} minutes of updates |
+| optimiser | {optimizer}, learning rate up to {peak}, a cosine to 0 |
+| time | {minutes:.0f} minutes of updates, at {rate:,.0f} tokens a second on {processor} |
 | stored as | bfloat16, {size} |
 | licence | the text is in the public domain; these weights are Apache-2.0, as flaxgpt is |
 
@@ -65,9 +69,10 @@ before each token:
 
 ## Curve
 
-| step | tokens, millions | validation loss |
-| --- | --- | --- |
+| step | tokens, millions | learning rate | validation loss |
+| --- | --- | --- | --- |
 {curve}
+{remark}
 
 ## What it writes
 
@@ -120,11 +125,26 @@ def package(run: Path, val_text: Path) -> None:
     raw = val_text.read_bytes()
     records = read_metrics(run / "metrics.jsonl")
     per_step = recipe.batch_size * cfg.context_length
+    rates = {r["step"]: r["learning_rate"] for r in records if "learning_rate" in r}
     curve = [
-        f"| {r['step']:,} | {r['step'] * per_step / 1e6:.2f} | {r['validation_loss']:.4f} |"
+        f"| {r['step']:,} | {r['step'] * per_step / 1e6:.2f} | {rates[r['step']]:.1e} "
+        f"| {r['validation_loss']:.4f} |"
         for r in records
         if "validation_loss" in r
     ]
+    scheduled = learning_rate(recipe)
+    others = [
+        step
+        for step, rate in rates.items()
+        if abs(rate - scheduled(step - 1)) > 1e-4 * recipe.learning_rate
+    ]
+    remark = ""
+    if others:
+        remark = f"""
+Up to step {max(others):,} the run followed another schedule, of more steps; then it was resumed
+with the recipe above.
+"""
+    speed = statistics.median(r["tokens_per_s"] for r in records if "tokens_per_s" in r)
     samples = []
     for seed in range(3):
         prompt = "Once upon a time"
@@ -132,7 +152,7 @@ def package(run: Path, val_text: Path) -> None:
             cfg, params, tokenizer, [prompt], 150, temperature=0.8, key=jax.random.key(seed)
         )[0]
         samples.append("\n".join(f"> {line}".rstrip() for line in (prompt + text).split("\n")))
-    train_ids = (run / "data" / "train.ids").stat().st_size // 2
+    train_ids = read_ids(run / "data" / "train.ids").ids.size
     tokens = recipe.steps * per_step
     card = CARD.format(
         parameters=sum(p.size for p in jax.tree.leaves(params)),
@@ -140,7 +160,10 @@ def package(run: Path, val_text: Path) -> None:
         train_bytes=_megabytes(sum(Path(path).stat().st_size for path in recipe.data)),
         tokens=tokens,
         epochs=tokens / train_ids,
-        minutes=sum(r["seconds"] for r in records if "seconds" in r) / 60,
+        minutes=tokens / speed / 60,
+        rate=speed,
+        processor=PROCESSOR,
+        remark=remark,
         size=_megabytes((MODEL / "model.safetensors").stat().st_size),
         val_bytes=_megabytes(len(raw)),
         gzip=8 * len(gzip.compress(raw, 9)) / len(raw),
@@ -152,7 +175,7 @@ def package(run: Path, val_text: Path) -> None:
         samples="\n\n---\n\n".join(samples),
         **cfg.to_dict(),
         **{name: getattr(recipe, name) for name in ("steps", "batch_size", "optimizer")},
-        learning_rate=recipe.learning_rate,
+        peak=recipe.learning_rate,
     )
     (MODEL / "README.md").write_text(card, encoding="utf-8")
     print(f"{MODEL}: {found.bits_per_byte:.4f} bits per byte")

@@ -63,9 +63,13 @@ def test_an_installed_flaxgpt_reports_the_version_of_its_source() -> None:
         "vocab/gpt2.tiktoken",
         "vocab/LICENSE",
         "vocab/tales.tiktoken",
+        "models/tales/config.json",
+        "models/tales/flaxgpt_tokenizer.json",
+        "models/tales/model.safetensors",
+        "models/tales/README.md",
     ],
 )
-def test_types_and_vocabularies_travel_with_the_package(name: str) -> None:
+def test_types_vocabularies_and_a_model_travel_with_the_package(name: str) -> None:
     assert importlib.resources.files("flaxgpt").joinpath(name).is_file()
 
 

@@ -26,8 +26,8 @@ class Eval:
     data: tuple[str, ...]
     """Text files, UTF-8, taken as one text."""
 
-    model: str = "book"
-    """As for generate: "book", a folder, a run, a safetensors file or a hub id."""
+    model: str = "tales"
+    """As for generate: "tales", "book", a folder, a run, a safetensors file or a hub id."""
 
     stride: int | None = None
     """Tokens from one window to the next, 1 to the context; half the context unless given."""

@@ -29,8 +29,8 @@ class Generate:
     prompt: Annotated[str | None, tyro.conf.Positional] = None
     """Text to continue; read from standard input if absent or "-"."""
 
-    model: str = "book"
-    """"book" (its untrained 124M model, seed 123), a
+    model: str = "tales"
+    """"tales" (a small model that comes along), "book" (its untrained 124M model, seed 123), a
     folder, a run of flaxgpt train, a safetensors file or a hub id."""
 
     max_new_tokens: int = 100

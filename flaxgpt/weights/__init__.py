@@ -28,6 +28,7 @@ from flaxgpt.weights.tensors import INDEX, SINGLE, shards
 
 __all__ = ["book_params", "load", "read_config", "save"]
 
+_TALES = Path(__file__).resolve().parent.parent / "models" / "tales"  # made by scripts/build_tales
 _GPT2_VOCABULARY = 50257
 _PICKLES = (".pth", ".pt", ".bin", ".ckpt")
 _FILES = (".safetensors", *_PICKLES, ".json", ".npz", ".npy", ".h5", ".msgpack", ".gguf", ".onnx")
@@ -61,8 +62,8 @@ def load(
             `model.safetensors` or several and their index; a `.safetensors` file beside a
             `config.json`; the folder of a training run, for its best model; else a model on the
             Hugging Face hub, such as `gpt2` or `openai-community/gpt2-medium`, which is downloaded
-            unless its cache has it. `book` is the book's untrained 124M model (a folder of that
-            name is `./book`).
+            unless its cache has it. `tales` is the small trained model inside the package, `book`
+            the book's untrained 124M model (folders of these names are `./tales` and `./book`).
         progress: called with (parameters read, parameters in all) as they come.
 
     Returns:
@@ -153,6 +154,8 @@ def read_config(source: str | os.PathLike[str]) -> GPTConfig:
 
 def _locate(source: str | os.PathLike[str]) -> Path:
     """Returns the path that is meant, of a folder or a file that is there."""
+    if source == "tales":
+        return _TALES
     name = os.fspath(source)
     path = Path(name).expanduser()
     if name and path.exists():
@@ -171,7 +174,7 @@ def _locate(source: str | os.PathLike[str]) -> Path:
         return fetch(name)
     raise FileNotFoundError(
         f"there is no file or folder {name!r}: expected a model's folder, a .safetensors file, a "
-        "model on the Hugging Face hub such as 'openai-community/gpt2', or 'book'"
+        "model on the Hugging Face hub such as 'openai-community/gpt2', 'tales' or 'book'"
     )
 
 

@@ -1,0 +1,113 @@
+"""The model that ships with the package: there, small, quick to load, and able to tell a story."""
+
+import gzip
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import flaxgpt
+import golden
+from command import ENVIRONMENT, run
+from flaxgpt.scoring import measure
+from flaxgpt.training import preset
+
+FOLDER = Path(flaxgpt.__file__).parent / "models" / "tales"
+VALIDATION = Path(os.environ.get("FLAXGPT_SHARED", "../shared")) / "data" / "tales" / "val.txt"
+
+
+@pytest.fixture(scope="module")
+def tales():
+    return flaxgpt.load("tales")
+
+
+def test_it_is_what_the_preset_trains(tales):
+    cfg, params, tokenizer = tales
+    assert cfg == preset("tales")[0]
+    assert {p.dtype for p in jax.tree.leaves(params)} == {np.dtype("float32")}
+    ours = flaxgpt.load_tokenizer("tales")
+    assert tokenizer.encode("Once upon a time") == ours.encode("Once upon a time")
+    assert tokenizer.vocab_size == ours.vocab_size == cfg.vocab_size
+
+
+def test_weights_and_vocabulary_take_12_megabytes_at_most():
+    files = [*FOLDER.iterdir(), FOLDER.parent.parent / "vocab" / "tales.tiktoken"]
+    assert sum(path.stat().st_size for path in files) <= 12e6
+
+
+def test_a_folder_of_its_name_does_not_hide_it(tmp_path, monkeypatch):
+    (tmp_path / "tales").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert flaxgpt.load("tales")[0] == preset("tales")[0]
+    with pytest.raises(FileNotFoundError, match=r"config\.json|model\.safetensors"):
+        flaxgpt.load("./tales")
+
+
+def bits_per_byte(tales, text):
+    cfg, params, tokenizer = tales
+    ids = np.array(tokenizer.encode(text))
+    return measure(cfg, params, ids, tokenizer=tokenizer).bits_per_byte
+
+
+def test_it_predicts_a_story_it_has_not_read_better_than_gzip_having_read_it(tales):
+    raw = (golden.DATA / "verdict" / "the-verdict.txt").read_bytes()
+    text = raw.decode().replace("--", "\N{EM DASH}")
+    gzipped = 8 * len(gzip.compress(raw, 9)) / len(raw)
+    assert bits_per_byte(tales, text) < 0.7 * gzipped
+
+
+@pytest.mark.slow
+def test_it_takes_at_most_1_55_bits_per_byte_of_other_books(tales):
+    if not VALIDATION.exists():
+        pytest.skip(f"{VALIDATION} is not here: set FLAXGPT_SHARED to the folder that has it")
+    assert bits_per_byte(tales, VALIDATION.read_text(encoding="utf-8")) <= 1.55
+
+
+def test_what_it_writes_is_english(tales):
+    cfg, params, tokenizer = tales
+    prompts = ["Once upon a time"] * 4
+    texts = flaxgpt.generate_text(
+        cfg, params, tokenizer, prompts, 100, temperature=0.8, key=jax.random.key(0)
+    )
+    words = " ".join(texts).lower().split()
+    common = {"the", "and", "a", "to", "of", "he", "she", "was", "in", "his", "her", "it", "had"}
+    assert len(words) > 200
+    # A fifth to a third of any English prose; random tokens of the vocabulary have under 2 %.
+    assert 0.15 < sum(word in common for word in words) / len(words) < 0.5
+
+
+def test_loading_it_takes_under_half_a_second_beyond_importing():
+    program = """
+import time
+import flaxgpt
+start = time.process_time()
+flaxgpt.load("tales")
+print(time.process_time() - start)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=ENVIRONMENT, capture_output=True, check=True
+    )
+    assert float(done.stdout) < 0.5
+
+
+def test_it_is_what_the_command_line_speaks_with(tales):
+    cfg, params, tokenizer = tales
+    process = run("generate", "Once upon a time", "--max-new-tokens", 20)
+    assert process.returncode == 0, process.stderr
+    # As row 0 of `generate` with --seed 0 and the default temperature.
+    (text,) = flaxgpt.generate_text(
+        cfg,
+        params,
+        tokenizer,
+        ["Once upon a time"],
+        20,
+        temperature=0.8,
+        key=jax.random.key(0),
+        stop_ids=tuple(tokenizer.special_tokens.values()),
+    )
+    assert process.stdout.decode() == f"Once upon a time{text}\n"
+    assert process.stderr == b""
