@@ -23,6 +23,9 @@ _DEFAULT_PRESET: Preset = "shakespeare-char"
 class Train:
     """Train a model on text files, fine-tune one, or go on with a run that was interrupted.
 
+    With --learning-rate the preset's --min-learning-rate moves in proportion, and with few --steps
+    its --warmup-steps become a tenth of them, unless given too.
+
     Examples:
       flaxgpt train --data input.txt --out run
       flaxgpt train --preset gpt2 --data a.txt b.txt --out run --batch-size 4 --accumulate 2
@@ -79,18 +82,15 @@ def defaults(arguments: Sequence[str]) -> Train:
         out = Path(given.out or source).expanduser()
         if is_run(folder) and resumes(dataclasses.replace(train_cfg, init_from=source), out):
             cfg, train_cfg = read_run(folder)
-            return Train(None, given.out or source, cfg, _init_from(train_cfg, source), False)
+            train_cfg = dataclasses.replace(train_cfg, init_from=source)
+            return Train(None, given.out or source, cfg, train_cfg, False)
         if not given.preset:
             train_cfg = FINE_TUNING
         if source != "book" or not given.preset:  # which has weights for whatever architecture
             cfg = read_config(source)
             train_cfg = dataclasses.replace(train_cfg, tokenizer="")
-        train_cfg = _init_from(train_cfg, source)
+        train_cfg = dataclasses.replace(train_cfg, init_from=source)
     return Train(given.preset or None, given.out, cfg, _fitted(train_cfg, given), fits)
-
-
-def _init_from(train_cfg: TrainConfig, source: str) -> TrainConfig:
-    return dataclasses.replace(train_cfg, init_from=source)
 
 
 def _fitted(train_cfg: TrainConfig, given: argparse.Namespace) -> TrainConfig:
