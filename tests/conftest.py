@@ -1,8 +1,19 @@
 """Every test runs with exact products and strict types, and without a network."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    # Most of the time goes into compiling, often the same functions in several processes: what one
+    # of this run's has compiled, the others read. A run starts with nothing.
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="flaxgpt-tests-")
+    os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(2**32)  # with a limit, JAX locks its files
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 import hypothesis
 import jax
@@ -31,3 +42,16 @@ def compilations():
     jax.jit(lambda x: x + 1)(0)
     assert _compiled, "this jax does not tell when it compiles"
     return _compiled
+
+
+@pytest.fixture(scope="module")
+def quick_compilation():
+    """Has XLA optimise little, in this process and those it starts, and so compile in a third.
+
+    For tests of what happens; those that compare digits compile as users do.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+        jax.config.update("jax_disable_most_optimizations", True)
+        yield
+        jax.config.update("jax_disable_most_optimizations", False)

@@ -11,12 +11,14 @@ import jax
 import pytest
 
 import flaxgpt
-from command import COMMAND, ENVIRONMENT, assert_refused, run
+from command import COMMAND, QUICK, assert_refused, run
 from flaxgpt import GPTConfig
 from flaxgpt.tokenizer import GPT2_PATTERN, BPETokenizer, CharTokenizer
 
 GREEDY = ("--temperature", "0")
 CFG = GPTConfig(vocab_size=100, context_length=16, emb_dim=16, n_heads=2, n_layers=1)
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +86,7 @@ def test_version_and_help_answer_within_two_seconds(flag, answer):
     def seconds(command):
         # Processor time, which is what is left of the wall's where the machine is busy.
         before = os.times()
-        process = subprocess.run(command, env=ENVIRONMENT, capture_output=True, check=True)
+        process = subprocess.run(command, env=QUICK, capture_output=True, check=True)
         after = os.times()
         return sum(after[2:4]) - sum(before[2:4]), process.stdout.decode()
 
@@ -184,7 +186,7 @@ def test_progress_is_shown_on_a_terminal_and_the_results_alone_on_standard_outpu
         [*COMMAND, "generate", "Hello", "--model", str(odd), "--max-new-tokens", "3", *GREEDY],
         stdout=subprocess.PIPE,
         stderr=theirs,
-        env=ENVIRONMENT | {"TERM": "xterm"},
+        env=QUICK | {"TERM": "xterm"},
         timeout=120,
         check=True,
     )
@@ -199,7 +201,7 @@ def test_progress_is_shown_on_a_terminal_and_the_results_alone_on_standard_outpu
 @pytest.mark.slow
 def test_a_second_process_takes_compilations_from_jaxs_cache(folder, tmp_path):
     arguments = ["generate", "Hello", "--model", str(folder), "--max-new-tokens", "4"]
-    environment = ENVIRONMENT | {
+    environment = QUICK | {
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
@@ -219,7 +221,7 @@ def endless(folder):
     # A shell's background job has SIGINT ignored, and so would its children.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(
-        [*COMMAND, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT
+        [*COMMAND, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=QUICK
     )
     signal.signal(signal.SIGINT, before)
     assert process.stdout.read(12).startswith(b"Hello")  # text comes while the loop runs

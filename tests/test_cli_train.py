@@ -12,7 +12,7 @@ import pytest
 
 import flaxgpt
 import golden
-from command import COMMAND, ENVIRONMENT, assert_refused, run
+from command import COMMAND, QUICK, assert_refused, run
 from flaxgpt.scoring import measure
 
 VERDICT = golden.DATA / "verdict" / "the-verdict.txt"
@@ -132,7 +132,7 @@ def test_ctrl_c_saves_says_so_and_exits_130(tmp_path):
         [*COMMAND, "train", "--data", str(VERDICT), "--out", str(out), *map(str, endless)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        env=ENVIRONMENT,
+        env=QUICK,
     )
     signal.signal(signal.SIGINT, before)
     for line in process.stderr:
@@ -154,7 +154,7 @@ def test_on_a_terminal_a_bar_moves(tmp_path):
         [*COMMAND, *map(str, ("train", "--data", VERDICT, "--out", out, *SMALL, "--steps", 20))],
         stdout=subprocess.PIPE,
         stderr=theirs,
-        env=ENVIRONMENT | {"TERM": "xterm", "COLUMNS": "120"},
+        env=QUICK | {"TERM": "xterm", "COLUMNS": "120"},
     )
     os.close(theirs)
     shown = b""

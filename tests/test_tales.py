@@ -96,7 +96,7 @@ print(time.process_time() - start)
 
 def test_it_is_what_the_command_line_speaks_with(tales):
     cfg, params, tokenizer = tales
-    process = run("generate", "Once upon a time", "--max-new-tokens", 20)
+    process = run("generate", "Once upon a time", "--max-new-tokens", 20, environment=ENVIRONMENT)
     assert process.returncode == 0, process.stderr
     # As row 0 of `generate` with --seed 0 and the default temperature.
     (text,) = flaxgpt.generate_text(
