@@ -3,6 +3,16 @@
 from flaxgpt.cache import KVCache, init_cache
 from flaxgpt.config import GPTConfig
 from flaxgpt.generation import generate, stream
+from flaxgpt.inspection import (
+    activation_names,
+    activations,
+    count_params,
+    flops,
+    logit_lens,
+    memory,
+    mfu,
+    patch,
+)
 from flaxgpt.model import GPT, extend, forward, init
 from flaxgpt.scoring import score
 from flaxgpt.text import generate_text
@@ -27,4 +37,12 @@ __all__ = [  # in the order in which data flows
     "generate",
     "stream",
     "generate_text",
+    "count_params",
+    "flops",
+    "mfu",
+    "memory",
+    "activation_names",
+    "activations",
+    "patch",
+    "logit_lens",
 ]

@@ -23,6 +23,17 @@ def check_size(name: str, value: Any, least: int = 1) -> int:
     return size
 
 
+def check_extent(context_length: int, batch: Any, length: Any) -> tuple[int, int]:
+    """Returns batch and length as ints, or raises ValueError unless a model can have them."""
+    batch, length = check_size("batch", batch), check_size("length", length)
+    if length > context_length:
+        raise ValueError(
+            f"length={length} exceeds context_length={context_length}, for which alone the model "
+            "has positions"
+        )
+    return batch, length
+
+
 def check_dtype(dtype: DTypeLike) -> Any:
     """Returns the NumPy dtype of a floating-point type to compute in, or raises ValueError."""
     try:

@@ -87,11 +87,11 @@ class GPTConfig:
         Raises:
             ValueError: an unknown name; the message has the nearest ones.
         """
-        if name not in _PRESETS:
-            near = difflib.get_close_matches(str(name), _PRESETS, n=3, cutoff=0.4)
+        if name not in PRESETS:
+            near = difflib.get_close_matches(str(name), PRESETS, n=3, cutoff=0.4)
             hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
-            raise ValueError(f"no preset {name!r}: {hint}There are {', '.join(_PRESETS)}")
-        emb_dim, n_heads, n_layers = _PRESETS[name]
+            raise ValueError(f"no preset {name!r}: {hint}There are {', '.join(PRESETS)}")
+        emb_dim, n_heads, n_layers = PRESETS[name]
         released = name.startswith("gpt2")
         return cls(
             emb_dim=emb_dim,
@@ -142,7 +142,7 @@ _SIZES = ("vocab_size", "context_length", "emb_dim", "n_heads", "n_layers")
 _SWITCHES = ("qkv_bias", "tie_embeddings")
 _OWN_RATES = ("drop_rate_emb", "drop_rate_attn", "drop_rate_shortcut")
 
-_PRESETS = {  # emb_dim, n_heads, n_layers
+PRESETS = {  # emb_dim, n_heads, n_layers
     "book-124M": (768, 12, 12),
     "book-355M": (1024, 16, 24),
     "book-774M": (1280, 20, 36),

@@ -27,6 +27,14 @@ def test_the_public_names_are_in_the_order_data_flows():
         "generate",
         "stream",
         "generate_text",
+        "count_params",
+        "flops",
+        "mfu",
+        "memory",
+        "activation_names",
+        "activations",
+        "patch",
+        "logit_lens",
     ]
 
 
@@ -50,6 +58,13 @@ def test_the_configuration_comes_first_so_that_it_can_be_bound():
         "extend",
         "generate",
         "stream",
+        "flops",
+        "mfu",
+        "memory",
+        "activation_names",
+        "activations",
+        "patch",
+        "logit_lens",
     ):
         assert next(iter(inspect.signature(getattr(flaxgpt, name)).parameters)) == "cfg"
 

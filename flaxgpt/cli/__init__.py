@@ -15,9 +15,11 @@ import tyro
 import flaxgpt
 from flaxgpt.cli.evaluate import Eval
 from flaxgpt.cli.generate import Generate
+from flaxgpt.cli.params import Params
+from flaxgpt.cli.plot import Plot
 from flaxgpt.cli.train import Train, defaults
 
-Command = Generate | Train | Eval
+Command = Generate | Train | Eval | Params | Plot
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -65,6 +67,8 @@ def _parse(argv: list[str]) -> Command:
         Annotated[Generate, tyro.conf.subcommand("generate")]
         | Annotated[Train, tyro.conf.subcommand("train", default=train)]
         | Annotated[Eval, tyro.conf.subcommand("eval")]
+        | Annotated[Params, tyro.conf.subcommand("params")]
+        | Annotated[Plot, tyro.conf.subcommand("plot")]
     )
     panel = io.StringIO()
     try:

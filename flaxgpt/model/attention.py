@@ -70,21 +70,23 @@ def _attend_in_blocks(
     Up to four blocks of queries, of 128 at least, each look at the keys up to their own end: 3/8 of
     the scores are left out of 512. More blocks would leave out little more, and compile longer.
     """
-    queries = query.shape[-2]
-    size = max(128, -(-queries // 4))
-    contexts = []
-    for start in range(0, queries, size):
-        stop = min(start + size, queries)
-        contexts.append(
-            attend(
-                query[..., start:stop, :],
-                keys[..., :stop, :],
-                values[..., :stop, :],
-                seen[..., start:stop, :stop],
-                None if kept is None else kept[..., start:stop, :stop],
-            )
+    contexts = [
+        attend(
+            query[..., start:stop, :],
+            keys[..., :stop, :],
+            values[..., :stop, :],
+            seen[..., start:stop, :stop],
+            None if kept is None else kept[..., start:stop, :stop],
         )
+        for start, stop in query_blocks(query.shape[-2])
+    ]
     return jnp.concatenate(contexts, axis=-2) if len(contexts) > 1 else contexts[0]
+
+
+def query_blocks(queries: int) -> list[tuple[int, int]]:
+    """Returns where each block of queries starts and stops."""
+    size = max(128, -(-queries // 4))
+    return [(start, min(start + size, queries)) for start in range(0, queries, size)]
 
 
 @jax.custom_jvp
@@ -96,8 +98,8 @@ def attend(
     kept: jax.Array | None,  # [..., T, S]: dropout's factor of each weight
 ) -> jax.Array:  # [..., T, H]
     """Returns the mean of the values, weighted by how well keys match the query (section 3.4)."""
-    weights = _weights(query, keys, seen)
-    return _mean(_dropped(weights, kept), values)
+    weights = attention_weights(query, keys, seen)
+    return mean_of_values(_dropped(weights, kept), values)
 
 
 @attend.defjvp
@@ -108,19 +110,24 @@ def _attend_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[ja
     # a training step of a small model takes a tenth less time on CPU.
     query, keys, values, seen, kept = primals
     d_query, d_keys, d_values, _, _ = tangents
-    weights = _weights(query, keys, seen)
+    weights = attention_weights(query, keys, seen)
     dropped = _dropped(weights, kept)
-    context = _mean(dropped, values)
+    context = mean_of_values(dropped, values)
     moved = weights * (_scores(d_query, keys) + _scores(query, d_keys))
     change = (
-        _mean(_dropped(moved, kept), values).astype(jnp.float32)
+        mean_of_values(_dropped(moved, kept), values).astype(jnp.float32)
         - moved.sum(axis=-1, keepdims=True) * context.astype(jnp.float32)
-        + _mean(dropped, d_values).astype(jnp.float32)
+        + mean_of_values(dropped, d_values).astype(jnp.float32)
     )
     return context, change.astype(context.dtype)
 
 
-def _weights(query: jax.Array, keys: jax.Array, seen: jax.Array) -> jax.Array:
+def attention_weights(
+    query: jax.Array,  # [..., T, H]
+    keys: jax.Array,  # [..., S, H]
+    seen: jax.Array,  # bool [..., T, S]
+) -> jax.Array:  # float32 [..., T, S]
+    """Returns how much each query takes of each key's value; over the keys it sums to 1."""
     return nn.softmax(jnp.where(seen, _scores(query, keys), _HIDDEN))
 
 
@@ -133,5 +140,6 @@ def _dropped(weights: jax.Array, kept: jax.Array | None) -> jax.Array:
     return weights if kept is None else weights * kept.astype(weights.dtype)
 
 
-def _mean(weights: jax.Array, values: jax.Array) -> jax.Array:
+def mean_of_values(weights: jax.Array, values: jax.Array) -> jax.Array:  # [..., T, H]
+    """Returns the mean of values [..., S, H], weighted by [..., T, S]."""
     return jnp.einsum("...ts,...sh->...th", weights.astype(values.dtype), values)

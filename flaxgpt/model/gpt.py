@@ -129,6 +129,18 @@ def _param_shapes(cfg: GPTConfig) -> Params:
     )
 
 
+def check_inputs(cfg: GPTConfig, params: Params, ids: ArrayLike) -> Any:
+    """Returns ids as an array [B, T], or raises ValueError unless a model can compute them."""
+    check_params(param_shapes(cfg), params)
+    checked = check_ids(cfg.vocab_size, ids)
+    if checked.shape[1] > cfg.context_length:
+        raise ValueError(
+            f"{checked.shape[1]} ids a row exceed context_length={cfg.context_length}: give at "
+            f"most the last {cfg.context_length}, as ids[:, -{cfg.context_length}:]"
+        )
+    return checked
+
+
 def forward(
     cfg: GPTConfig,
     params: Params,
@@ -160,13 +172,7 @@ def forward(
         ValueError: ids that are empty, not integers, too long or outside the vocabulary; params
             that do not fit the configuration.
     """
-    check_params(param_shapes(cfg), params)
-    checked = check_ids(cfg.vocab_size, ids)
-    if checked.shape[1] > cfg.context_length:
-        raise ValueError(
-            f"{checked.shape[1]} ids a row exceed context_length={cfg.context_length}: give at "
-            f"most the last {cfg.context_length}, as ids[:, -{cfg.context_length}:]"
-        )
+    checked = check_inputs(cfg, params, ids)
     return _forward(cfg, check_dtype(dtype), remat, params, checked, dropout_key)
 
 

@@ -1,0 +1,340 @@
+"""`flaxgpt params`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from typing import Annotated, Any, Literal
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+import flaxgpt
+from flaxgpt._checks import check_size
+from flaxgpt.cli.common import progress, say
+from flaxgpt.config import PRESETS, GPTConfig
+from flaxgpt.inspection.flop_count import FlopCount
+from flaxgpt.inspection.memory_use import MemoryUse, fitting, memory
+from flaxgpt.inspection.parameters import ParamCount, count_params
+from flaxgpt.inspection.tree import Difference, Row, compare, rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Params:
+    """List the parameters of a model: where they are, how many, what they weigh and hold.
+
+    A preset is listed without allocating anything, its blocks folded into one, as they are alike;
+    a model's numbers are looked at too.
+
+    Examples:
+      flaxgpt params gpt2-xl --flops --memory
+      flaxgpt params tales --sort count
+      flaxgpt params run/model --diff gpt2
+      flaxgpt params --fits 16GB
+    """
+
+    model: Annotated[str | None, tyro.conf.Positional] = None
+    """A preset (gpt2, gpt2-xl, book-124M, ...), or as for generate: "tales", "book", a folder, a
+    run, a safetensors file or a hub id with a slash, such as openai-community/gpt2."""
+
+    depth: int = 4
+    """Levels of the tree to show: 1 is the model's parts, 4 every array."""
+
+    sort: Literal["model", "count", "name"] = "model"
+    """Order: as data flows, or arrays alone, largest first, or by name."""
+
+    json: bool = False
+    """Print JSON instead: keys model, config, count, parameters, and what else is asked for."""
+
+    flops: bool = False
+    """Add the operations of a forward pass and a training step, by part."""
+
+    memory: bool = False
+    """Add the memory that generation and a training step take."""
+
+    batch: int = 1
+    """Rows, for --flops and --memory."""
+
+    length: int | None = None
+    """Ids a row, for --flops and --memory; the model's context unless given."""
+
+    diff: str | None = None
+    """A second model: print what differs between the two instead."""
+
+    fits: str | None = None
+    """Memory of a device, such as 16GB: print what of the model, or each preset, fits in it."""
+
+    def run(self) -> None:
+        """Prints to standard output."""
+        check_size("--depth", self.depth)
+        check_size("--batch", self.batch)
+        if self.length is not None:
+            check_size("--length", self.length)
+        if self.fits is not None:
+            self._print_fitting(parse_size(self.fits))
+            return
+        if self.model is None:
+            raise ValueError(
+                f"no model: give a preset ({', '.join(PRESETS)}), a folder, tales or book"
+            )
+        if self.diff is not None:
+            self._print_differences(self.model, self.diff)
+            return
+        cfg, params = _read(self.model)
+        values: dict[str, Any] = {"model": self.model, "config": cfg.to_dict()}
+        tree = cfg if params is None else params
+        count = count_params(tree)
+        length = cfg.context_length if self.length is None else self.length
+        flops = flaxgpt.flops(cfg, self.batch, length) if self.flops else None
+        used = memory(cfg, self.batch, length) if self.memory else None
+        found = rows(tree, statistics=params is not None)
+        if self.json:
+            values["count"] = count.to_dict()
+            values["parameters"] = [_as_dict(row) for row in found if row.shape is not None]
+            for name, part in (("flops", flops), ("memory", used)):
+                if part is not None:
+                    values[name] = {"batch": self.batch, "length": length, **part.to_dict()}
+            say(json.dumps(values, indent=2, allow_nan=False) + "\n")
+            return
+        console = _console()
+        folded = params is None and cfg.n_layers > 1 and self.sort == "model"
+        console.print(_tree(_arranged(found, self.depth, self.sort, cfg, folded), count))
+        console.print(_totals(count))
+        if flops is not None:
+            console.print(_flops_table(flops, self.batch, length))
+        if used is not None:
+            console.print(_memory_table(used, self.batch, length))
+
+    def _print_differences(self, a: str, b: str) -> None:
+        first, second = _read(a), _read(b)
+        for name, (_, params) in ((a, first), (b, second)):
+            if params is None:
+                raise ValueError(f"{name} is a preset, without numbers: --diff takes two models")
+        of_config = _config_differences(first[0], second[0])
+        found = compare(first[1], second[1])
+        if self.json:
+            values = {
+                "a": a,
+                "b": b,
+                "config": {name: list(pair) for name, pair in of_config.items()},
+                "differences": [_finite(dataclasses.asdict(item)) for item in found],
+            }
+            say(json.dumps(values, indent=2, allow_nan=False) + "\n")
+            return
+        for name, (one, other) in of_config.items():
+            say(f"config {name}: {one} in A, {other} in B\n")
+        if not found:
+            say("the parameters are equal to the bit\n")
+            return
+        _console().print(_difference_table(found, a, b))
+
+    def _print_fitting(self, size: int) -> None:
+        names = [self.model] if self.model is not None else list(PRESETS)
+        configs = {name: _read_config(name) for name in names}
+        answers = {
+            name: fitting(cfg, size, self.length or cfg.context_length)
+            for name, cfg in configs.items()
+        }
+        if self.json:
+            fits = {name: dataclasses.asdict(answer) for name, answer in answers.items()}
+            say(json.dumps({"bytes": size, "fits": fits}, indent=2) + "\n")
+            return
+        table = Table(
+            title=f"largest batch in {_bytes(size)}", title_justify="left", show_edge=False
+        )
+        table.add_column("model")
+        table.add_column("length", justify="right")
+        for name in ("generating", "training", "training, remat"):
+            table.add_column(name, justify="right")
+        for name, cfg in configs.items():
+            answer = answers[name]
+            batches = (answer.generating, answer.training, answer.training_with_remat)
+            table.add_row(
+                name,
+                str(self.length or cfg.context_length),
+                *(f"{batch:,}" if batch else "-" for batch in batches),
+            )
+        _console().print(table)
+
+
+def parse_size(text: str) -> int:
+    """Returns bytes of a size such as `16GB`, `500 MB` or `15.9GiB`."""
+    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+    units |= {f"{unit[0]}iB".upper(): 1024 ** (i + 1) for i, unit in enumerate(units)}
+    compact = text.strip().upper().replace(" ", "")
+    unit = next(
+        (unit for unit in sorted(units, key=len, reverse=True) if compact.endswith(unit)), ""
+    )
+    try:
+        size = float(compact.removesuffix(unit)) * units.get(unit, 1)
+    except ValueError:
+        size = math.nan
+    if not 1 <= size < math.inf or not unit:
+        raise ValueError(f"--fits {text!r} must be a size such as 16GB, 500MB or 15.9GiB")
+    return int(size)
+
+
+def _read(model: str) -> tuple[GPTConfig, Any]:
+    """Returns the configuration and, of what has numbers, the parameters as stored."""
+    if model in PRESETS:
+        return GPTConfig.preset(model), None
+    with progress(f"loading {model}") as advance:
+        cfg, params, _ = flaxgpt.load(model, progress=advance)
+    return cfg, params
+
+
+def _read_config(model: str) -> GPTConfig:
+    from flaxgpt.weights import read_config
+
+    return GPTConfig.preset(model) if model in PRESETS else read_config(model)
+
+
+def _console() -> Console:
+    # Wide enough where nothing tells the width: a table in a file is not for folding.
+    console = Console()
+    return console if console.is_terminal else Console(width=200)
+
+
+def _arranged(found: list[Row], depth: int, sort: str, cfg: GPTConfig, folded: bool) -> list[Row]:
+    if sort != "model":
+        arrays = [row for row in found if row.shape is not None]
+        return sorted(arrays, key=(lambda r: -r.count) if sort == "count" else (lambda r: r.path))
+    shown = [row for row in found if len(row.path) <= depth]
+    if not folded:
+        return shown
+    block = "trf_blocks_0"
+    name = f"trf_blocks_0 to {cfg.n_layers - 1}, each"
+    return [
+        dataclasses.replace(row, path=(name, *row.path[1:])) if row.path[0] == block else row
+        for row in shown
+        if row.path[0] == block or not row.path[0].startswith("trf_blocks_")
+    ]
+
+
+def _tree(shown: list[Row], count: ParamCount) -> Table:
+    table = Table(show_edge=False, pad_edge=False)
+    table.add_column("parameters", no_wrap=True)
+    table.add_column("shape", justify="right", no_wrap=True)
+    table.add_column("dtype")
+    for name in ("count", "share", "size"):
+        table.add_column(name, justify="right", no_wrap=True)
+    numbers = any(row.statistics for row in shown)
+    if numbers:
+        for name in ("mean", "std", "norm"):
+            table.add_column(name, justify="right", no_wrap=True)
+        table.add_column("")
+    is_tree = len({row.path[0] for row in shown if row.shape is None}) > 0
+    for row in shown:
+        label = "  " * (len(row.path) - 1) + row.path[-1] if is_tree else row.name
+        cells = [
+            label,
+            "" if row.shape is None else " x ".join(map(str, row.shape)) or "scalar",
+            row.dtype,
+            f"{row.count:,}",
+            f"{100 * row.count / count.total:.2f} %",
+            _bytes(row.bytes),
+        ]
+        if row.statistics is not None:
+            s = row.statistics
+            cells += [f"{s.mean:.3g}", f"{s.std:.3g}", f"{s.norm:.4g}", ", ".join(s.faults)]
+        style = "bold" if row.shape is None and len(row.path) == 1 else ""
+        table.add_row(*(Text(cell) for cell in cells), style=style)
+    return table
+
+
+def _totals(count: ParamCount) -> str:
+    dtypes = ", ".join(f"{_bytes(n)} {dtype}" for dtype, n in count.bytes_by_dtype.items())
+    return (
+        f"\ntotal {count.total:,} parameters, {dtypes}\n"
+        f"with a tied head {count.tied:,}, with a head of its own {count.untied:,}"
+    )
+
+
+def _flops_table(flops: FlopCount, batch: int, length: int) -> Table:
+    table = Table(
+        title=f"\noperations, {batch} x {length} ids", title_justify="left", show_edge=False
+    )
+    table.add_column("part")
+    table.add_column("forward", justify="right")
+    table.add_column("forward and backward", justify="right")
+    parts = {
+        "attention projections": flops.projections,
+        "attention scores": flops.scores,
+        "feed-forward": flops.feed_forward,
+        "head": flops.head,
+        "all, without scores (the book's table)": flops.forward_without_scores,
+        "all (nanoGPT's sizing)": flops.forward,
+    }
+    for name, value in parts.items():
+        table.add_row(name, f"{value:.4g}", f"{3 * value:.4g}")
+    return table
+
+
+def _memory_table(used: MemoryUse, batch: int, length: int) -> Table:
+    table = Table(title=f"\nmemory, {batch} x {length} ids", title_justify="left", show_edge=False)
+    table.add_column("for")
+    for name in ("generating", "training", "training, remat"):
+        table.add_column(name, justify="right")
+    lines: dict[str, tuple[int | None, int | None, int | None]] = {
+        "weights": (used.weights, used.weights, used.weights),
+        "KV cache": (used.kv_cache, None, None),
+        "optimiser": (None, used.optimizer, used.optimizer),
+        "activations": (used.prefill, used.activations, used.activations_with_remat),
+        "or, later, gradients": (None, used.gradients, used.gradients),
+        "peak": (used.generating, used.training, used.training_with_remat),
+    }
+    for name, cells in lines.items():
+        table.add_row(name, *("" if cell is None else _bytes(cell) for cell in cells))
+    return table
+
+
+def _difference_table(found: list[Difference], a: str, b: str) -> Table:
+    table = Table(title=f"A is {a}, B is {b}", title_justify="left", show_edge=False)
+    table.add_column("parameters", no_wrap=True)
+    for name in ("differs", "A", "B"):
+        table.add_column(name, no_wrap=True)
+    for name in ("numbers changed", "largest change", "relative"):
+        table.add_column(name, justify="right")
+    for item in found:
+        cells = [item.name, item.kind, item.a or "", item.b or ""]
+        if item.kind == "values":
+            cells += [f"{item.changed:,}", f"{item.largest:.3g}", f"{item.relative:.3g}"]
+        table.add_row(*map(Text, cells))
+    return table
+
+
+def _config_differences(a: GPTConfig, b: GPTConfig) -> dict[str, tuple[Any, Any]]:
+    one, other = dataclasses.asdict(a), dataclasses.asdict(b)
+    return {name: (one[name], other[name]) for name in one if one[name] != other[name]}
+
+
+def _as_dict(row: Row) -> dict[str, Any]:
+    values: dict[str, Any] = {
+        "path": row.name,
+        "shape": list(row.shape or ()),
+        "dtype": row.dtype,
+        "count": row.count,
+        "bytes": row.bytes,
+    }
+    if row.statistics is not None:
+        values |= _finite(dataclasses.asdict(row.statistics))
+        values["faults"] = list(row.statistics.faults)
+    return values
+
+
+def _finite(values: dict[str, Any]) -> dict[str, Any]:
+    """Returns values for JSON, which has no NaN: null stands for what is no number."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in values.items()
+    }
+
+
+def _bytes(count: int) -> str:
+    for size, unit in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return f"{count} B"

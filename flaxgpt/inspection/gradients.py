@@ -1,0 +1,72 @@
+"""How far the loss reaches back through the blocks, with shortcuts and without (section 4.4)."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from flaxgpt.config import GPTConfig
+from flaxgpt.inspection.intermediates import Intervention, patch
+from flaxgpt.model.gpt import Params
+
+
+def gradient_norms(
+    cfg: GPTConfig, params: Params, ids: ArrayLike, *, shortcuts: bool = True
+) -> jax.Array:
+    """Returns the norm of the loss's gradient with respect to each block's parameters.
+
+    Args:
+        cfg: the architecture.
+        params: its parameters.
+        ids: int [B, T], T of 2 at least: each id but the first is to be predicted.
+        shortcuts: whether the blocks have theirs. Without, each passes on only what attention and
+            then feed-forward make of the stream.
+
+    Returns:
+        float32 [L].
+
+    Raises:
+        ValueError: as for `patch`; or too few ids.
+    """
+    ids = jnp.asarray(ids)
+    if ids.ndim == 2 and ids.shape[1] < 2:
+        raise ValueError(f"ids of shape {ids.shape} leave nothing to predict: give 2 or more a row")
+    return _norms(cfg, params, ids, shortcuts)
+
+
+@partial(jax.jit, static_argnums=(0, 3))
+def _norms(cfg: GPTConfig, params: Params, ids: jax.Array, shortcuts: bool) -> jax.Array:
+    def loss(params: Params) -> jax.Array:
+        patches = {} if shortcuts else without_shortcuts(cfg)
+        logits = patch(cfg, params, ids, patches)
+        log_probs = jax.nn.log_softmax(logits[:, :-1])
+        return -jnp.take_along_axis(log_probs, ids[:, 1:, None], axis=-1).mean()
+
+    def norm(tree: Params) -> jax.Array:
+        return jnp.sqrt(sum(jnp.square(leaf).sum() for leaf in jax.tree.leaves(tree)))
+
+    gradient = jax.grad(loss)(params)
+    return jnp.stack([norm(gradient[f"trf_blocks_{i}"]) for i in range(cfg.n_layers)])
+
+
+def without_shortcuts(cfg: GPTConfig) -> dict[str, Intervention]:
+    """Returns patches that take the shortcuts out of a model; for one call of `patch`."""
+    added: list[jax.Array] = []
+
+    def hold(x: jax.Array) -> jax.Array:
+        added.append(x)
+        return x
+
+    patches: dict[str, Intervention] = {}
+    for i in range(cfg.n_layers):
+        block = f"trf_blocks_{i}"
+        patches |= {
+            f"{block}/att": hold,
+            f"{block}/middle": lambda _: added.pop(),
+            f"{block}/ff": hold,
+            block: lambda _: added.pop(),
+        }
+    return patches

@@ -1,0 +1,326 @@
+"""Everything that a model computes on its way, by name: to look at, and to put something else in.
+
+The names follow the modules, as those of the parameters do:
+
+    tok_emb                          [B, T, D]
+    pos_emb                          [1, T, D]
+    embeddings                       [B, T, D]     their sum, where the residual stream begins
+    trf_blocks_0/norm1               [B, T, D]
+    trf_blocks_0/att/query           [B, N, T, H]  and key, value
+    trf_blocks_0/att/weights         [B, N, T, S]  after the softmax, S = T; a row sums to 1
+    trf_blocks_0/att/heads           [B, N, T, H]  what each head makes of them
+    trf_blocks_0/att                 [B, T, D]     what attention adds to the stream
+    trf_blocks_0/middle              [B, T, D]     the stream between attention and feed-forward
+    trf_blocks_0/norm2               [B, T, D]
+    trf_blocks_0/ff/wide             [B, T, F]     before GELU
+    trf_blocks_0/ff/active           [B, T, F]     after it
+    trf_blocks_0/ff                  [B, T, D]     what feed-forward adds to the stream
+    trf_blocks_0                     [B, T, D]     the stream after the block; and so on for each
+    final_norm                       [B, T, D]
+    logits                           [B, T, V]
+
+Hugging Face's hidden states have their names too: `hidden_0` is `embeddings`, `hidden_1` is
+`trf_blocks_0`, and so on to `hidden_L`, which is `final_norm`.
+
+Nothing in the model knows of this: linen's `intercept_methods` sees each module called, and its
+`sow` keeps what was asked for.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Callable, Collection, Iterable, Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.typing import ArrayLike, DTypeLike
+
+from flaxgpt._checks import check_dtype, listed
+from flaxgpt.config import GPTConfig
+from flaxgpt.model import GPT
+from flaxgpt.model.attention import attention_weights, mean_of_values
+from flaxgpt.model.gpt import Params, check_inputs
+
+Intervention = Callable[[jax.Array], ArrayLike]
+
+_OF_A_BLOCK = (
+    "norm1",
+    "att/query",
+    "att/key",
+    "att/value",
+    "att/weights",
+    "att/heads",
+    "att",
+    "middle",
+    "norm2",
+    "ff/wide",
+    "ff/active",
+    "ff",
+)
+
+
+def activation_names(cfg: GPTConfig) -> tuple[str, ...]:
+    """Returns the names of all intermediates, in the order in which they are computed.
+
+    Args:
+        cfg: the architecture.
+    """
+    blocks = (f"trf_blocks_{i}" for i in range(cfg.n_layers))
+    within = [f"{block}/{name}" for block in blocks for name in (*_OF_A_BLOCK, "")]
+    names = ["tok_emb", "pos_emb", "embeddings", *within, "final_norm", "logits"]
+    return tuple(name.removesuffix("/") for name in names)
+
+
+def activations(
+    cfg: GPTConfig,
+    params: Params,
+    ids: ArrayLike,
+    *,
+    select: Iterable[str] | None = None,
+    patches: Mapping[str, Intervention] | None = None,
+    dtype: DTypeLike = jnp.float32,
+) -> dict[str, jax.Array]:
+    """Returns what the model computes on its way to the logits, by name.
+
+    Pure, and transparent to `jit`, `grad` and `vmap`; compiles itself when called outside of them
+    without patches.
+
+    Args:
+        cfg: the architecture, static.
+        params: its parameters.
+        ids: int [B, T], T at most `cfg.context_length`.
+        select: names to return; all of `activation_names(cfg)` and the `hidden_i` unless given.
+            `*` stands for any characters: `trf_blocks_*/att/weights`, `hidden_*`. What is left out
+            takes no memory.
+        patches: interventions, as for `patch`, under which to look.
+        dtype: what is computed in.
+
+    Returns:
+        Arrays by name, in the order in which they are computed.
+
+    Raises:
+        ValueError: bad ids, params or names; an unknown name lists the nearest.
+    """
+    checked, dtype = check_inputs(cfg, params, ids), check_dtype(dtype)
+    chosen = _chosen(cfg, select)
+    if patches is None:
+        found = _activations(cfg, params, checked, frozenset(chosen.values()), dtype)
+    else:
+        found = _recorded(cfg, params, checked, chosen.values(), _functions(cfg, patches), dtype)
+    return {name: found[place] for name, place in chosen.items()}
+
+
+def patch(
+    cfg: GPTConfig,
+    params: Params,
+    ids: ArrayLike,
+    patches: Mapping[str, Intervention],
+    *,
+    dtype: DTypeLike = jnp.float32,
+) -> jax.Array:
+    """Returns the logits of a model in which some intermediates are replaced by others.
+
+    Pure and differentiable. Outside of `jit` it runs operation by operation, as its functions may
+    be other ones each time: compile it yourself where one is called often.
+
+    >>> import flaxgpt, jax
+    >>> cfg = flaxgpt.GPTConfig(emb_dim=8, n_heads=2, n_layers=1)
+    >>> params = flaxgpt.init(cfg, jax.random.key(0))
+    >>> ids = jax.numpy.array([[1, 2, 3]])
+    >>> without_head_0 = {"trf_blocks_0/att/heads": lambda heads: heads.at[:, 0].set(0)}
+    >>> flaxgpt.patch(cfg, params, ids, without_head_0).shape
+    (1, 3, 50257)
+
+    Args:
+        cfg: the architecture, static.
+        params: its parameters.
+        ids: int [B, T], T at most `cfg.context_length`.
+        patches: for each name of `activation_names(cfg)` (or `hidden_i`) a function of the value
+            computed there, which returns the one to go on with, of the same shape. Another prompt's
+            comes from `activations`: `{name: lambda _: other[name]}`.
+        dtype: what is computed in.
+
+    Returns:
+        float32 [B, T, V].
+
+    Raises:
+        ValueError: bad ids or params; an unknown name, with the nearest; what is no function, or
+            returns another shape.
+    """
+    checked, dtype = check_inputs(cfg, params, ids), check_dtype(dtype)
+    return _recorded(cfg, params, checked, ["logits"], _functions(cfg, patches), dtype)["logits"]
+
+
+def _places(cfg: GPTConfig) -> dict[str, str]:
+    """Returns the intermediate that each name stands for."""
+    places = {name: name for name in activation_names(cfg)}
+    hidden = ["embeddings", *(f"trf_blocks_{i}" for i in range(cfg.n_layers - 1)), "final_norm"]
+    return places | {f"hidden_{i}": place for i, place in enumerate(hidden)}
+
+
+def _chosen(cfg: GPTConfig, select: Iterable[str] | None) -> dict[str, str]:
+    places = _places(cfg)
+    if select is None:
+        return places
+    if isinstance(select, str):
+        raise ValueError(f"select={select!r} must be a list of names, even of one: [{select!r}]")
+    wanted: set[str] = set()
+    for name in select:
+        matching = fnmatch.filter(places, name)
+        wanted.update(matching or [_known(cfg, name)])
+    return {name: place for name, place in places.items() if name in wanted}
+
+
+def _functions(cfg: GPTConfig, patches: Mapping[str, Intervention]) -> dict[str, Any]:
+    if not isinstance(patches, Mapping):
+        raise ValueError(f"patches must be a dict of name: function, got {type(patches).__name__}")
+    functions: dict[str, Any] = {}
+    for name, function in patches.items():
+        place = _places(cfg)[_known(cfg, name)]
+        if not callable(function):
+            raise ValueError(
+                f"the patch of {name} must be a function of the value there, got "
+                f"{type(function).__name__}: lambda _: value puts a value in its place"
+            )
+        if place in functions:
+            raise ValueError(f"{name} is {place}, which has a patch already: make them one")
+        functions[place] = function
+    return functions
+
+
+def _known(cfg: GPTConfig, name: str) -> str:
+    places = _places(cfg)
+    if name not in places:
+        near = difflib.get_close_matches(str(name), places, n=4, cutoff=0.3)
+        raise ValueError(
+            f"there is no intermediate {name!r} in a model of {cfg.n_layers} blocks: did you mean "
+            f"{listed(near)}? flaxgpt.activation_names(cfg) has all"
+        )
+    return name
+
+
+@partial(jax.jit, static_argnums=(0, 3, 4))
+def _activations(
+    cfg: GPTConfig, params: Params, ids: jax.Array, wanted: frozenset[str], dtype: Any
+) -> dict[str, jax.Array]:
+    return _recorded(cfg, params, ids, wanted, {}, dtype)
+
+
+def _recorded(
+    cfg: GPTConfig,
+    params: Params,
+    ids: jax.Array,
+    wanted: Collection[str],
+    functions: Mapping[str, Any],
+    dtype: Any,
+) -> dict[str, jax.Array]:
+    """Runs the model under interventions; returns the intermediates wanted as they then were."""
+    replaced = {name: partial(_replaced, name, function) for name, function in functions.items()}
+    with nn.intercept_methods(_Visits(cfg, replaced, wanted)):
+        variables = {"params": params}
+        _, sown = GPT(cfg, dtype).apply(variables, ids, mutable=["intermediates"])
+    leaves = jax.tree_util.tree_flatten_with_path(sown)[0]
+    return {path[-2].key: value for path, value in leaves}  # {module: {name: (value,)}}
+
+
+def _replaced(name: str, function: Intervention, value: jax.Array) -> jax.Array:
+    new = jnp.asarray(function(value))
+    if new.shape != value.shape:
+        raise ValueError(
+            f"the patch of {name} returned shape {new.shape} instead of {value.shape}: what "
+            "follows takes no other"
+        )
+    return new.astype(value.dtype)
+
+
+class _Visits:
+    """An interceptor of linen's that visits each intermediate as it is computed.
+
+    To visit is to put in its place what its function makes of it, and to sow it if it is wanted.
+    Most intermediates are results of a module; others are made of what a module is given:
+    attention's weights and heads before `out_proj`, the stream's middle before `norm2`.
+    """
+
+    def __init__(
+        self,
+        cfg: GPTConfig,
+        functions: Mapping[str, Callable[[jax.Array], jax.Array]],
+        wanted: Collection[str],
+    ):
+        self.cfg = cfg
+        self.functions = functions
+        self.wanted = wanted
+        self.held: dict[str, jax.Array] = {}  # of the block under way, what later visits need
+
+    def __call__(
+        self, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any], context: Any
+    ) -> Any:
+        module, method = context.module, context.method_name
+        visit = partial(self._visit, module)
+        if method == "head":
+            return visit("logits", call(*args))
+        if method != "__call__" or not module.path:
+            return call(*args, **kwargs)
+        x = args[0]
+        block, name = module.path[0], "/".join(module.path)
+        match module.path[1:]:
+            case () if block.startswith("trf_blocks"):
+                self.held = {}
+                x, cache = call(*args, **kwargs)
+                if "middle" in self.held:
+                    x = self.held["middle"] + self.held["ff"]
+                return visit(name, x), cache
+            case ():
+                name = "embeddings" if name == "drop_emb" else name
+                return visit(name, call(*args, **kwargs))
+            case ("att",):
+                x, cache = call(*args, **kwargs)
+                return visit(name, x), cache
+            case ("att", "W_query" | "W_key" | "W_value" as projection):
+                role = projection.removeprefix("W_")
+                self.held[role] = visit(f"{block}/att/{role}", self._split(call(x)))
+                return self._join(self.held[role])
+            case ("att", "out_proj"):
+                return call(self._join(self._heads(visit, f"{block}/att", self._split(x))))
+            case ("norm2",):
+                middle = visit(f"{block}/middle", x)
+                if middle is not x:
+                    self.held["middle"] = middle
+                return visit(name, call(middle))
+            case ("ff", "layers_0"):
+                return visit(f"{block}/ff/wide", call(x))
+            case ("ff", "layers_2"):
+                return call(visit(f"{block}/ff/active", x))
+            case ("norm1",) | ("ff",) as last:
+                self.held[last[0]] = visit(name, call(x))
+                return self.held[last[0]]
+        return call(*args, **kwargs)
+
+    def _visit(self, module: nn.Module, name: str, value: jax.Array) -> jax.Array:
+        if name in self.functions:
+            value = self.functions[name](value)
+        if name in self.wanted:
+            module.sow("intermediates", name, value)
+        return value
+
+    def _heads(
+        self, visit: Callable[[str, jax.Array], jax.Array], att: str, heads: jax.Array
+    ) -> jax.Array:
+        if f"{att}/weights" in {*self.wanted, *self.functions}:
+            query, keys, values = (self.held[role] for role in ("query", "key", "value"))
+            causal = jnp.tril(jnp.ones((query.shape[-2],) * 2, bool))
+            weights = attention_weights(query, keys, causal)
+            if (patched := visit(f"{att}/weights", weights)) is not weights:
+                heads = mean_of_values(patched, values)
+        return visit(f"{att}/heads", heads)
+
+    def _split(self, x: jax.Array) -> jax.Array:  # [B, T, D] -> [B, N, T, H]
+        return x.reshape(*x.shape[:-1], self.cfg.n_heads, self.cfg.head_dim).swapaxes(1, 2)
+
+    def _join(self, heads: jax.Array) -> jax.Array:  # [B, N, T, H] -> [B, T, D]
+        joined = heads.swapaxes(1, 2)
+        return joined.reshape(*joined.shape[:2], self.cfg.emb_dim)

@@ -1,0 +1,53 @@
+"""The logit lens: what the model would say if it ended after each block (nostalgebraist 2020)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike, DTypeLike
+
+from flaxgpt.config import GPTConfig
+from flaxgpt.inspection.intermediates import Intervention, activations
+from flaxgpt.model import GPT
+from flaxgpt.model.gpt import Params
+
+
+def logit_lens(
+    cfg: GPTConfig,
+    params: Params,
+    ids: ArrayLike,
+    *,
+    patches: Mapping[str, Intervention] | None = None,
+    dtype: DTypeLike = jnp.float32,
+) -> jax.Array:
+    """Returns the logits of the residual stream at its beginning and after each block.
+
+    The last norm and the head read the stream where it stands; the last entry is what `forward`
+    returns.
+
+    Args:
+        cfg: the architecture, static.
+        params: its parameters.
+        ids: int [B, T], T at most `cfg.context_length`.
+        patches: interventions, as for `patch`, under which to look.
+        dtype: what is computed in.
+
+    Returns:
+        float32 [L + 1, B, T, V]: with GPT-2's vocabulary 0.2 MB a layer and id.
+
+    Raises:
+        ValueError: as for `activations`.
+    """
+    streams = ["embeddings", *(f"trf_blocks_{i}" for i in range(cfg.n_layers))]
+    found = activations(cfg, params, ids, select=streams, patches=patches, dtype=dtype)
+    return _read(cfg, params, jnp.stack(list(found.values())), jnp.dtype(dtype))
+
+
+@partial(jax.jit, static_argnums=(0, 3))
+def _read(cfg: GPTConfig, params: Params, streams: jax.Array, dtype: DTypeLike) -> jax.Array:
+    model: Any = GPT(cfg, dtype)
+    return model.apply({"params": params}, streams, method=lambda m, x: m.head(m.final_norm(x)))

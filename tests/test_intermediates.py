@@ -1,0 +1,247 @@
+"""Looking inside a model, and putting something else there."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import flaxgpt
+import golden
+
+MODELS = ["book-qkv-bias", "hf-small"]
+
+
+def example(name="hf-small"):
+    cfg, params, expected = golden.model(name)
+    return cfg, params, expected["input_ids"]
+
+
+@pytest.fixture(scope="module")
+def seen():
+    return flaxgpt.activations(*example())
+
+
+# Looking
+
+
+def test_every_intermediate_has_its_shape(seen):
+    cfg, _, ids = example()
+    (b, t), n, h, d = ids.shape, cfg.n_heads, cfg.head_dim, cfg.emb_dim
+    assert list(seen)[: len(flaxgpt.activation_names(cfg))] == list(flaxgpt.activation_names(cfg))
+    shapes = {
+        "pos_emb": (1, t, d),
+        "trf_blocks_1/att/key": (b, n, t, h),
+        "trf_blocks_1/att/weights": (b, n, t, t),
+        "trf_blocks_1/att/heads": (b, n, t, h),
+        "trf_blocks_1/att": (b, t, d),
+        "trf_blocks_1/middle": (b, t, d),
+        "trf_blocks_1/ff/wide": (b, t, 4 * d),
+        "trf_blocks_1/ff/active": (b, t, 4 * d),
+        "trf_blocks_1": (b, t, d),
+        "final_norm": (b, t, d),
+        "logits": (b, t, cfg.vocab_size),
+    }
+    assert {name: seen[name].shape for name in shapes} == shapes
+
+
+def test_hidden_states_are_hugging_faces(seen):
+    cfg, _, _ = example()
+    expected = golden.model("hf-small")[2]
+    for i in range(cfg.n_layers + 1):
+        golden.assert_logits_agree(seen[f"hidden_{i}"], expected[f"hidden_{i}"])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_are_those_of_forward(name):
+    cfg, params, ids = example(name)
+    logits = flaxgpt.activations(cfg, params, ids, select=["logits"])["logits"]
+    golden.assert_logits_agree(logits, flaxgpt.forward(cfg, params, ids))
+
+
+def test_attention_weights_are_probabilities_of_the_past(seen):
+    cfg, _, ids = example()
+    for i in range(cfg.n_layers):
+        weights = np.asarray(seen[f"trf_blocks_{i}/att/weights"])
+        np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-6)
+        future = np.triu(np.ones((ids.shape[1],) * 2, bool), 1)
+        assert (weights[..., future] == 0).all() and (weights >= 0).all()
+
+
+def test_the_stream_is_the_sum_of_what_was_added(seen):
+    np.testing.assert_array_equal(seen["embeddings"], seen["tok_emb"] + seen["pos_emb"])
+    x = seen["embeddings"]
+    for i in range(example()[0].n_layers):
+        block = f"trf_blocks_{i}"
+        np.testing.assert_allclose(seen[f"{block}/middle"], x + seen[f"{block}/att"], atol=1e-6)
+        x = seen[block]
+        np.testing.assert_allclose(x, seen[f"{block}/middle"] + seen[f"{block}/ff"], atol=1e-6)
+
+
+def test_heads_are_weighted_means_of_the_values(seen):
+    made = seen["trf_blocks_0/att/weights"] @ seen["trf_blocks_0/att/value"]
+    np.testing.assert_allclose(seen["trf_blocks_0/att/heads"], made, atol=1e-6)
+
+
+def test_only_what_is_selected_is_returned():
+    cfg, params, ids = example()
+    found = flaxgpt.activations(cfg, params, ids, select=["*/att/weights", "hidden_1"])
+    weights = [f"trf_blocks_{i}/att/weights" for i in range(cfg.n_layers)]
+    assert list(found) == [*weights, "hidden_1"]
+
+
+def test_what_is_not_selected_takes_no_memory():
+    cfg, params, _ = example()
+    ids = jax.ShapeDtypeStruct((8, 24), jnp.int32)
+
+    def result_bytes(select):
+        def call(params, ids):
+            return flaxgpt.activations(cfg, params, ids, select=select)
+
+        return jax.jit(call).lower(params, ids).compile().memory_analysis().output_size_in_bytes
+
+    one = 8 * 24 * cfg.emb_dim * 4
+    assert one <= result_bytes(["final_norm"]) < 1.1 * one
+    assert result_bytes(None) > 20 * one
+
+
+def test_looking_is_pure_under_jit_grad_and_vmap():
+    cfg, params, ids = example()
+
+    def one(params, row):
+        return flaxgpt.activations(cfg, params, row[None], select=["trf_blocks_0"])["trf_blocks_0"]
+
+    rows = jax.jit(jax.vmap(one, (None, 0)))(params, ids)[:, 0]
+    together = flaxgpt.activations(cfg, params, ids, select=["trf_blocks_0"])["trf_blocks_0"]
+    np.testing.assert_allclose(rows, together, atol=1e-5)
+    gradient = jax.grad(lambda p: one(p, ids[0]).sum())(params)
+    assert (np.asarray(gradient["final_norm"]["scale"]) == 0).all()
+    assert (np.asarray(gradient["trf_blocks_0"]["att"]["out_proj"]["weight"]) != 0).any()
+
+
+# Intervening
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_patch_that_changes_nothing_changes_nothing(name):
+    cfg, params, ids = example(name)
+    logits = flaxgpt.forward(cfg, params, ids)
+    everywhere = dict.fromkeys(flaxgpt.activation_names(cfg), lambda x: x)
+    golden.assert_logits_agree(flaxgpt.patch(cfg, params, ids, everywhere), logits)
+
+
+def test_every_intermediate_has_its_effect_in_its_place():
+    cfg, params, ids = example()
+    names = flaxgpt.activation_names(cfg)
+    base = flaxgpt.activations(cfg, params, ids)
+    for name in names[3:17] + names[-2:]:
+        changed = flaxgpt.activations(
+            cfg, params, ids, patches={name: lambda x: jnp.roll(x, 1, axis=0)}
+        )
+        before = names[: names.index(name)]
+        for earlier in before:
+            assert np.allclose(changed[earlier], base[earlier], atol=1e-6), (name, earlier)
+        np.testing.assert_allclose(changed[name], jnp.roll(base[name], 1, axis=0), atol=1e-6)
+        assert not np.allclose(changed["logits"], base["logits"], atol=1e-4), name
+
+
+def test_the_stream_of_another_prompt_makes_the_answer_that_prompts():
+    cfg, params, ids = example()
+    other = flaxgpt.activations(cfg, params, ids[::-1])
+    for name in ("embeddings", "trf_blocks_1/middle", "hidden_2", "final_norm"):
+        swapped = flaxgpt.patch(cfg, params, ids, {name: lambda _, name=name: other[name]})
+        golden.assert_logits_agree(swapped, other["logits"])
+
+
+def test_a_head_set_to_zero_is_a_head_whose_output_weights_are_zero():
+    cfg, params, ids = example()
+    n, h = 2, cfg.head_dim
+    weight = params["trf_blocks_1"]["att"]["out_proj"]["weight"]
+    silenced = jax.tree.map(lambda x: x, params)
+    silenced["trf_blocks_1"]["att"]["out_proj"]["weight"] = weight.at[:, n * h : (n + 1) * h].set(0)
+    expected = flaxgpt.forward(cfg, silenced, ids)
+    patches = {"trf_blocks_1/att/heads": lambda heads: heads.at[:, n].set(0)}
+    golden.assert_logits_agree(flaxgpt.patch(cfg, params, ids, patches), expected)
+    weights = {"trf_blocks_1/att/weights": lambda weights: weights.at[:, n].set(0)}
+    golden.assert_logits_agree(flaxgpt.patch(cfg, params, ids, weights), expected)
+
+
+def test_a_patch_has_a_gradient():
+    cfg, params, ids = example()
+
+    def loss(scale):
+        patches = {"trf_blocks_0/ff": lambda x: scale * x}
+        return flaxgpt.patch(cfg, params, ids, patches)[0, -1, 0]
+
+    slope = jax.jit(jax.grad(loss))(1.0)
+    near = [float(loss(1.0 + step)) for step in (-1e-2, 1e-2)]
+    np.testing.assert_allclose(slope, (near[1] - near[0]) / 2e-2, rtol=0.02)
+
+
+def test_patched_models_do_not_leak_into_others():
+    cfg, params, ids = example()
+    before = flaxgpt.forward(cfg, params, ids)
+    flaxgpt.patch(cfg, params, ids, {"final_norm": lambda x: 0 * x})
+    np.testing.assert_array_equal(flaxgpt.forward(cfg, params, ids), before)
+
+
+# The logit lens
+
+
+def test_the_lens_begins_at_the_embeddings_and_ends_at_the_logits():
+    cfg, params, ids = example()
+    lens = flaxgpt.logit_lens(cfg, params, ids)
+    assert lens.shape == (cfg.n_layers + 1, *ids.shape, cfg.vocab_size)
+    golden.assert_logits_agree(lens[-1], flaxgpt.forward(cfg, params, ids))
+    stream = flaxgpt.activations(cfg, params, ids)["trf_blocks_0"]
+    last = {f"trf_blocks_{cfg.n_layers - 1}": lambda _: stream}
+    golden.assert_logits_agree(lens[1], flaxgpt.patch(cfg, params, ids, last))
+
+
+def test_the_lens_looks_at_a_patched_model():
+    cfg, params, ids = example()
+    patches = {"trf_blocks_1": lambda x: 0 * x}
+    plain = flaxgpt.logit_lens(cfg, params, ids)
+    patched = flaxgpt.logit_lens(cfg, params, ids, patches=patches)
+    golden.assert_logits_agree(patched[:2], plain[:2])
+    assert np.ptp(patched[2], axis=(0, 1)).max() == 0  # the same everywhere: nothing is left
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda *a: flaxgpt.activations(*a, select=["trf_blocks_0/att/wieghts"]),
+            "no intermediate 'trf_blocks_0/att/wieghts' in a model of 3 blocks: did you mean "
+            "trf_blocks_0/att/weights",
+        ),
+        (lambda *a: flaxgpt.activations(*a, select=["trf_blocks_3"]), "did you mean trf_blocks_"),
+        (lambda *a: flaxgpt.activations(*a, select="logits"), r"even of one: \['logits'\]"),
+        (lambda *a: flaxgpt.patch(*a, {"hidden_9": abs}), "did you mean hidden_"),
+        (lambda *a: flaxgpt.patch(*a, {"logits": 0.0}), "must be a function of the value there"),
+        (lambda *a: flaxgpt.patch(*a, ["logits"]), "patches must be a dict of name: function"),
+        (
+            lambda *a: flaxgpt.patch(*a, {"hidden_0": abs, "embeddings": abs}),
+            "embeddings is embeddings, which has a patch already|hidden_0 is",
+        ),
+        (
+            lambda *a: flaxgpt.patch(*a, {"final_norm": lambda x: x[0]}),
+            r"the patch of final_norm returned shape \(24, 64\) instead of \(4, 24, 64\)",
+        ),
+    ],
+)
+def test_bad_names_and_patches_are_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(*example())
+
+
+def test_bad_ids_and_parameters_are_refused_as_by_forward():
+    cfg, params, ids = example()
+    with pytest.raises(ValueError, match="outside the vocabulary"):
+        flaxgpt.activations(cfg, params, ids + cfg.vocab_size)
+    with pytest.raises(ValueError, match="missing final_norm"):
+        flaxgpt.patch(cfg, {k: v for k, v in params.items() if k != "final_norm"}, ids, {})
+    with pytest.raises(ValueError, match="exceed context_length"):
+        flaxgpt.logit_lens(cfg, params, np.zeros((1, cfg.context_length + 1), int))

@@ -1,0 +1,129 @@
+"""Memory: what is exact, and how near the estimates come to what XLA reports."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import flaxgpt
+from flaxgpt import GPTConfig, decoding
+from flaxgpt.decoding import Plan, Request
+from flaxgpt.inspection import fitting
+from flaxgpt.model import param_shapes
+from flaxgpt.training import TrainConfig, init_state, loss, make_optimizer, train_step
+
+WIDE = GPTConfig(vocab_size=65, context_length=64, emb_dim=128, n_heads=4, n_layers=4, drop_rate=0)
+LONG = GPTConfig(
+    vocab_size=512, context_length=512, emb_dim=128, n_heads=4, n_layers=2, drop_rate=0
+)
+WORDY = dataclasses.replace(WIDE, vocab_size=8000, n_layers=2, qkv_bias=True)
+DROPPING = dataclasses.replace(LONG, context_length=128, drop_rate=0.1)
+
+
+def size_of(tree):
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def test_weights_cache_and_optimiser_are_exact():
+    cfg = GPTConfig.preset("gpt2-medium")
+    used = flaxgpt.memory(cfg, 3, 100)
+    assert used.weights == size_of(param_shapes(cfg))
+    cache = jax.eval_shape(lambda: flaxgpt.init_cache(cfg, 3, 100))
+    assert used.kv_cache == size_of((cache.keys, cache.values))
+    moments = jax.eval_shape(make_optimizer(TrainConfig()).init, param_shapes(cfg))
+    assert used.optimizer == size_of([x for x in jax.tree.leaves(moments) if x.ndim])
+    half = flaxgpt.memory(cfg, 3, 100, dtype="bfloat16")
+    assert (half.kv_cache, half.weights) == (used.kv_cache // 2, used.weights)
+
+
+def xla_training(cfg, batch, length):
+    """Returns what XLA says a training step takes, all in all."""
+    state = jax.eval_shape(partial(init_state, cfg, TrainConfig(batch_size=batch)))
+    ids = jax.ShapeDtypeStruct((batch, length + 1), jnp.int32)
+    found = train_step.lower(state, ids).compile().memory_analysis()
+    return found.argument_size_in_bytes + found.temp_size_in_bytes  # the results are in place
+
+
+@pytest.mark.parametrize(
+    ("cfg", "batch", "length"),
+    [(WIDE, 12, 64), (WIDE, 1, 64), (LONG, 4, 512), (WORDY, 8, 64), (DROPPING, 4, 128)],
+    ids=["activations", "gradients", "scores", "logits", "dropout"],  # what it is mostly
+)
+def test_training_takes_what_xla_reports(cfg, batch, length):
+    found = xla_training(cfg, batch, length)
+    assert abs(flaxgpt.memory(cfg, batch, length).training / found - 1) < 0.15
+
+
+@pytest.mark.parametrize(("cfg", "batch"), [(WIDE, 8), (LONG, 2), (WORDY, 1)])
+def test_generating_takes_what_xla_reports(cfg, batch):
+    length = cfg.context_length
+    plan = Plan(length, length, False, True, jnp.dtype("float32"))
+    scalar = partial(jax.ShapeDtypeStruct, ())
+    request = Request(
+        key=jax.eval_shape(lambda: jax.random.key(0)),
+        temperature=scalar(jnp.float32),
+        top_k=scalar(jnp.int32),
+        top_p=scalar(jnp.float32),
+        stop_ids=jax.ShapeDtypeStruct((4,), jnp.int32),
+        prompt_length=scalar(jnp.int32),
+        final_length=scalar(jnp.int32),
+    )
+    ids = jax.ShapeDtypeStruct((batch, length), jnp.int32)
+    start = jax.ShapeDtypeStruct((batch,), jnp.int32)
+    call = decoding.decode_jitted.lower(cfg, plan, param_shapes(cfg), request, ids, start)
+    found = call.compile().memory_analysis()
+    total = found.argument_size_in_bytes + found.temp_size_in_bytes + found.output_size_in_bytes
+    assert abs(flaxgpt.memory(cfg, batch, length).generating / total - 1) < 0.15
+
+
+def test_remat_keeps_one_stream_a_block():
+    # What JAX keeps for the backward pass, before XLA, which on CPU merges it all again.
+    def kept(layers):
+        cfg = dataclasses.replace(WIDE, n_layers=layers)
+        ids = jax.ShapeDtypeStruct((2, 65), jnp.int32)
+
+        def backward(params, ids):
+            return jax.vjp(lambda p: loss(cfg, p, ids, remat=True), params)[1]
+
+        weights = param_shapes(cfg)
+        return size_of(jax.eval_shape(backward, weights, ids)) - size_of(weights)
+
+    stream = 2 * 64 * 128 * 4
+    assert 0.95 * stream < kept(5) - kept(4) < 1.05 * stream
+    used = [
+        flaxgpt.memory(dataclasses.replace(WIDE, n_layers=n), 2, 64).activations_with_remat
+        for n in (4, 5)
+    ]
+    assert used[1] - used[0] == stream
+
+
+def test_the_largest_batch_fits_and_one_more_does_not():
+    cfg = GPTConfig.preset("gpt2")
+    size = 16 * 10**9
+    fit = fitting(cfg, size, 512)
+    for purpose in ("generating", "training", "training_with_remat"):
+        batch = getattr(fit, purpose)
+        assert batch > 0
+        assert getattr(flaxgpt.memory(cfg, batch, 512), purpose) <= size
+        assert getattr(flaxgpt.memory(cfg, batch + 1, 512), purpose) > size
+
+
+def test_what_never_fits_has_a_batch_of_0():
+    fit = fitting(GPTConfig.preset("gpt2-xl"), 10**9, 1024)
+    assert (fit.generating, fit.training, fit.training_with_remat) == (0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: flaxgpt.memory(WIDE, 0, 8), "batch=0 must be a whole number"),
+        (lambda: flaxgpt.memory(WIDE, 1, 65), "length=65 exceeds context_length=64"),
+        (lambda: flaxgpt.memory(WIDE, 1, 64, dtype="int8"), "dtype='int8' must be float32"),
+        (lambda: fitting(WIDE, 10**9, 65), "length=65 exceeds"),
+    ],
+)
+def test_sizes_that_no_model_has_are_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
