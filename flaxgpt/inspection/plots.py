@@ -18,6 +18,7 @@ from flaxgpt.config import GPTConfig
 from flaxgpt.inspection.parameters import PARTS, count_params
 
 _COLOURS = ("#4477aa", "#66ccee", "#228833", "#ccbb44", "#bbbbbb", "#ee6677")  # Tol's bright
+_LINE_COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377")
 _MOST_LABELS = 40  # more do not fit beside an axis
 
 
@@ -147,24 +148,29 @@ def parameter_shares(configs: Mapping[str, GPTConfig]) -> Any:
 
 
 def lines_by_depth(
-    curves: Mapping[str, ArrayLike], ylabel: str, title: str = "", log: bool = True
+    curves: Mapping[str, ArrayLike], ylabel: str, title: str = "", xlabel: str = "block"
 ) -> Any:
     """Draws numbers of each block against its depth, such as gradient norms.
+
+    Where they span more than a factor of ten, their axis is logarithmic.
 
     Args:
         curves: by name, float [L], one number a block.
         ylabel: what the numbers are.
         title: above all of it.
-        log: whether their axis is logarithmic.
+        xlabel: what has the depth.
     """
     with _figure(7, 4) as figure:
         axes = figure.subplots()
-        for (name, values), colour in zip(curves.items(), 2 * _COLOURS, strict=False):
+        for (name, values), colour in zip(curves.items(), 2 * _LINE_COLOURS, strict=False):
             depth = np.arange(len(np.asarray(values)))
             axes.plot(depth, values, "o-", color=colour, markersize=4, label=name)
-        if log:
+        sizes = np.concatenate([np.ravel(values) for values in curves.values()])
+        if (sizes > 0).all() and sizes.max() > 10 * sizes.min():
             axes.set_yscale("log")
-        axes.set(xlabel="block", ylabel=ylabel)
+        else:
+            axes.set_ylim(bottom=min(0, 1.05 * sizes.min()))
+        axes.set(xlabel=xlabel, ylabel=ylabel)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_title(title, fontsize=10)
         axes.grid(alpha=0.3)

@@ -11,6 +11,9 @@ class _Page:
     def __init__(self, html: str):
         self._html = html
 
+    def __repr__(self) -> str:
+        return "a tree, which a notebook draws"
+
     def _repr_html_(self) -> str:
         return self._html
 
