@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import itertools
 import json
 import os
 import random
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -339,6 +341,19 @@ def test_a_run_goes_on_without_the_text_it_has_tokenized(tmp_path):
     outcome, seen = run(out, steps=12, data=(str(text),), init_from=str(out), sample_every=0)
     assert "text.txt is no longer there" in seen
     assert int(outcome.state.step) == 12
+
+
+def test_a_long_tokenizing_tells_how_far_it_is(tmp_path, monkeypatch):
+    from flaxgpt.training import texts
+    from flaxgpt.training.run import prepare
+
+    clock = SimpleNamespace(monotonic=itertools.count(0, 60).__next__)
+    monkeypatch.setattr(texts, "time", clock)
+    told = []
+    prepare(CFG, RECIPE, tmp_path / "run", told.append)
+    path = tmp_path / "run" / "data" / "train.ids"
+    assert told[0] == f"tokenizing into {path}"
+    assert told[1].startswith(f"tokenizing into {path}: ") and told[1].endswith(" %")
 
 
 def test_two_processes_do_not_train_in_one_folder(tmp_path):

@@ -25,22 +25,15 @@ import numpy as np
 from flaxgpt._checks import listed
 from flaxgpt._files import write_file_atomically
 from flaxgpt.config import GPTConfig, check_config
-from flaxgpt.data import (
-    Survey,
-    check_same_source,
-    count_windows,
-    evaluation_windows,
-    read_ids,
-    survey,
-    write_ids,
-)
+from flaxgpt.data import Survey
 from flaxgpt.model.gpt import Params
 from flaxgpt.tokenizer import TOKENIZER_NAMES, CharTokenizer, Tokenizer, load_tokenizer
 from flaxgpt.tokenizer_files import read_tokenizer, save_tokenizer
 from flaxgpt.training.config import TrainConfig
+from flaxgpt.training.texts import surveyed, tokenized
 from flaxgpt.weights import book_params, load
 
-_CONFIG, _TRAIN, _VALIDATION = "config.json", Path("data", "train.ids"), Path("data", "val.ids")
+_CONFIG = "config.json"
 
 # What neither parameters, optimiser state nor the place in the data survive a change of.
 _FIXED = ("tokenizer", "val_fraction", "batch_size", "windows", "seed", "optimizer")
@@ -135,8 +128,8 @@ def prepare(cfg: GPTConfig, train_cfg: TrainConfig, out: Path, say: Callable[[st
         raise ValueError(f"{out} is in use, and nothing in it is overwritten: {remedy}")
     if not train_cfg.data:
         raise ValueError("data is empty: give at least one file of text")
-    text = _survey(train_cfg.data, train_cfg)
-    validation = _survey(train_cfg.validation_data, train_cfg)
+    text = surveyed(train_cfg.data, train_cfg)
+    validation = surveyed(train_cfg.validation_data, train_cfg)
     params, tokenizer = _beginning(cfg, train_cfg, text)
     _check_prompt(train_cfg, tokenizer)
     was_there = out.exists()
@@ -144,7 +137,7 @@ def prepare(cfg: GPTConfig, train_cfg: TrainConfig, out: Path, say: Callable[[st
     try:
         _write(out, cfg, train_cfg, _hashes(text, validation))
         save_tokenizer(tokenizer, out)
-        ids, val_windows = _tokenized(cfg, train_cfg, out, tokenizer, text, validation, say)
+        ids, val_windows = tokenized(cfg, train_cfg, out, tokenizer, text, validation, say)
         return Run(out, cfg, train_cfg, tokenizer, params, ids, val_windows)
     except BaseException:
         for entry in out.iterdir():
@@ -166,7 +159,7 @@ def _resume(asked_cfg: GPTConfig, asked: TrainConfig, out: Path, say: Callable[[
             "a new run in another folder"
         )
     text, validation = (
-        _survey(paths, asked) if all(map(os.path.exists, paths)) or paths != before else None
+        surveyed(paths, asked) if all(map(os.path.exists, paths)) or paths != before else None
         for paths, before in (
             (asked.data, was.data),
             (asked.validation_data, was.validation_data),
@@ -191,7 +184,7 @@ def _resume(asked_cfg: GPTConfig, asked: TrainConfig, out: Path, say: Callable[[
     _check_prompt(train_cfg, tokenizer)
     if train_cfg != was:
         _write(out, cfg, train_cfg, hashes)
-    ids, val_windows = _tokenized(cfg, train_cfg, out, tokenizer, text, validation, say)
+    ids, val_windows = tokenized(cfg, train_cfg, out, tokenizer, text, validation, say)
     return Run(out, cfg, train_cfg, tokenizer, params, ids, val_windows)
 
 
@@ -240,7 +233,7 @@ def _check_prompt(train_cfg: TrainConfig, tokenizer: Tokenizer) -> None:
 
 def tokenizer_of(train_cfg: TrainConfig) -> Tokenizer:
     """Returns the tokenizer that a recipe's new run would have, unless it is another model's."""
-    text = _survey(train_cfg.data, train_cfg) if train_cfg.tokenizer == "characters" else None
+    text = surveyed(train_cfg.data, train_cfg) if train_cfg.tokenizer == "characters" else None
     return _tokenizer(train_cfg.tokenizer or "gpt2", text)
 
 
@@ -258,57 +251,6 @@ def _tokenizer(name: str, text: Survey | None) -> Tokenizer:
             "folder that holds a tokenizer"
         )
     return tokenizer
-
-
-def _tokenized(
-    cfg: GPTConfig,
-    train_cfg: TrainConfig,
-    out: Path,
-    tokenizer: Tokenizer,
-    text: Survey | None,
-    validation: Survey | None,
-    say: Callable[[str], None],
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """Returns training ids and validation windows, from files that are made where missing."""
-    split = None
-    if text is not None and not train_cfg.validation_data:
-        split = int((1 - train_cfg.val_fraction) * text.n_characters)
-    parts = [(out / _TRAIN, text, 0, split)]
-    if train_cfg.validation_data or train_cfg.val_fraction:
-        parts.append((out / _VALIDATION, validation or text, split or 0, None))
-    for path, source, start, stop in parts:
-        if path.exists():
-            if source is not None:
-                check_same_source(read_ids(path), source)
-            continue
-        if source is None:
-            raise FileNotFoundError(f"{path} is missing, and so is the text to make it from")
-        say(f"tokenizing into {path}")
-        write_ids(path, source, tokenizer, start=start, stop=stop)
-    ids = read_ids(out / _TRAIN).ids
-    windows = count_windows(len(ids), cfg.context_length)
-    if train_cfg.batch_size > windows:
-        raise ValueError(
-            f"batch_size={train_cfg.batch_size} exceeds the data: {len(ids)} ids are {windows} "
-            f"windows of context_length={cfg.context_length}; give more text, or a smaller batch"
-        )
-    if not (out / _VALIDATION).exists():
-        return ids, None
-    val_ids = read_ids(out / _VALIDATION).ids
-    try:
-        val_windows = evaluation_windows(
-            val_ids, cfg.context_length, train_cfg.eval_windows or None
-        )
-    except ValueError as error:
-        raise ValueError(
-            f"the validation text is too short: {error}; or give another with validation_data, or "
-            "turn validation off with val_fraction=0"
-        ) from error
-    return ids, val_windows
-
-
-def _survey(paths: tuple[str, ...], train_cfg: TrainConfig) -> Survey | None:
-    return survey([Path(path) for path in paths], errors=train_cfg.errors) if paths else None
 
 
 def _hashes(text: Survey | None, validation: Survey | None) -> tuple[str | None, str | None]:
