@@ -1,10 +1,10 @@
 """How much memory a model takes, to generate and to train: an estimate, nothing is allocated.
 
 Weights, cache and optimiser state are exact. What a computation needs on its way is XLA's affair;
-the formulas here were fitted to its `memory_analysis` on CPU (jax 0.10, float32), which they meet
-within 15 %, and are counted in units of one residual stream, B x T x D numbers:
+the formulas here were fitted to its `memory_analysis` on CPU (jax 0.7 to 0.12, float32), which they
+meet within 15 %, and are counted in units of one residual stream, B x T x D numbers:
 
-    kept of each block for the backward pass   24: what goes into each product and each norm, among
+    kept of each block for the backward pass   22: what goes into each product and each norm, among
                                                it thrice the wide F = 4 D; and 5/4 of the attention
                                                weights, which are N x T / D streams less the blocks
                                                of later keys that are left out
@@ -34,7 +34,7 @@ from flaxgpt.config import GPTConfig, check_config
 from flaxgpt.inspection.parameters import count_params
 from flaxgpt.model.attention import query_blocks
 
-_KEPT = 24
+_KEPT = 22
 _KEPT_WEIGHTS = 1.25
 _DROPOUT = 5
 _DROPOUT_WEIGHTS = 1.3
