@@ -56,8 +56,8 @@ def test_training_takes_what_xla_reports(cfg, batch, length):
     assert abs(flaxgpt.memory(cfg, batch, length).training / found - 1) < 0.15
 
 
-@pytest.mark.parametrize(("cfg", "batch"), [(WIDE, 8), (LONG, 2), (WORDY, 1)])
-def test_generating_takes_what_xla_reports(cfg, batch):
+def xla_generating(cfg, batch):
+    """Returns what XLA says generating takes, all in all, where the prompt is all of the text."""
     length = cfg.context_length
     plan = Plan(length, length, False, True, jnp.dtype("float32"))
     scalar = partial(jax.ShapeDtypeStruct, ())
@@ -74,8 +74,20 @@ def test_generating_takes_what_xla_reports(cfg, batch):
     start = jax.ShapeDtypeStruct((batch,), jnp.int32)
     call = decoding.decode_jitted.lower(cfg, plan, param_shapes(cfg), request, ids, start)
     found = call.compile().memory_analysis()
-    total = found.argument_size_in_bytes + found.temp_size_in_bytes + found.output_size_in_bytes
-    assert abs(flaxgpt.memory(cfg, batch, length).generating / total - 1) < 0.15
+    return found.argument_size_in_bytes + found.temp_size_in_bytes + found.output_size_in_bytes
+
+
+@pytest.mark.parametrize(("cfg", "batch"), [(WIDE, 8), (LONG, 2), (WORDY, 1)])
+def test_generating_takes_what_xla_reports(cfg, batch):
+    found = xla_generating(cfg, batch)
+    assert abs(flaxgpt.memory(cfg, batch, cfg.context_length).generating / found - 1) < 0.15
+
+
+@pytest.mark.parametrize(("cfg", "batch"), [(WIDE, 64), (LONG, 8)])
+def test_generating_from_thousands_of_ids_takes_no_more_than_said(cfg, batch):
+    # And no less on jax 0.10 to 0.12; 0.7 takes two thirds of it.
+    found = xla_generating(cfg, batch) / flaxgpt.memory(cfg, batch, cfg.context_length).generating
+    assert 0.55 < found < 1.02
 
 
 def test_remat_keeps_one_stream_a_block():

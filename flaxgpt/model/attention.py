@@ -48,13 +48,11 @@ class MultiHeadAttention(nn.Module):
 
         shape = (*query.shape[:-1], keys.shape[-2])
         seen = jnp.broadcast_to(mask, (batch, heads, *mask.shape[2:])).reshape(shape)
-        kept = None
-        if self.cfg.drop_rate_attn and not deterministic:
-            kept = nn.Dropout(self.cfg.drop_rate_attn)(jnp.ones(shape, self.dtype), False)
+        drop = nn.Dropout(self.cfg.drop_rate_attn, deterministic=deterministic)
         if cache is None:
-            context = _attend_in_blocks(query, keys, values, seen, kept)
+            context = _attend_in_blocks(query, keys, values, seen, drop)
         else:
-            context = attend(query, keys, values, seen, kept)
+            context = attend(query, keys, values, seen, _kept(seen, drop))
         context = context.reshape(batch, heads, queries, size).swapaxes(1, 2)
         context = context.reshape(batch, queries, self.cfg.emb_dim)
         std = residual_std(self.cfg)
@@ -63,24 +61,26 @@ class MultiHeadAttention(nn.Module):
 
 
 def _attend_in_blocks(
-    query: jax.Array, keys: jax.Array, values: jax.Array, seen: jax.Array, kept: jax.Array | None
+    query: jax.Array, keys: jax.Array, values: jax.Array, seen: jax.Array, drop: nn.Dropout
 ) -> jax.Array:
     """Returns what `attend` does where no query sees a later key, without computing all of those.
 
     Up to four blocks of queries, of 128 at least, each look at the keys up to their own end: 3/8 of
     the scores are left out of 512. More blocks would leave out little more, and compile longer.
     """
-    contexts = [
-        attend(
-            query[..., start:stop, :],
-            keys[..., :stop, :],
-            values[..., :stop, :],
-            seen[..., start:stop, :stop],
-            None if kept is None else kept[..., start:stop, :stop],
-        )
-        for start, stop in query_blocks(query.shape[-2])
-    ]
+    contexts = []
+    for start, stop in query_blocks(query.shape[-2]):
+        block = seen[..., start:stop, :stop]
+        within = query[..., start:stop, :], keys[..., :stop, :], values[..., :stop, :]
+        contexts.append(attend(*within, block, _kept(block, drop)))
     return jnp.concatenate(contexts, axis=-2) if len(contexts) > 1 else contexts[0]
+
+
+def _kept(seen: jax.Array, drop: nn.Dropout) -> jax.Array | None:
+    """Returns dropout's factor of each weight, None where nothing is dropped."""
+    if drop.deterministic or not drop.rate:
+        return None
+    return drop(jnp.ones(seen.shape, jnp.float32))
 
 
 def query_blocks(queries: int) -> list[tuple[int, int]]:
