@@ -25,6 +25,7 @@ def test_every_cell_runs_and_no_assertion_fails(committed, tmp_path, monkeypatch
     client = NotebookClient(copy, timeout=600, resources={"metadata": {"path": tmp_path}})
     client.execute()
     for ran, kept in zip(copy.cells, committed.cells, strict=True):
+        assert not any(o.get("name") == "stderr" for o in ran.get("outputs", []))
         if ran.cell_type == "code":  # a stream may come in several pieces
             assert {o.output_type for o in ran.outputs} == {o.output_type for o in kept.outputs}
 
@@ -32,9 +33,9 @@ def test_every_cell_runs_and_no_assertion_fails(committed, tmp_path, monkeypatch
 def test_outputs_are_committed_and_speak_of_no_machine(committed):
     cells = [cell for cell in committed.cells if cell.cell_type == "code"]
     pictures = [o for c in cells for o in c.outputs if "image/png" in o.get("data", {})]
-    assert len(pictures) >= 6
+    assert len(pictures) == 7
     text = NOTEBOOK.read_text(encoding="utf-8")
-    for path in (str(NOTEBOOK.parent.parent), "/home/", "site-packages"):
+    for path in (str(NOTEBOOK.parent.parent), "/home/", "/root/", "/tmp/", "site-packages"):
         assert path not in text
     assert all(cell.execution_count for cell in cells)
     assert "Featureiman Byeswickattribute argue" in text
