@@ -10,7 +10,7 @@ import pytest
 import flaxgpt
 from command import assert_refused, run
 from flaxgpt import GPTConfig
-from flaxgpt.cli.params import parse_size
+from flaxgpt.cli.params import Params, parse_size
 from flaxgpt.tokenizer import CharTokenizer
 
 CFG = GPTConfig(vocab_size=26, context_length=16, emb_dim=16, n_heads=2, n_layers=2)
@@ -126,7 +126,7 @@ def test_a_difference_is_told_by_name(folder, model, tmp_path):
     assert (item["name"], item["kind"]) == ("trf_blocks_0/ff/layers_2/weight", "values")
     assert item["changed"] == 1 and abs(item["largest"] - 0.5) < 1e-6
     assert "trf_blocks_0/ff/layers_2/weight" in printed(folder, "--diff", tmp_path / "changed")
-    assert printed(folder, "--diff", folder) == "the parameters are equal to the bit\n"
+    assert printed(folder, "--diff", folder) == "the parameters are equal\n"
 
 
 def test_models_of_other_shapes_can_be_compared(folder, tmp_path):
@@ -174,6 +174,13 @@ def test_sizes_are_read_as_people_write_them(text, size):
 )
 def test_bad_input_to_params_is_one_clear_line(arguments, message):
     assert_refused(run("params", *arguments), message)
+
+
+def test_a_narrow_terminal_takes_no_column_away(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "40")
+    Params("gpt2", depth=1).run()
+    told = capsys.readouterr().out
+    assert "38,597,376" in told and "float32" in told
 
 
 # Pictures

@@ -85,8 +85,9 @@ def test_a_part_of_the_tree_is_counted_as_what_it_is():
     assert one.total == 16 * 16
 
 
-def test_a_head_that_is_the_embeddings_array_is_counted_once():
-    params = flaxgpt.init(SMALL, jax.random.key(0))
+@pytest.mark.parametrize("array", [jax.numpy.asarray, np.asarray])
+def test_a_head_that_is_the_embeddings_array_is_counted_once(array):
+    params = jax.tree.map(array, flaxgpt.init(SMALL, jax.random.key(0)))
     alone = flaxgpt.count_params(params)
     shared = params | {"out_head": params["tok_emb"]}
     count = flaxgpt.count_params(shared)

@@ -7,6 +7,8 @@ import pytest
 
 import flaxgpt
 import golden
+from flaxgpt.inspection import gradient_norms, without_shortcuts
+from flaxgpt.training import loss
 
 MODELS = ["book-qkv-bias", "hf-small"]
 
@@ -226,6 +228,18 @@ def test_the_lens_looks_at_a_patched_model():
             lambda *a: flaxgpt.patch(*a, {"hidden_0": abs, "embeddings": abs}),
             "embeddings is embeddings, which has a patch already|hidden_0 is",
         ),
+        (lambda *a: flaxgpt.patch(*a, {"att": lambda _: None}), "did you mean"),
+        (
+            lambda *a: flaxgpt.patch(*a, {"embeddings": lambda _: None}),
+            "embeddings returned NoneType",
+        ),
+        (
+            lambda *a: flaxgpt.patch(*a, {"embeddings": lambda x: x.astype("complex64")}),
+            "give real numbers",
+        ),
+        (lambda *a: flaxgpt.activations(*a, select=[0]), "has 0, which is not the name"),
+        (lambda *a: flaxgpt.activations(*a, select=["LOGITS"]), "did you mean logits"),
+        (lambda *a: flaxgpt.logit_lens(*a, patches={"logits": abs}), "takes no patch of logits"),
         (
             lambda *a: flaxgpt.patch(*a, {"final_norm": lambda x: x[0]}),
             r"the patch of final_norm returned shape \(24, 64\) instead of \(4, 24, 64\)",
@@ -245,3 +259,44 @@ def test_bad_ids_and_parameters_are_refused_as_by_forward():
         flaxgpt.patch(cfg, {k: v for k, v in params.items() if k != "final_norm"}, ids, {})
     with pytest.raises(ValueError, match="exceed context_length"):
         flaxgpt.logit_lens(cfg, params, np.zeros((1, cfg.context_length + 1), int))
+
+
+# NumPy, and the gradients by depth
+
+
+def test_numpy_parameters_are_patched_like_others():
+    cfg, params, ids = example()
+    plain = jax.tree.map(np.asarray, params)
+    patches = {"trf_blocks_0/att": lambda x: 0 * x}
+    golden.assert_logits_agree(
+        flaxgpt.patch(cfg, plain, ids, patches), flaxgpt.patch(cfg, params, ids, patches)
+    )
+
+
+def _flat(tree):
+    return [np.ravel(leaf) for leaf in jax.tree.leaves(tree)]
+
+
+def test_gradient_norms_are_those_of_the_loss():
+    cfg, params, ids = example()
+    gradient = jax.grad(lambda p: loss(cfg, p, ids))(params)
+    blocks = [gradient[f"trf_blocks_{i}"] for i in range(cfg.n_layers)]
+    expected = [np.linalg.norm(np.concatenate(flat)) for flat in map(_flat, blocks)]
+    # Sums of thousands of squares in another order.
+    np.testing.assert_allclose(gradient_norms(cfg, params, ids), expected, rtol=1e-4)
+
+
+def test_without_shortcuts_a_block_passes_on_what_it_adds():
+    cfg, params, ids = example()
+    seen = flaxgpt.activations(cfg, params, ids, patches=without_shortcuts(cfg))
+    for i in range(cfg.n_layers):
+        block = f"trf_blocks_{i}"
+        np.testing.assert_array_equal(seen[f"{block}/middle"], seen[f"{block}/att"])
+        np.testing.assert_array_equal(seen[block], seen[f"{block}/ff"])
+
+
+@pytest.mark.parametrize("ids", [[[1, 2, 99999]], [[1, -1]], [[1]]])
+def test_gradient_norms_take_ids_that_can_be_predicted(ids):
+    cfg, params, _ = example()
+    with pytest.raises(ValueError, match=r"outside the vocabulary|nothing to predict"):
+        gradient_norms(cfg, params, ids)

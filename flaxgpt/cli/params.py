@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -32,7 +33,7 @@ class Params:
     Examples:
       flaxgpt params gpt2-xl --flops --memory
       flaxgpt params tales --sort count
-      flaxgpt params run/model --diff gpt2
+      flaxgpt params run --diff openai-community/gpt2
       flaxgpt params --fits 16GB
     """
 
@@ -99,14 +100,13 @@ class Params:
                     values[name] = {"batch": self.batch, "length": length, **part.to_dict()}
             say(json.dumps(values, indent=2, allow_nan=False) + "\n")
             return
-        console = _console()
         folded = params is None and cfg.n_layers > 1 and self.sort == "model"
-        console.print(_tree(_arranged(found, self.depth, self.sort, cfg, folded), count))
-        console.print(_totals(count))
+        _show(_tree(_arranged(found, self.depth, self.sort, cfg, folded), count))
+        say(_totals(count) + "\n")
         if flops is not None:
-            console.print(_flops_table(flops, self.batch, length))
+            _show(_flops_table(flops, self.batch, length))
         if used is not None:
-            console.print(_memory_table(used, self.batch, length))
+            _show(_memory_table(used, self.batch, length))
 
     def _print_differences(self, a: str, b: str) -> None:
         first, second = _read(a), _read(b)
@@ -127,9 +127,9 @@ class Params:
         for name, (one, other) in of_config.items():
             say(f"config {name}: {one} in A, {other} in B\n")
         if not found:
-            say("the parameters are equal to the bit\n")
+            say("the parameters are equal\n")
             return
-        _console().print(_difference_table(found, a, b))
+        _show(_difference_table(found, a, b))
 
     def _print_fitting(self, size: int) -> None:
         names = [self.model] if self.model is not None else list(PRESETS)
@@ -153,11 +153,11 @@ class Params:
             answer = answers[name]
             batches = (answer.generating, answer.training, answer.training_with_remat)
             table.add_row(
-                name,
+                Text(name),
                 str(self.length or cfg.context_length),
                 *(f"{batch:,}" if batch else "-" for batch in batches),
             )
-        _console().print(table)
+        _show(table)
 
 
 def parse_size(text: str) -> int:
@@ -192,10 +192,10 @@ def _read_config(model: str) -> GPTConfig:
     return GPTConfig.preset(model) if model in PRESETS else read_config(model)
 
 
-def _console() -> Console:
-    # Wide enough where nothing tells the width: a table in a file is not for folding.
-    console = Console()
-    return console if console.is_terminal else Console(width=200)
+def _show(table: Table) -> None:
+    """Prints a table as wide as it is: rich would take columns out of one that is too wide."""
+    width = Measurement.get(Console(width=1000), Console(width=1000).options, table).maximum
+    Console(width=max(width, Console().width)).print(table)
 
 
 def _arranged(found: list[Row], depth: int, sort: str, cfg: GPTConfig, folded: bool) -> list[Row]:
@@ -292,7 +292,7 @@ def _memory_table(used: MemoryUse, batch: int, length: int) -> Table:
 
 
 def _difference_table(found: list[Difference], a: str, b: str) -> Table:
-    table = Table(title=f"A is {a}, B is {b}", title_justify="left", show_edge=False)
+    table = Table(title=Text(f"A is {a}, B is {b}"), title_justify="left", show_edge=False)
     table.add_column("parameters", no_wrap=True)
     for name in ("differs", "A", "B"):
         table.add_column(name, no_wrap=True)

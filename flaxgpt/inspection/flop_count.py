@@ -40,7 +40,7 @@ class FlopCount:
 
     @property
     def forward_without_scores(self) -> int:
-        """Two a weight and token: the book's table, and the N of scaling laws."""
+        """Two a weight and token: the book's table."""
         return self.projections + self.feed_forward + self.head
 
     @property
@@ -50,7 +50,7 @@ class FlopCount:
 
     @property
     def training_without_scores(self) -> int:
-        """Forward and backward, without scores: the "6 N" of scaling laws."""
+        """Forward and backward, without scores: six a weight and token."""
         return 3 * self.forward_without_scores
 
     def to_dict(self) -> dict[str, Any]:

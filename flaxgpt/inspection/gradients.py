@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 
 from flaxgpt.config import GPTConfig
 from flaxgpt.inspection.intermediates import Intervention, patch
-from flaxgpt.model.gpt import Params
+from flaxgpt.model.gpt import Params, check_inputs
 
 
 def gradient_norms(
@@ -31,10 +31,12 @@ def gradient_norms(
     Raises:
         ValueError: as for `patch`; or too few ids.
     """
-    ids = jnp.asarray(ids)
-    if ids.ndim == 2 and ids.shape[1] < 2:
-        raise ValueError(f"ids of shape {ids.shape} leave nothing to predict: give 2 or more a row")
-    return _norms(cfg, params, ids, shortcuts)
+    checked = check_inputs(cfg, params, ids)
+    if checked.shape[1] < 2:
+        raise ValueError(
+            f"ids of shape {checked.shape} leave nothing to predict: give 2 or more a row"
+        )
+    return _norms(cfg, params, checked, shortcuts)
 
 
 @partial(jax.jit, static_argnums=(0, 3))
@@ -46,7 +48,8 @@ def _norms(cfg: GPTConfig, params: Params, ids: jax.Array, shortcuts: bool) -> j
         return -jnp.take_along_axis(log_probs, ids[:, 1:, None], axis=-1).mean()
 
     def norm(tree: Params) -> jax.Array:
-        return jnp.sqrt(sum(jnp.square(leaf).sum() for leaf in jax.tree.leaves(tree)))
+        squares = (jnp.square(leaf.astype(jnp.float32)).sum() for leaf in jax.tree.leaves(tree))
+        return jnp.sqrt(sum(squares))
 
     gradient = jax.grad(loss)(params)
     return jnp.stack([norm(gradient[f"trf_blocks_{i}"]) for i in range(cfg.n_layers)])

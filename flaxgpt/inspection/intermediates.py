@@ -168,8 +168,12 @@ def _chosen(cfg: GPTConfig, select: Iterable[str] | None) -> dict[str, str]:
         return places
     if isinstance(select, str):
         raise ValueError(f"select={select!r} must be a list of names, even of one: [{select!r}]")
+    if not isinstance(select, Iterable):
+        raise ValueError(f"select={select!r} must be a list of names")
     wanted: set[str] = set()
     for name in select:
+        if not isinstance(name, str):
+            raise ValueError(f"select has {name!r}, which is not the name of an intermediate")
         matching = fnmatch.filter(places, name)
         wanted.update(matching or [_known(cfg, name)])
     return {name: place for name, place in places.items() if name in wanted}
@@ -195,7 +199,7 @@ def _functions(cfg: GPTConfig, patches: Mapping[str, Intervention]) -> dict[str,
 def _known(cfg: GPTConfig, name: str) -> str:
     places = _places(cfg)
     if name not in places:
-        near = difflib.get_close_matches(str(name), places, n=4, cutoff=0.3)
+        near = difflib.get_close_matches(str(name).lower(), places, n=4, cutoff=0.0)
         raise ValueError(
             f"there is no intermediate {name!r} in a model of {cfg.n_layers} blocks: did you mean "
             f"{listed(near)}? flaxgpt.activation_names(cfg) has all"
@@ -219,6 +223,7 @@ def _recorded(
     dtype: Any,
 ) -> dict[str, jax.Array]:
     """Runs the model under interventions; returns the intermediates wanted as they then were."""
+    params = jax.tree.map(jnp.asarray, params)  # linen's modules take no NumPy arrays
     replaced = {name: partial(_replaced, name, function) for name, function in functions.items()}
     with nn.intercept_methods(_Visits(cfg, replaced, wanted)):
         variables = {"params": params}
@@ -228,7 +233,16 @@ def _recorded(
 
 
 def _replaced(name: str, function: Intervention, value: jax.Array) -> jax.Array:
-    new = jnp.asarray(function(value))
+    given = function(value)
+    try:
+        new = jnp.asarray(given)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"the patch of {name} returned {type(given).__name__}, not an array"
+            + (": does its function end in return?" if given is None else "")
+        ) from error
+    if jnp.iscomplexobj(new):
+        raise ValueError(f"the patch of {name} returned {new.dtype}: give real numbers")
     if new.shape != value.shape:
         raise ValueError(
             f"the patch of {name} returned shape {new.shape} instead of {value.shape}: what "

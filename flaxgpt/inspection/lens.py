@@ -33,7 +33,7 @@ def logit_lens(
         cfg: the architecture, static.
         params: its parameters.
         ids: int [B, T], T at most `cfg.context_length`.
-        patches: interventions, as for `patch`, under which to look.
+        patches: interventions, as for `patch`, under which to look; none behind the last block.
         dtype: what is computed in.
 
     Returns:
@@ -43,6 +43,12 @@ def logit_lens(
         ValueError: as for `activations`.
     """
     streams = ["embeddings", *(f"trf_blocks_{i}" for i in range(cfg.n_layers))]
+    for name in ("final_norm", f"hidden_{cfg.n_layers}", "logits"):
+        if name in (patches or {}):
+            raise ValueError(
+                f"the lens reads the stream by the last norm and the head, so it takes no patch of "
+                f"{name}: change its result instead"
+            )
     found = activations(cfg, params, ids, select=streams, patches=patches, dtype=dtype)
     return _read(cfg, params, jnp.stack(list(found.values())), jnp.dtype(dtype))
 

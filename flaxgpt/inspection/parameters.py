@@ -140,7 +140,12 @@ def count_params(tree: Any) -> ParamCount:
     leaves = list(leaves_of(tree))
     table = {leaf.path: leaf for leaf in leaves}
     tokens, head = table.get(("tok_emb", "weight")), table.get(("out_head", "weight"))
-    if tokens and head and head.value is tokens.value and isinstance(head.value, jax.Array):
+    if (
+        tokens
+        and head
+        and head.value is tokens.value
+        and not isinstance(head.value, jax.ShapeDtypeStruct)
+    ):
         leaves.remove(head)
         head = None
 

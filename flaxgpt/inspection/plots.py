@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from jax.typing import ArrayLike
 
+from flaxgpt._checks import listed
 from flaxgpt.config import GPTConfig
 from flaxgpt.inspection.parameters import PARTS, count_params
 
@@ -68,7 +69,7 @@ def attention_maps(weights: ArrayLike, tokens: Sequence[str], title: str = "") -
             if column == 0:
                 place.set_ylabel(f"block {line}", fontsize=9)
         figure.colorbar(image, ax=axes, label="attention weight", shrink=0.8)
-        figure.suptitle(title, fontsize=10)
+        figure.suptitle(_plain(title), fontsize=10)
     return figure
 
 
@@ -89,6 +90,8 @@ def lens_table(
             f"logits of shape {table.shape} must be [layers + 1, {len(tokens)}, vocabulary]: of "
             "logit_lens, take one row, as found[:, 0]"
         )
+    if not np.isfinite(table).all():
+        raise ValueError("logits have NaN or Inf: flaxgpt params shows which parameters have them")
     best = table.argmax(-1)
     shifted = np.exp(table - table.max(-1, keepdims=True))
     sure = shifted.max(-1) / shifted.sum(-1)
@@ -113,7 +116,8 @@ def lens_table(
         axes.set_xticks(range(len(tokens)), [shown(token) for token in tokens], fontsize=8)
         axes.tick_params(axis="x", rotation=45)
         axes.set_xlabel("token read")
-        axes.set_title(title or "likeliest next token, read off after each block", fontsize=10)
+        title = title or "likeliest next token, read off after each block"
+        axes.set_title(_plain(title), fontsize=10)
         figure.colorbar(image, ax=axes, label="its probability")
     return figure
 
@@ -160,19 +164,24 @@ def lines_by_depth(
         title: above all of it.
         xlabel: what has the depth.
     """
+    sizes = np.concatenate([np.ravel(values) for values in curves.values()])
+    if not np.isfinite(sizes).all():
+        raise ValueError(
+            f"{ylabel} of {listed([n for n, v in curves.items() if not np.isfinite(v).all()])} is "
+            "NaN or Inf: flaxgpt params shows which parameters are"
+        )
     with _figure(7, 4) as figure:
         axes = figure.subplots()
         for (name, values), colour in zip(curves.items(), 2 * _LINE_COLOURS, strict=False):
             depth = np.arange(len(np.asarray(values)))
             axes.plot(depth, values, "o-", color=colour, markersize=4, label=name)
-        sizes = np.concatenate([np.ravel(values) for values in curves.values()])
+        axes.set_xticks(range(len(depth)) if len(depth) < 20 else range(0, len(depth), 4))
         if (sizes > 0).all() and sizes.max() > 10 * sizes.min():
             axes.set_yscale("log")
         else:
             axes.set_ylim(bottom=min(0, 1.05 * sizes.min()))
         axes.set(xlabel=xlabel, ylabel=ylabel)
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.set_title(title, fontsize=10)
+        axes.set_title(_plain(title), fontsize=10)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)
@@ -190,7 +199,12 @@ def to_png(figure: Any) -> bytes:
 
 def shown(token: str) -> str:
     """Returns a token so that a picture can show it: spaces and line ends made visible."""
-    return token.replace(" ", "␣").replace("\n", "⏎").replace("$", r"\$") or "∅"
+    return _plain(token.replace(" ", "␣").replace("\n", "⏎")) or "∅"
+
+
+def _plain(text: str) -> str:
+    """Returns text whose dollars matplotlib does not take for mathematics."""
+    return text.replace("$", r"\$")
 
 
 @contextlib.contextmanager

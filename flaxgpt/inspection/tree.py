@@ -141,9 +141,11 @@ def together(parts: Iterable[Statistics]) -> Statistics:
     total = sum(n for _, n in finite)
     squares = sum(part.norm**2 for part in given)
     mean = sum(part.mean * n for part, n in finite if n) / total if total else math.nan
+    # Not from the squares: a mean far from 0 would take all digits of a small deviation.
+    spread = sum(n * (part.std**2 + (part.mean - mean) ** 2) for part, n in finite if n)
     return Statistics(
         mean=mean,
-        std=math.sqrt(max(0.0, squares / total - mean**2)) if total else math.nan,
+        std=math.sqrt(spread / total) if total else math.nan,
         norm=math.sqrt(squares),
         nan=sum(part.nan for part in given),
         inf=sum(part.inf for part in given),
@@ -180,7 +182,7 @@ def compare(a: Any, b: Any) -> list[Difference]:
 
     Args:
         a: the first tree, as for `count_params`.
-        b: the second; numbers are compared where shapes agree, whatever the dtypes.
+        b: the second; numbers are compared where both are arrays of one shape, whatever the dtypes.
     """
     first, second = ({leaf.name: leaf for leaf in leaves_of(tree)} for tree in (a, b))
     found = []
@@ -203,22 +205,29 @@ def _kind(leaf: Leaf | None) -> str | None:
 
 
 def _values(one: Leaf, other: Leaf) -> Sequence[Difference]:
-    x, y = (np.asarray(leaf.value).astype(np.float64) for leaf in (one, other))
-    differ = (x != y) & ~(np.isnan(x) & np.isnan(y))
-    if not differ.any():
+    if any(isinstance(leaf.value, jax.ShapeDtypeStruct) for leaf in (one, other)):
         return []
-    with np.errstate(invalid="ignore"):
-        gap = np.where(differ, x - y, 0.0)
-    norm = float(np.sqrt(np.square(x).sum()))
-    size = float(np.sqrt(np.square(gap).sum()))
+    first, second = (np.asarray(leaf.value).reshape(-1) for leaf in (one, other))
+    changed, largest, of_gap, of_first = 0, 0.0, 0.0, 0.0
+    for start in range(0, first.size, _PIECE):
+        x, y = (values[start : start + _PIECE].astype(np.float64) for values in (first, second))
+        differ = (x != y) & ~(np.isnan(x) & np.isnan(y))
+        with np.errstate(invalid="ignore"):
+            gap = np.where(differ, x - y, 0.0)
+        changed += int(differ.sum())
+        largest = float(np.maximum(largest, np.abs(gap).max()))
+        of_gap += float(np.square(gap).sum())
+        of_first += float(np.square(x).sum())
+    if not changed:
+        return []
     return [
         Difference(
             one.name,
             "values",
             _kind(one),
             _kind(other),
-            changed=int(differ.sum()),
-            largest=float(np.abs(gap).max()),
-            relative=size / norm if norm else math.inf,
+            changed=changed,
+            largest=largest,
+            relative=math.sqrt(of_gap / of_first) if of_first else math.inf,
         )
     ]
