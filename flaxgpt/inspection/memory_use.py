@@ -5,7 +5,7 @@ the formulas here were fitted to its `memory_analysis` on CPU (jax 0.7 to 0.12, 
 meet within 15 %, and are counted in units of one residual stream, B x T x D numbers:
 
     kept of each block for the backward pass   22: what goes into each product and each norm, among
-                                               it thrice the wide F = 4 D; and 3/2 of the attention
+                                               it thrice the wide F = 4 D; and 5/4 of the attention
                                                weights, which are N x T / D streams less the blocks
                                                of later keys that are left out
     kept besides for dropout                   5 for that before the shortcuts; twice the attention
@@ -38,7 +38,7 @@ from flaxgpt.inspection.parameters import count_params
 from flaxgpt.model.attention import query_blocks
 
 _KEPT = 22
-_KEPT_WEIGHTS = 1.5
+_KEPT_WEIGHTS = 1.25
 _DROPOUT = 5
 _DROPOUT_WEIGHTS = 2
 _AT_WORK = 13
