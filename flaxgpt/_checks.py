@@ -23,6 +23,13 @@ def check_size(name: str, value: Any, least: int = 1) -> int:
     return size
 
 
+def check_positive(name: str, value: Any) -> float:
+    """Returns `value` as a float above 0 and finite, or raises ValueError."""
+    if not 0.0 < _number(value) < float("inf"):
+        raise ValueError(f"{name}={value!r} must be a positive number")
+    return float(value)
+
+
 def check_extent(context_length: int, batch: Any, length: Any) -> tuple[int, int]:
     """Returns batch and length as ints, or raises ValueError unless a model can have them."""
     batch, length = check_size("batch", batch), check_size("length", length)

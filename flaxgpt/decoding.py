@@ -183,7 +183,7 @@ def _advance(
     chunk: jax.Array,  # int32 [B, T]: the ids that the cache lacks
     last: ArrayLike,  # int32 []: which of them the next id follows
 ) -> tuple[DecodeState, jax.Array]:
-    model: Any = GPT(cfg, plan.dtype)
+    model: Any = GPT(cfg, plan.dtype, parent=None)
     x, cache = model.apply({"params": params}, chunk, state.cache, method=GPT.trunk)
     final = lax.dynamic_index_in_dim(x, last, axis=1, keepdims=False)  # [B, D]
     logits = model.apply({"params": params}, final, method=GPT.head)  # [B, V]

@@ -220,7 +220,7 @@ def _states(cfg: GPTConfig, dtype: Any, params: Params, ids: jax.Array) -> jax.A
     """Returns what the head needs, [B, T, D]."""
     # Filled whole, from slot 0 on, the cache is keys and values themselves: XLA leaves it out.
     cache = init_cache(cfg, ids.shape[0], ids.shape[1], dtype)
-    model: Any = GPT(cfg, dtype)
+    model: Any = GPT(cfg, dtype, parent=None)
     states, _ = model.apply({"params": params}, ids, cache, method=GPT.trunk)
     return states
 
@@ -229,7 +229,7 @@ def _log_probs(
     cfg: GPTConfig, dtype: Any, params: Params, states: jax.Array, targets: jax.Array
 ) -> jax.Array:
     """Returns log-probabilities float32 [B, T] of the ids [B, T] that follow states [B, T, D]."""
-    model: Any = GPT(cfg, dtype)
+    model: Any = GPT(cfg, dtype, parent=None)
     logits = model.apply({"params": params}, states, method=GPT.head)  # [B, T, V]
     targets = targets.astype(jnp.int32)
     targets = jnp.where(targets < 0, cfg.vocab_size, targets)  # or they count from the end

@@ -129,6 +129,34 @@ def test_a_difference_is_told_by_name(folder, model, tmp_path):
     assert printed(folder, "--diff", folder) == "the parameters are equal\n"
 
 
+def test_a_file_of_less_precision_is_told_from_what_is_read_of_it(folder, model, tmp_path):
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), model)
+    flaxgpt.save(tmp_path / "half", CFG, half, layout="book")
+    values = read_json(tmp_path / "half")
+    assert values["stored"] == {"bfloat16": 2 * values["count"]["total"]}
+    assert {row["dtype"] for row in values["parameters"]} == {"float32"}
+    assert "(in the file 14.81 KiB bfloat16)" in printed(tmp_path / "half")
+    assert "in the file" not in printed(folder)
+    arguments = folder, "--diff", tmp_path / "half"
+    assert "stored as float32 in A, bfloat16 in B" in printed(*arguments)
+    assert [list(stored) for stored in read_json(*arguments)["stored"]] == [
+        ["float32"],
+        ["bfloat16"],
+    ]
+
+
+def test_half_precision_takes_less_memory():
+    whole = read_json("gpt2", "--memory")["memory"]
+    half = read_json("gpt2", "--memory", "--dtype", "bfloat16")["memory"]
+    assert (half["weights"], half["kv_cache"]) == (whole["weights"], whole["kv_cache"] // 2)
+
+
+def test_help_has_the_examples():
+    process = run("params", "--help")
+    assert process.returncode == 0
+    assert "flaxgpt params run --diff openai-community/gpt2" in process.stdout.decode()
+
+
 def test_models_of_other_shapes_can_be_compared(folder, tmp_path):
     other = GPTConfig(
         vocab_size=26, context_length=8, emb_dim=16, n_heads=2, n_layers=1, qkv_bias=True
@@ -169,7 +197,13 @@ def test_sizes_are_read_as_people_write_them(text, size):
         (["gpt2", "--diff", "tales"], "gpt2 is a preset, without numbers"),
         (["no/where/at/all"], "no file or folder 'no/where/at/all'"),
         (["--fits", "16"], "--fits '16' must be a size such as 16GB"),
+        (["--fits", "1e290GB"], "--fits '1e290GB' must be a size"),
         (["gpt2", "--sort", "size"], "--sort"),
+        (["gpt2", "--length", "8"], "--length is for --flops, --memory, --fits alone"),
+        (["gpt2", "--flops", "--dtype", "bfloat16"], "--dtype is for --memory, --fits alone"),
+        (["tales", "--diff", "book", "--sort", "count"], "--sort does nothing with --diff"),
+        (["--fits", "16GB", "--batch", "2"], "--batch does nothing with --fits"),
+        (["gpt2", "--json", "--depth", "1"], "--depth does nothing with --json"),
     ],
 )
 def test_bad_input_to_params_is_one_clear_line(arguments, message):
@@ -205,7 +239,10 @@ def test_each_picture_is_drawn(kind, folder, tmp_path):
         (["attention", "abc", "--out", "no/where.png"], "there is no folder no"),
         (["attention", "abc", "--block", "2"], "has 2 blocks"),
         (["attention", "ABC"], "'A'"),
-        (["lens", "a" * 17], "17 ids a row exceed context_length=16"),
+        (["lens", "a" * 17], "the text is 17 tokens and"),
+        (["lens", "abc", "--block", "1"], "--block does nothing for lens"),
+        (["shares", "abc"], "shares draws the presets and reads no text"),
+        (["lens", "abc", "--out", "."], "--out . is a folder: name a .png file in it"),
         (["heads", "abc"], "heads"),
     ],
 )

@@ -17,6 +17,7 @@ import golden
 from command import ENVIRONMENT
 from flaxgpt import GPTConfig
 from flaxgpt.model import param_shapes
+from flaxgpt.training import loss
 
 SMALL = GPTConfig(vocab_size=50, context_length=8, emb_dim=16, n_heads=2, n_layers=2)
 
@@ -83,6 +84,12 @@ def test_a_part_of_the_tree_is_counted_as_what_it_is():
     assert block.tied == block.untied == block.total  # it has neither embedding nor head
     one = flaxgpt.count_params(params["trf_blocks_0"]["att"]["W_query"]["weight"])
     assert one.total == 16 * 16
+
+
+def test_blocks_of_two_models_in_one_tree_are_counted_apart():
+    params = flaxgpt.init(SMALL, jax.random.key(0))
+    count = flaxgpt.count_params({"student": params, "teacher": params})
+    assert count.blocks == 2 * flaxgpt.count_params(params).blocks
 
 
 @pytest.mark.parametrize("array", [jax.numpy.asarray, np.asarray])
@@ -210,6 +217,15 @@ def test_flops_are_what_xla_counts_of_the_compiled_forward(batch, length):
     assert 1 <= compiled.cost_analysis()["flops"] / ours < 1.03
 
 
+def test_the_backward_pass_takes_twice_the_forward_passes_operations():
+    cfg = GPTConfig(vocab_size=5000, context_length=64, emb_dim=256, n_heads=4, n_layers=2)
+    ids = jax.ShapeDtypeStruct((2, 64), jnp.int32)
+    gradient = jax.jit(jax.grad(partial(loss, cfg)))
+    counted = gradient.lower(param_shapes(cfg), ids).compile().cost_analysis()["flops"]
+    count = flaxgpt.flops(cfg, 2, 64)
+    assert abs(counted / count.training - 1) < 0.03  # at 64 ids no score is left out
+
+
 def test_only_scores_of_later_keys_are_left_out():
     cfg = GPTConfig()
     short, long = flaxgpt.flops(cfg, 1, 128), flaxgpt.flops(cfg, 1, 1024)
@@ -235,6 +251,8 @@ def test_mfu_is_the_share_of_the_peak():
         (lambda: flaxgpt.flops({}, 1, 9), "cfg must be a GPTConfig, got dict"),
         (lambda: flaxgpt.mfu(SMALL, -1.0, 1e12, length=8), "tokens_per_second=-1.0 must be"),
         (lambda: flaxgpt.mfu(SMALL, 1.0, 0, length=8), "peak_flops=0 must be a positive number"),
+        (lambda: flaxgpt.mfu(SMALL, "9", 1e12, length=8), "tokens_per_second='9' must be"),
+        (lambda: flaxgpt.mfu(SMALL, 1.0, np.ones(2), length=8), r"peak_flops=array\(.* must be"),
     ],
 )
 def test_sizes_that_no_model_has_are_refused(call, message):

@@ -186,6 +186,23 @@ def test_patched_models_do_not_leak_into_others():
     np.testing.assert_array_equal(flaxgpt.forward(cfg, params, ids), before)
 
 
+def test_a_patch_may_run_models_itself():
+    cfg, params, ids = example()
+    other = ids[:1, :7]  # of a shape that is first traced here, in the midst of another model
+    seen = []
+
+    def look(x):
+        seen.append(flaxgpt.activations(cfg, params, other, select=["hidden_1"])["hidden_1"])
+        seen.append(flaxgpt.patch(cfg, params, other, {"logits": lambda x: 0 * x}))
+        return x
+
+    patched = flaxgpt.patch(cfg, params, ids, {"trf_blocks_0/att/weights": look})
+    golden.assert_logits_agree(patched, flaxgpt.forward(cfg, params, ids))
+    expected = flaxgpt.activations(cfg, params, ids)["hidden_1"][:1, :7]
+    golden.assert_logits_agree(seen[0], expected)
+    assert not np.asarray(seen[1]).any()
+
+
 # The logit lens
 
 
@@ -249,6 +266,12 @@ def test_the_lens_looks_at_a_patched_model():
 def test_bad_names_and_patches_are_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call(*example())
+
+
+@pytest.mark.parametrize("function", [flaxgpt.activation_names, without_shortcuts])
+def test_what_is_no_configuration_has_no_intermediates(function):
+    with pytest.raises(ValueError, match="cfg must be a GPTConfig, got dict"):
+        function({})
 
 
 def test_bad_ids_and_parameters_are_refused_as_by_forward():

@@ -134,6 +134,8 @@ def test_what_never_fits_has_a_batch_of_0():
         (lambda: flaxgpt.memory(WIDE, 1, 65), "length=65 exceeds context_length=64"),
         (lambda: flaxgpt.memory(WIDE, 1, 64, dtype="int8"), "dtype='int8' must be float32"),
         (lambda: fitting(WIDE, 10**9, 65), "length=65 exceeds"),
+        (lambda: fitting(WIDE, "16GB", 8), "size='16GB' must be a positive number"),
+        (lambda: fitting(WIDE, float("inf"), 8), "size=inf must be a positive number"),
     ],
 )
 def test_sizes_that_no_model_has_are_refused(call, message):

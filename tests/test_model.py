@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from jax import export
 
 import flaxgpt
@@ -38,6 +39,18 @@ def test_logits_are_pytorchs(name):
 def test_the_linen_module_computes_what_forward_does(params, ids):
     logits = flaxgpt.GPT(TINY).apply({"params": params}, ids)
     golden.assert_logits_agree(flaxgpt.forward(TINY, params, ids), logits)
+
+
+def test_forward_can_be_called_within_another_module(params, ids):
+    class Probe(nn.Module):
+        @nn.compact
+        def __call__(self, ids):
+            scale = self.param("scale", nn.initializers.ones, ())
+            return scale * flaxgpt.forward(TINY, params, ids)
+
+    logits, variables = Probe().init_with_output(jax.random.key(0), ids)
+    golden.assert_logits_agree(logits, flaxgpt.forward(TINY, params, ids))
+    assert list(variables["params"]) == ["scale"]
 
 
 def test_a_future_id_never_changes_an_earlier_logit(params, ids):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import os
 import re
@@ -63,12 +64,14 @@ def _one_line(error: Exception) -> str:
 def _parse(argv: list[str]) -> Command:
     """Returns the command; on bad arguments raises ValueError with tyro's words in one line."""
     train = defaults(argv[1:]) if argv[:1] == ["train"] else Train()
+    # The docstrings by hand: what tyro takes of them by itself ends before their examples.
+    say = inspect.getdoc
     commands = (
-        Annotated[Generate, tyro.conf.subcommand("generate")]
-        | Annotated[Train, tyro.conf.subcommand("train", default=train)]
-        | Annotated[Eval, tyro.conf.subcommand("eval")]
-        | Annotated[Params, tyro.conf.subcommand("params")]
-        | Annotated[Plot, tyro.conf.subcommand("plot")]
+        Annotated[Generate, tyro.conf.subcommand("generate", description=say(Generate))]
+        | Annotated[Train, tyro.conf.subcommand("train", default=train, description=say(Train))]
+        | Annotated[Eval, tyro.conf.subcommand("eval", description=say(Eval))]
+        | Annotated[Params, tyro.conf.subcommand("params", description=say(Params))]
+        | Annotated[Plot, tyro.conf.subcommand("plot", description=say(Plot))]
     )
     panel = io.StringIO()
     try:

@@ -14,13 +14,14 @@ from rich.table import Table
 from rich.text import Text
 
 import flaxgpt
-from flaxgpt._checks import check_size
+from flaxgpt._checks import check_size, listed
 from flaxgpt.cli.common import progress, say
 from flaxgpt.config import PRESETS, GPTConfig
 from flaxgpt.inspection.flop_count import FlopCount
 from flaxgpt.inspection.memory_use import MemoryUse, fitting, memory
 from flaxgpt.inspection.parameters import ParamCount, count_params
 from flaxgpt.inspection.tree import Difference, Row, compare, rows
+from flaxgpt.weights import read_config, read_stored_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,13 +55,16 @@ class Params:
     """Add the operations of a forward pass and a training step, by part."""
 
     memory: bool = False
-    """Add the memory that generation and a training step take."""
+    """Add the memory that generation and a training step take (on CPU, XLA undoes remat)."""
 
     batch: int = 1
     """Rows, for --flops and --memory."""
 
     length: int | None = None
-    """Ids a row, for --flops and --memory; the model's context unless given."""
+    """Ids a row, for --flops, --memory and --fits; the model's context unless given."""
+
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """What is computed in, for --memory and --fits; weights stay float32."""
 
     diff: str | None = None
     """A second model: print what differs between the two instead."""
@@ -74,6 +78,7 @@ class Params:
         check_size("--batch", self.batch)
         if self.length is not None:
             check_size("--length", self.length)
+        self._check_that_all_is_of_use()
         if self.fits is not None:
             self._print_fitting(parse_size(self.fits))
             return
@@ -84,16 +89,18 @@ class Params:
         if self.diff is not None:
             self._print_differences(self.model, self.diff)
             return
-        cfg, params = _read(self.model)
+        cfg, params, stored = _read(self.model)
         values: dict[str, Any] = {"model": self.model, "config": cfg.to_dict()}
         tree = cfg if params is None else params
         count = count_params(tree)
         length = cfg.context_length if self.length is None else self.length
         flops = flaxgpt.flops(cfg, self.batch, length) if self.flops else None
-        used = memory(cfg, self.batch, length) if self.memory else None
+        used = memory(cfg, self.batch, length, dtype=self.dtype) if self.memory else None
         found = rows(tree, statistics=params is not None)
         if self.json:
             values["count"] = count.to_dict()
+            if params is not None:
+                values["stored"] = stored
             values["parameters"] = [_as_dict(row) for row in found if row.shape is not None]
             for name, part in (("flops", flops), ("memory", used)):
                 if part is not None:
@@ -102,15 +109,36 @@ class Params:
             return
         folded = params is None and cfg.n_layers > 1 and self.sort == "model"
         _show(_tree(_arranged(found, self.depth, self.sort, cfg, folded), count))
-        say(_totals(count) + "\n")
+        say(_totals(count, stored) + "\n")
         if flops is not None:
             _show(_flops_table(flops, self.batch, length))
         if used is not None:
             _show(_memory_table(used, self.batch, length))
 
+    def _check_that_all_is_of_use(self) -> None:
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        given = [name for name, value in defaults.items() if getattr(self, name) != value]
+        of_listing = ("depth", "sort", "flops", "memory", "batch")
+        useless = {
+            "fits": (*of_listing, "diff"),
+            "diff": (*of_listing, "length", "dtype"),
+            "json": ("depth", "sort"),
+        }
+        for mode, names in useless.items():
+            if mode in given and (found := [name for name in names if name in given]):
+                raise ValueError(f"--{found[0]} does nothing with --{mode}: leave one of them out")
+        takers = {
+            "batch": ("flops", "memory"),
+            "length": ("flops", "memory", "fits"),
+            "dtype": ("memory", "fits"),
+        }
+        for name, modes in takers.items():
+            if name in given and not any(mode in given for mode in modes):
+                raise ValueError(f"--{name} is for {listed([f'--{mode}' for mode in modes])} alone")
+
     def _print_differences(self, a: str, b: str) -> None:
         first, second = _read(a), _read(b)
-        for name, (_, params) in ((a, first), (b, second)):
+        for name, (_, params, _) in ((a, first), (b, second)):
             if params is None:
                 raise ValueError(f"{name} is a preset, without numbers: --diff takes two models")
         of_config = _config_differences(first[0], second[0])
@@ -120,12 +148,16 @@ class Params:
                 "a": a,
                 "b": b,
                 "config": {name: list(pair) for name, pair in of_config.items()},
+                "stored": [first[2], second[2]],
                 "differences": [_finite(dataclasses.asdict(item)) for item in found],
             }
             say(json.dumps(values, indent=2, allow_nan=False) + "\n")
             return
         for name, (one, other) in of_config.items():
             say(f"config {name}: {one} in A, {other} in B\n")
+        one, other = (", ".join(stored) or "no file" for *_, stored in (first, second))
+        if one != other:
+            say(f"stored as {one} in A, {other} in B; all are compared as float32\n")
         if not found:
             say("the parameters are equal\n")
             return
@@ -135,7 +167,7 @@ class Params:
         names = [self.model] if self.model is not None else list(PRESETS)
         configs = {name: _read_config(name) for name in names}
         answers = {
-            name: fitting(cfg, size, self.length or cfg.context_length)
+            name: fitting(cfg, size, self.length or cfg.context_length, dtype=self.dtype)
             for name, cfg in configs.items()
         }
         if self.json:
@@ -172,29 +204,28 @@ def parse_size(text: str) -> int:
         size = float(compact.removesuffix(unit)) * units.get(unit, 1)
     except ValueError:
         size = math.nan
-    if not 1 <= size < math.inf or not unit:
+    if not 1 <= size < 1e18 or not unit:
         raise ValueError(f"--fits {text!r} must be a size such as 16GB, 500MB or 15.9GiB")
     return int(size)
 
 
-def _read(model: str) -> tuple[GPTConfig, Any]:
-    """Returns the configuration and, of what has numbers, the parameters as stored."""
+def _read(model: str) -> tuple[GPTConfig, Any, dict[str, int]]:
+    """Returns a configuration and, of what has numbers, those and their files' bytes by dtype."""
     if model in PRESETS:
-        return GPTConfig.preset(model), None
+        return GPTConfig.preset(model), None, {}
     with progress(f"loading {model}") as advance:
         cfg, params, _ = flaxgpt.load(model, progress=advance)
-    return cfg, params
+    return cfg, params, read_stored_bytes(model)
 
 
 def _read_config(model: str) -> GPTConfig:
-    from flaxgpt.weights import read_config
-
     return GPTConfig.preset(model) if model in PRESETS else read_config(model)
 
 
 def _show(table: Table) -> None:
     """Prints a table as wide as it is: rich would take columns out of one that is too wide."""
-    width = Measurement.get(Console(width=1000), Console(width=1000).options, table).maximum
+    wide = Console(width=1000)
+    width = Measurement.get(wide, wide.options, table).maximum
     Console(width=max(width, Console().width)).print(table)
 
 
@@ -245,10 +276,13 @@ def _tree(shown: list[Row], count: ParamCount) -> Table:
     return table
 
 
-def _totals(count: ParamCount) -> str:
-    dtypes = ", ".join(f"{_bytes(n)} {dtype}" for dtype, n in count.bytes_by_dtype.items())
+def _totals(count: ParamCount, stored: dict[str, int]) -> str:
+    def by_dtype(sizes: dict[str, int]) -> str:
+        return ", ".join(f"{_bytes(n)} {dtype}" for dtype, n in sizes.items())
+
+    on_disk = "" if list(stored) in ([], ["float32"]) else f" (in the file {by_dtype(stored)})"
     return (
-        f"\ntotal {count.total:,} parameters, {dtypes}\n"
+        f"\ntotal {count.total:,} parameters, {by_dtype(count.bytes_by_dtype)}{on_disk}\n"
         f"with a tied head {count.tied:,}, with a head of its own {count.untied:,}"
     )
 

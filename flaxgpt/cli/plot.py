@@ -61,11 +61,17 @@ class Plot:
     def run(self) -> None:
         """Draws, and prints where the picture is."""
         out = Path(self.out or f"{self.kind}.png").expanduser()
+        if out.is_dir():
+            raise IsADirectoryError(f"--out {self.out} is a folder: name a .png file in it")
         if out.suffix.lower() != ".png":
             raise ValueError(f"--out {self.out} must end in .png")
         if not out.parent.is_dir():
             raise FileNotFoundError(f"--out {self.out}: there is no folder {out.parent}")
+        if self.block is not None and self.kind != "attention":
+            raise ValueError(f"--block does nothing for {self.kind}: leave it out")
         if self.kind == "shares":
+            if self.text is not None:
+                raise ValueError("shares draws the presets and reads no text: leave it out")
             figure = parameter_shares({name: GPTConfig.preset(name) for name in PRESETS})
         else:
             if not self.text:
@@ -76,6 +82,11 @@ class Plot:
                 check_size("--block", self.block, 0)
             cfg, params, tokenizer = load_with_tokenizer(self.model)
             ids = np.array([tokenizer.encode(self.text)])
+            if ids.size > cfg.context_length:
+                raise ValueError(
+                    f"the text is {ids.size} tokens and {self.model} reads {cfg.context_length} at "
+                    "most: give a shorter one"
+                )
             figure = self._figure(cfg, params, tokenizer, ids)
         write_file_atomically(out, to_png(figure))
         say(f"{out}\n")

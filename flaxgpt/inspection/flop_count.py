@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 
-from flaxgpt._checks import check_extent
+from flaxgpt._checks import check_extent, check_positive
 from flaxgpt.config import GPTConfig, check_config
 from flaxgpt.model.attention import query_blocks
 
@@ -126,10 +125,9 @@ def mfu(
     Raises:
         ValueError: a rate or peak that is not a positive number, or a length that does not fit.
     """
-    for name, value in (("tokens_per_second", tokens_per_second), ("peak_flops", peak_flops)):
-        if not 0 < value < math.inf:
-            raise ValueError(f"{name}={value!r} must be a positive number")
+    rate = check_positive("tokens_per_second", tokens_per_second)
+    peak = check_positive("peak_flops", peak_flops)
     count = flops(cfg, 1, length)
     forward = count.forward if scores else count.forward_without_scores
     each = forward * (3 if training else 1) / length
-    return each * tokens_per_second / peak_flops
+    return each * rate / peak

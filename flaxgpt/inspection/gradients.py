@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from flaxgpt.config import GPTConfig
+from flaxgpt.config import GPTConfig, check_config
 from flaxgpt.inspection.intermediates import Intervention, patch
 from flaxgpt.model.gpt import Params, check_inputs
 
@@ -57,6 +57,7 @@ def _norms(cfg: GPTConfig, params: Params, ids: jax.Array, shortcuts: bool) -> j
 
 def without_shortcuts(cfg: GPTConfig) -> dict[str, Intervention]:
     """Returns patches that take the shortcuts out of a model; for one call of `patch`."""
+    check_config(cfg)
     added: list[jax.Array] = []
 
     def hold(x: jax.Array) -> jax.Array:

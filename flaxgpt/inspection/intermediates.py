@@ -40,7 +40,7 @@ from flax import linen as nn
 from jax.typing import ArrayLike, DTypeLike
 
 from flaxgpt._checks import check_dtype, listed
-from flaxgpt.config import GPTConfig
+from flaxgpt.config import GPTConfig, check_config
 from flaxgpt.model import GPT
 from flaxgpt.model.attention import attention_weights, mean_of_values
 from flaxgpt.model.gpt import Params, check_inputs
@@ -69,6 +69,7 @@ def activation_names(cfg: GPTConfig) -> tuple[str, ...]:
     Args:
         cfg: the architecture.
     """
+    check_config(cfg)
     blocks = (f"trf_blocks_{i}" for i in range(cfg.n_layers))
     within = [f"{block}/{name}" for block in blocks for name in (*_OF_A_BLOCK, "")]
     names = ["tok_emb", "pos_emb", "embeddings", *within, "final_norm", "logits"]
@@ -227,7 +228,7 @@ def _recorded(
     replaced = {name: partial(_replaced, name, function) for name, function in functions.items()}
     with nn.intercept_methods(_Visits(cfg, replaced, wanted)):
         variables = {"params": params}
-        _, sown = GPT(cfg, dtype).apply(variables, ids, mutable=["intermediates"])
+        _, sown = GPT(cfg, dtype, parent=None).apply(variables, ids, mutable=["intermediates"])
     leaves = jax.tree_util.tree_flatten_with_path(sown)[0]
     return {path[-2].key: value for path, value in leaves}  # {module: {name: (value,)}}
 
@@ -269,11 +270,15 @@ class _Visits:
         self.functions = functions
         self.wanted = wanted
         self.held: dict[str, jax.Array] = {}  # of the block under way, what later visits need
+        self.root: Any = None  # scope of the model visited
 
     def __call__(
         self, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any], context: Any
     ) -> Any:
         module, method = context.module, context.method_name
+        self.root = self.root or module.scope.root
+        if module.scope.root is not self.root:  # a model that a patch runs inside this one
+            return call(*args, **kwargs)
         visit = partial(self._visit, module)
         if method == "head":
             return visit("logits", call(*args))

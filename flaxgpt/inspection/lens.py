@@ -55,5 +55,5 @@ def logit_lens(
 
 @partial(jax.jit, static_argnums=(0, 3))
 def _read(cfg: GPTConfig, params: Params, streams: jax.Array, dtype: DTypeLike) -> jax.Array:
-    model: Any = GPT(cfg, dtype)
+    model: Any = GPT(cfg, dtype, parent=None)
     return model.apply({"params": params}, streams, method=lambda m, x: m.head(m.final_norm(x)))

@@ -32,7 +32,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from flaxgpt._checks import check_dtype, check_extent
+from flaxgpt._checks import check_dtype, check_extent, check_positive
 from flaxgpt.config import GPTConfig, check_config
 from flaxgpt.inspection.parameters import count_params
 from flaxgpt.model.attention import query_blocks
@@ -146,22 +146,23 @@ class Fit:
     training_with_remat: int
 
 
-def fitting(cfg: GPTConfig, size: int, length: int, *, dtype: DTypeLike = jnp.float32) -> Fit:
+def fitting(cfg: GPTConfig, size: float, length: int, *, dtype: DTypeLike = jnp.float32) -> Fit:
     """Returns the largest batches that fit a device.
 
     Args:
         cfg: the architecture.
-        size: memory of the device, in bytes.
+        size: memory of the device, in bytes, such as 16e9.
         length: ids a row.
         dtype: as for `memory`.
 
     Raises:
-        ValueError: as for `memory`.
+        ValueError: as for `memory`; a size that is no positive number.
     """
+    room = check_positive("size", size)
 
     def largest(purpose: str) -> int:
         def fits(batch: int) -> bool:
-            return getattr(memory(cfg, batch, length, dtype=dtype), purpose) <= size
+            return getattr(memory(cfg, batch, length, dtype=dtype), purpose) <= room
 
         if not fits(1):
             return 0

@@ -90,13 +90,13 @@ class Leaf:
         path: names from the root of the tree, without a leading `params`.
         value: the array.
         part: one of `PARTS`.
-        block: number of its transformer block, None outside of them.
+        block: path of its transformer block, None outside of them.
     """
 
     path: tuple[str, ...]
     value: Any
     part: str
-    block: int | None
+    block: tuple[str, ...] | None
 
     @property
     def name(self) -> str:
@@ -150,7 +150,7 @@ def count_params(tree: Any) -> ParamCount:
         head = None
 
     by_part = dict.fromkeys(PARTS, 0)
-    blocks: dict[int, dict[str, int]] = {}
+    blocks: dict[tuple[str, ...], dict[str, int]] = {}
     by_dtype: dict[str, int] = {}
     for leaf in leaves:
         by_part[leaf.part] += leaf.count
@@ -164,40 +164,49 @@ def count_params(tree: Any) -> ParamCount:
         tied=total - head.count if tokens and head else total,
         untied=total + tokens.count if tokens and not head else total,
         by_part=by_part,
-        blocks=tuple(dict(sorted(blocks[i].items())) for i in sorted(blocks)),
+        blocks=tuple(dict(sorted(block.items())) for block in blocks.values()),
         bytes_by_dtype=dict(sorted(by_dtype.items(), key=lambda item: -item[1])),
     )
 
 
 def leaves_of(tree: Any) -> Iterator[Leaf]:
-    """Yields the arrays of a tree in order, blocks by their number; as `count_params` otherwise."""
+    """Yields the arrays of a tree as data flows through them; as `count_params` otherwise."""
     if isinstance(tree, GPTConfig):
         tree = param_shapes(tree)
     found = []
+    seen: dict[tuple[str, ...], int] = {}
     for keys, value in jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: x is None)[0]:
         path = tuple(jax.tree_util.keystr((key,), simple=True) for key in keys)
         path = path[1:] if path[:1] == ("params",) else path
         _check_leaf("/".join(path) or "the tree", value)
         part = next((_PART_OF[name] for name in path if name in _PART_OF), "other")
-        numbers = [name.removeprefix(_BLOCK) for name in path if name.startswith(_BLOCK)]
-        block = int(numbers[0]) if numbers and numbers[0].isdecimal() else None
-        found.append(Leaf(path, value, part, block))
-    yield from sorted(found, key=_order)
+        numbers = [_block(name) for name in path]
+        depth = next((i for i, number in enumerate(numbers, 1) if number is not None), None)
+        leaf = Leaf(path, value, part, None if depth is None else path[:depth])
+        found.append((_place(path, seen), leaf))
+    yield from (leaf for _, leaf in sorted(found, key=lambda item: item[0]))
 
 
-_FIRST = ("tok_emb", "pos_emb", _BLOCK, "final_norm", "out_head")  # as data flows
-_WITHIN = ("norm1", "att", "norm2", "ff")
+_FLOW = ("tok_emb", "pos_emb", _BLOCK, "norm1", "att", "norm2", "ff", "final_norm", "out_head")
 
 
-def _order(leaf: Leaf) -> tuple[Any, ...]:
-    top = leaf.path[0] if leaf.path else ""
-    top = _BLOCK if top.startswith(_BLOCK) and leaf.block is not None else top
-    inner = leaf.path[1] if len(leaf.path) > 1 else ""
-    return (
-        _FIRST.index(top) if top in _FIRST else len(_FIRST),
-        -1 if leaf.block is None else leaf.block,
-        _WITHIN.index(inner) if inner in _WITHIN else len(_WITHIN),
-    )
+def _place(path: tuple[str, ...], seen: dict[tuple[str, ...], int]) -> tuple[tuple[int, int], ...]:
+    """Returns what sorts paths: known names as data flows, then others as they were first seen."""
+    place = []
+    for depth, name in enumerate(path, 1):
+        number = _block(name)
+        if number is not None:
+            place.append((_FLOW.index(_BLOCK), number))
+        elif name in _FLOW:
+            place.append((_FLOW.index(name), 0))
+        else:
+            place.append((len(_FLOW), seen.setdefault(path[:depth], len(seen))))
+    return tuple(place)
+
+
+def _block(name: str) -> int | None:
+    number = name.removeprefix(_BLOCK)
+    return int(number) if name.startswith(_BLOCK) and number.isdecimal() else None
 
 
 def _check_leaf(name: str, value: Any) -> None:

@@ -6,7 +6,9 @@ Neither the caller's pyplot backend nor style plays a part.
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -21,6 +23,7 @@ from flaxgpt.inspection.parameters import PARTS, count_params
 _COLOURS = ("#4477aa", "#66ccee", "#228833", "#ccbb44", "#bbbbbb", "#ee6677")  # Tol's bright
 _LINE_COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377")
 _MOST_LABELS = 40  # more do not fit beside an axis
+_MOST_COLUMNS = 64  # of words in a table, which then is a screen's width four times over
 
 
 def attention_maps(weights: ArrayLike, tokens: Sequence[str], title: str = "") -> Any:
@@ -33,7 +36,7 @@ def attention_maps(weights: ArrayLike, tokens: Sequence[str], title: str = "") -
         title: above all of it.
 
     Raises:
-        ValueError: weights that are neither, or of another number of tokens.
+        ValueError: weights that are neither, of no head, or of another number of tokens.
         ImportError: matplotlib is not there; says how to install it.
     """
     maps = np.asarray(weights)
@@ -42,6 +45,8 @@ def attention_maps(weights: ArrayLike, tokens: Sequence[str], title: str = "") -
             f"weights of shape {maps.shape} must be [heads, {len(tokens)}, {len(tokens)}], for the "
             f"{len(tokens)} tokens: of activations, take one row, as found[name][0]"
         )
+    if not maps.size:
+        raise ValueError(f"weights of shape {maps.shape} have nothing to draw")
     if maps.ndim == 3:
         columns = min(4, len(maps))
         lines = math.ceil(len(maps) / columns)
@@ -49,7 +54,12 @@ def attention_maps(weights: ArrayLike, tokens: Sequence[str], title: str = "") -
     else:
         lines, columns = maps.shape[:2]
         side = 1.2
-    with _figure(columns * side + 1.0, lines * side + 0.6) as figure:
+    with _figure(columns * side + 1.2, lines * side + 0.8) as figure:
+        from matplotlib.colors import PowerNorm
+
+        # The first query has but itself to look at, so 1 is always there; of a long text all else
+        # would be of one colour.
+        norm = PowerNorm(0.5, vmin=0, vmax=1)
         axes = figure.subplots(lines, columns, squeeze=False)
         places = list(axes.flat)
         grids = maps.reshape(-1, *maps.shape[-2:])
@@ -58,7 +68,7 @@ def attention_maps(weights: ArrayLike, tokens: Sequence[str], title: str = "") -
         for i, grid in enumerate(grids):
             place = places[i]
             line, column = divmod(i, columns)
-            image = place.imshow(grid, vmin=0, vmax=1, cmap="viridis")
+            image = place.imshow(grid, norm=norm, cmap="viridis")
             if maps.ndim == 3:
                 place.set_title(f"head {i}", fontsize=9)
                 _label_tokens(place, tokens, bottom=i + columns >= len(maps), left=column == 0)
@@ -69,6 +79,8 @@ def attention_maps(weights: ArrayLike, tokens: Sequence[str], title: str = "") -
             if column == 0:
                 place.set_ylabel(f"block {line}", fontsize=9)
         figure.colorbar(image, ax=axes, label="attention weight", shrink=0.8)
+        figure.supxlabel("key: the token looked at", fontsize=9)
+        figure.supylabel("query: the token that looks", fontsize=9)
         figure.suptitle(_plain(title), fontsize=10)
     return figure
 
@@ -83,18 +95,30 @@ def lens_table(
         tokens: the T tokens read, as text.
         spell: returns the text of an id, as `lambda id: tokenizer.decode([id])`.
         title: above all of it.
+
+    Raises:
+        ValueError: logits of another shape, or that are no numbers; more than 64 tokens.
+        ImportError: matplotlib is not there; says how to install it.
     """
-    table = np.asarray(logits, np.float64)
-    if table.ndim != 3 or table.shape[1] != len(tokens):
+    table = np.asarray(logits)
+    if table.ndim != 3 or not table.size or table.shape[1] != len(tokens):
         raise ValueError(
             f"logits of shape {table.shape} must be [layers + 1, {len(tokens)}, vocabulary]: of "
             "logit_lens, take one row, as found[:, 0]"
         )
-    if not np.isfinite(table).all():
-        raise ValueError("logits have NaN or Inf: flaxgpt params shows which parameters have them")
-    best = table.argmax(-1)
-    shifted = np.exp(table - table.max(-1, keepdims=True))
-    sure = shifted.max(-1) / shifted.sum(-1)
+    if len(tokens) > _MOST_COLUMNS:
+        raise ValueError(
+            f"{len(tokens)} tokens make a table too wide to read: give {_MOST_COLUMNS} at most"
+        )
+    best, sure = np.empty(table.shape[:2], int), np.empty(table.shape[:2])
+    for i, layer in enumerate(table):  # one at a time, as they may be large
+        values = layer.astype(np.float32)
+        if not np.isfinite(values).all():
+            raise ValueError(
+                "logits have NaN or Inf: flaxgpt params shows which parameters have them"
+            )
+        best[i] = values.argmax(-1)
+        sure[i] = 1 / np.exp(values - values.max(-1, keepdims=True)).sum(-1)
     with _figure(1.6 + 0.82 * len(tokens), 1.2 + 0.32 * len(table)) as figure:
         axes = figure.subplots()
         # The top of the table is the model's answer.
@@ -163,7 +187,13 @@ def lines_by_depth(
         ylabel: what the numbers are.
         title: above all of it.
         xlabel: what has the depth.
+
+    Raises:
+        ValueError: no curves, one of no numbers, or numbers that are NaN or infinite.
+        ImportError: matplotlib is not there; says how to install it.
     """
+    if not curves or not all(np.size(values) for values in curves.values()):
+        raise ValueError(f"curves {listed(list(curves)) or '{}'}: give numbers of each to draw")
     sizes = np.concatenate([np.ravel(values) for values in curves.values()])
     if not np.isfinite(sizes).all():
         raise ValueError(
@@ -172,10 +202,12 @@ def lines_by_depth(
         )
     with _figure(7, 4) as figure:
         axes = figure.subplots()
-        for (name, values), colour in zip(curves.items(), 2 * _LINE_COLOURS, strict=False):
-            depth = np.arange(len(np.asarray(values)))
-            axes.plot(depth, values, "o-", color=colour, markersize=4, label=name)
-        axes.set_xticks(range(len(depth)) if len(depth) < 20 else range(0, len(depth), 4))
+        for (name, values), colour in zip(
+            curves.items(), itertools.cycle(_LINE_COLOURS), strict=False
+        ):
+            axes.plot(np.ravel(values), "o-", color=colour, markersize=4, label=_plain(name))
+        longest = max(np.size(values) for values in curves.values())
+        axes.set_xticks(range(0, longest, math.ceil(longest / 20)))
         if (sizes > 0).all() and sizes.max() > 10 * sizes.min():
             axes.set_yscale("log")
         else:
@@ -193,7 +225,8 @@ def to_png(figure: Any) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     picture = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(picture)
+    with _style():  # fonts are looked up as it is drawn
+        FigureCanvasAgg(figure).print_png(picture)
     return picture.getvalue()
 
 
@@ -203,23 +236,42 @@ def shown(token: str) -> str:
 
 
 def _plain(text: str) -> str:
-    """Returns text whose dollars matplotlib does not take for mathematics."""
-    return text.replace("$", r"\$")
+    """Returns text without mathematics in dollars, nor characters that the font has no shape of."""
+    known = _characters()
+    return "".join(c if ord(c) in known or c == "\n" else f"U+{ord(c):04X}" for c in text).replace(
+        "$", r"\$"
+    )
+
+
+@functools.cache
+def _characters() -> frozenset[int]:
+    from matplotlib import font_manager
+
+    with _style():
+        path = font_manager.findfont(font_manager.FontProperties())
+    return frozenset(font_manager.get_font(path).get_charmap())
 
 
 @contextlib.contextmanager
 def _figure(width: float, height: float) -> Iterator[Any]:
     """Yields a figure of that many inches, under matplotlib's own style."""
     try:
-        import matplotlib
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError(
             f"pictures need matplotlib ({error}): pip install 'flaxgpt[plots]'"
         ) from error
+    with _style():
+        yield Figure(figsize=(width, height), dpi=120, layout="constrained")
+
+
+@contextlib.contextmanager
+def _style() -> Iterator[None]:
+    import matplotlib
+
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
-        yield Figure(figsize=(width, height), dpi=120, layout="constrained")
+        yield
 
 
 def _label_tokens(axes: Any, tokens: Sequence[str], bottom: bool, left: bool) -> None:

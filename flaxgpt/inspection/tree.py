@@ -67,7 +67,7 @@ class Row:
     @property
     def name(self) -> str:
         """The path as one word."""
-        return "/".join(self.path)
+        return "/".join(self.path) or "(array)"
 
 
 def rows(tree: Any, *, statistics: bool = False) -> list[Row]:
@@ -84,7 +84,7 @@ def rows(tree: Any, *, statistics: bool = False) -> list[Row]:
     looked_at = {leaf.path: describe(leaf) for leaf in leaves} if statistics else {}
     inside: dict[tuple[str, ...], list[Leaf]] = {}
     for leaf in leaves:
-        for depth in range(1, len(leaf.path) + 1):
+        for depth in range(min(1, len(leaf.path)), len(leaf.path) + 1):  # an array alone has none
             inside.setdefault(leaf.path[:depth], []).append(leaf)
     found = []
     for path, members in inside.items():
@@ -109,6 +109,8 @@ def describe(leaf: Leaf) -> Statistics:
     if isinstance(leaf.value, jax.ShapeDtypeStruct):
         raise ValueError(f"{leaf.name} is a shape without numbers: statistics take arrays")
     values = np.asarray(leaf.value).reshape(-1)
+    if np.iscomplexobj(values):
+        raise ValueError(f"{leaf.name} is {leaf.dtype}: statistics take real numbers")
     # In pieces: float64 copies of a large array are not to double what it takes.
     starts = range(0, max(1, values.size), _PIECE)
     return together(_describe(values[start : start + _PIECE]) for start in starts)
@@ -183,6 +185,7 @@ def compare(a: Any, b: Any) -> list[Difference]:
     Args:
         a: the first tree, as for `count_params`.
         b: the second; numbers are compared where both are arrays of one shape, whatever the dtypes.
+            0 equals -0, and NaN equals NaN.
     """
     first, second = ({leaf.name: leaf for leaf in leaves_of(tree)} for tree in (a, b))
     found = []
@@ -209,15 +212,18 @@ def _values(one: Leaf, other: Leaf) -> Sequence[Difference]:
         return []
     first, second = (np.asarray(leaf.value).reshape(-1) for leaf in (one, other))
     changed, largest, of_gap, of_first = 0, 0.0, 0.0, 0.0
+    wide = np.complex128 if np.iscomplexobj(first) or np.iscomplexobj(second) else np.float64
     for start in range(0, first.size, _PIECE):
-        x, y = (values[start : start + _PIECE].astype(np.float64) for values in (first, second))
+        x, y = (values[start : start + _PIECE] for values in (first, second))
+        # Before they are widened: float64 does not hold every int64.
         differ = (x != y) & ~(np.isnan(x) & np.isnan(y))
+        x, y = x.astype(wide), y.astype(wide)
         with np.errstate(invalid="ignore"):
-            gap = np.where(differ, x - y, 0.0)
+            gap = np.abs(np.where(differ, x - y, 0.0))
         changed += int(differ.sum())
-        largest = float(np.maximum(largest, np.abs(gap).max()))
+        largest = float(np.maximum(largest, gap.max()))
         of_gap += float(np.square(gap).sum())
-        of_first += float(np.square(x).sum())
+        of_first += float(np.square(np.abs(x)).sum())
     if not changed:
         return []
     return [

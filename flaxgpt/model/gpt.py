@@ -109,7 +109,7 @@ def init(cfg: GPTConfig, key: jax.Array) -> Params:
 
 @partial(jax.jit, static_argnums=0)
 def _init(cfg: GPTConfig, key: jax.Array) -> Params:
-    return GPT(cfg).init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+    return GPT(cfg, parent=None).init(key, jnp.zeros((1, 1), jnp.int32))["params"]
 
 
 def param_shapes(cfg: GPTConfig) -> Params:
@@ -186,7 +186,7 @@ def _forward(
     dropout_key: jax.Array | None,
 ) -> jax.Array:
     rngs = None if dropout_key is None else {"dropout": dropout_key}
-    model: Any = GPT(cfg, dtype, remat)
+    model: Any = GPT(cfg, dtype, remat, parent=None)
     return model.apply({"params": params}, ids, deterministic=dropout_key is None, rngs=rngs)
 
 
@@ -242,6 +242,6 @@ def extend(
 def _extend(
     cfg: GPTConfig, params: Params, ids: jax.Array, cache: KVCache
 ) -> tuple[jax.Array, KVCache]:
-    model: Any = GPT(cfg, cache.keys[0].dtype)
+    model: Any = GPT(cfg, cache.keys[0].dtype, parent=None)
     x, cache = model.apply({"params": params}, ids, cache, method=GPT.trunk)
     return model.apply({"params": params}, x, method=GPT.head), cache

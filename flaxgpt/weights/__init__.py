@@ -22,11 +22,11 @@ from flaxgpt.tokenizer import Tokenizer, load_tokenizer
 from flaxgpt.tokenizer_files import UnreadableTokenizerWarning, read_tokenizer, save_tokenizer
 from flaxgpt.weights.book_init import book_params
 from flaxgpt.weights.hub import fetch
-from flaxgpt.weights.reading import LAYOUTS, read_params
+from flaxgpt.weights.reading import LAYOUTS, read_params, stored_bytes
 from flaxgpt.weights.table import export
 from flaxgpt.weights.tensors import INDEX, SINGLE, shards
 
-__all__ = ["book_params", "load", "read_config", "save"]
+__all__ = ["book_params", "load", "read_config", "read_stored_bytes", "save"]
 
 _TALES = Path(__file__).resolve().parent.parent / "models" / "tales"  # made by scripts/build_tales
 _GPT2_VOCABULARY = 50257
@@ -150,6 +150,20 @@ def read_config(source: str | os.PathLike[str]) -> GPTConfig:
         return GPTConfig.preset("book-124M")
     path = _locate(source)
     return _read_config(path if path.is_dir() else path.parent)
+
+
+def read_stored_bytes(source: str | os.PathLike[str]) -> dict[str, int]:
+    """Returns what a model's numbers take in its files, in bytes by dtype, largest first.
+
+    `load` gives float32 whatever they are there.
+
+    Args:
+        source: as for `load`; `book`, which is computed, has none.
+
+    Raises:
+        FileNotFoundError, PermissionError, ConnectionError, ValueError: as `load`.
+    """
+    return {} if source == "book" else stored_bytes(_weight_files(_locate(source)))
 
 
 def _locate(source: str | os.PathLike[str]) -> Path:

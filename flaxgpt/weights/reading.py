@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
@@ -54,6 +55,16 @@ def read_params(
     if [stamp(path) for path in paths] != stamps:
         raise ValueError(f"{paths[0].parent} was written to while it was being read: load it again")
     return unflatten_dict(params, sep="/")
+
+
+def stored_bytes(paths: Sequence[Path]) -> dict[str, int]:
+    """Returns what the numbers in some safetensors files take there, in bytes by dtype."""
+    sizes: dict[str, int] = {}
+    for tensor in (tensor for path in paths for tensor in tensors_in(path)):
+        if dtype := FLOATS.get(tensor.dtype):
+            size = tensor.size * int(jnp.dtype(dtype).itemsize)
+            sizes[dtype] = sizes.get(dtype, 0) + size
+    return dict(sorted(sizes.items(), key=lambda item: -item[1]))
 
 
 def _on_device(tensor: Tensor, slot: Slot) -> dict[str, jax.Array]:

@@ -15,7 +15,7 @@ from flaxgpt._checks import listed
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-FLOATS = ("F32", "F16", "BF16", "F64")
+FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 
 
 @dataclasses.dataclass(frozen=True)
