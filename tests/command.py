@@ -1,11 +1,15 @@
-"""The `flaxgpt` command as a process, for tests."""
+"""The `flaxgpt` command as a process, for tests, and without one."""
 
+import contextlib
+import io
 import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import flaxgpt
+from flaxgpt.cli import main
 
 ENVIRONMENT = os.environ | {
     "PYTHONPATH": str(Path(flaxgpt.__file__).parent.parent),
@@ -26,6 +30,20 @@ def run(*arguments, stdin="", environment=QUICK):
         env=environment,
         timeout=120,
         check=False,
+    )
+
+
+def call(*arguments, stdin=""):
+    """Runs it to its end in this process, which takes 2 seconds less than to start one."""
+    printed, told = io.StringIO(), io.StringIO()
+    with (
+        contextlib.redirect_stdout(printed),
+        contextlib.redirect_stderr(told),
+        mock.patch("sys.stdin", io.StringIO(stdin)),
+    ):
+        code = main(list(map(str, arguments)))
+    return subprocess.CompletedProcess(
+        arguments, code, printed.getvalue().encode(), told.getvalue().encode()
     )
 
 

@@ -26,6 +26,12 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 hypothesis.settings.register_profile("steady", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("steady")
 
+
+def pytest_collection_modifyitems(items):
+    """Puts the longest file first: last, it would leave the other workers with nothing to do."""
+    items.sort(key=lambda item: item.path.name != "test_notebook.py")
+
+
 _compiled = []
 # Once and for good: jax 0.7 has no public way to take a listener out again.
 jax.monitoring.register_event_duration_secs_listener(

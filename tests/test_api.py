@@ -1,3 +1,4 @@
+import ast
 import doctest
 import importlib
 import inspect
@@ -5,7 +6,11 @@ import pkgutil
 import re
 from pathlib import Path
 
+import pytest
+
 import flaxgpt
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -89,13 +94,18 @@ def test_the_examples_in_docstrings_are_true():
 
 def test_the_readmes_python_runs_as_pasted(capsys):
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
-    names = {}
+    names, values = {}, {}
     for block in blocks:
-        if "flaxgpt.load(" not in block:  # which needs a network and a folder
-            exec(compile(block, "README.md", "exec"), names)
-    printed = capsys.readouterr().out.split()
-    ids = names["flaxgpt"].generate(names["cfg"], names["params"], [[15496, 11]], 6)[0]
-    assert printed == list(map(str, ids))
+        if "flaxgpt.load(" in block:  # which needs a network and a folder
+            continue
+        for node in ast.parse(block).body:
+            code = ast.get_source_segment(block, node)
+            if isinstance(node, ast.Expr):
+                values[code] = eval(code, names)
+            else:
+                exec(code, names)
+    assert len(list(map(int, capsys.readouterr().out.split()))) == 6  # the ids of the stream
     call = 'flaxgpt.generate_text(cfg, params, tok, ["Hello, I am"], max_new_tokens=6)'
-    assert f"{call}\n# {eval(call, names)!r}\n" in README.read_text(encoding="utf-8")
+    assert f"{call}\n# {values[call]!r}\n" in README.read_text(encoding="utf-8")
+    assert values["flaxgpt.count_params(cfg).tied"] == 124_412_160
     assert names["logits"].shape == (1, 1, 50257)

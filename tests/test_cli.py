@@ -11,7 +11,7 @@ import jax
 import pytest
 
 import flaxgpt
-from command import COMMAND, QUICK, assert_refused, run
+from command import COMMAND, QUICK, assert_refused, call, run
 from flaxgpt import GPTConfig
 from flaxgpt.tokenizer import GPT2_PATTERN, BPETokenizer, CharTokenizer
 
@@ -127,7 +127,7 @@ def test_help_of_a_command_lists_its_options():
     ],
 )
 def test_a_bad_option_is_refused_before_any_model_is_loaded(arguments, message):
-    process = run("generate", "Hello", "--model", "no/such/model/anywhere", *arguments)
+    process = call("generate", "Hello", "--model", "no/such/model/anywhere", *arguments)
     assert_refused(process, message)
 
 
@@ -146,25 +146,25 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(arguments, stdin, message):
 
 
 def test_text_that_the_model_cannot_read_is_refused(folder):
-    process = run("generate", "né", "--model", folder)
+    process = call("generate", "né", "--model", folder)
     assert_refused(process, "'é'")
 
 
 def test_a_stop_of_several_tokens_is_refused(folder):
-    process = run("generate", "a", "--model", folder, "--stop", "abc")
+    process = call("generate", "a", "--model", folder, "--stop", "abc")
     assert_refused(process, "--stop 'abc' is 3 tokens")
 
 
 def test_a_model_without_tokenizer_says_what_is_missing(tmp_path):
     flaxgpt.save(tmp_path / "bare", CFG, flaxgpt.init(CFG, jax.random.key(0)))
-    process = run("generate", "a", "--model", tmp_path / "bare")
+    process = call("generate", "a", "--model", tmp_path / "bare")
     assert_refused(process, "has no tokenizer for its 100 tokens")
 
 
 def test_a_tokenizer_that_cannot_be_read_is_told_before_the_weights_are_loaded(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "model")
     (tmp_path / "model" / "flaxgpt_tokenizer.json").write_text('{"kind": "morse"}')
-    process = run("generate", "a", "--model", tmp_path / "model")
+    process = call("generate", "a", "--model", tmp_path / "model")
     assert_refused(process, "kind is 'morse'")
 
 

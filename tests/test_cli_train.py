@@ -12,7 +12,7 @@ import pytest
 
 import flaxgpt
 import golden
-from command import COMMAND, QUICK, assert_refused, run
+from command import COMMAND, QUICK, assert_refused, call, run
 from flaxgpt.scoring import measure
 
 VERDICT = golden.DATA / "verdict" / "the-verdict.txt"
@@ -58,7 +58,7 @@ def test_the_folder_of_a_run_alone_makes_it_go_on(trained):
     assert "step 15/15" in told and "step 5/15" not in told
     assert b"refused" not in process.stderr
     assert_refused(
-        run("train", "--init-from", out, "--emb-dim", 32), "cannot go on with emb_dim=32 (was 16)"
+        call("train", "--init-from", out, "--emb-dim", 32), "cannot go on with emb_dim=32 (was 16)"
     )
 
 
@@ -94,9 +94,9 @@ def test_fine_tuning_takes_the_models_shape_and_a_recipe_of_its_own(trained, tmp
 
 def test_a_run_goes_on_however_its_folder_is_spelled(trained):
     out, _ = trained
-    process = run("train", "--init-from", f"{out}/", "--out", out, "--learning-rate", "nan")
+    process = call("train", "--init-from", f"{out}/", "--out", out, "--learning-rate", "nan")
     assert_refused(process, "learning_rate=nan must be a finite number")
-    process = run("train", "--init-from", f"{out}/", "--out", out, "--batch-size", 5)
+    process = call("train", "--init-from", f"{out}/", "--out", out, "--batch-size", 5)
     assert_refused(process, "cannot go on with batch_size=5 (was 4)")
 
 
@@ -119,7 +119,7 @@ def test_a_run_goes_on_however_its_folder_is_spelled(trained):
 )
 def test_bad_input_is_one_clear_line(tmp_path, arguments, message, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert_refused(run(*arguments), message)
+    assert_refused(call(*arguments), message)
     assert not list(tmp_path.iterdir())
 
 

@@ -21,6 +21,7 @@ def test_every_cell_runs_and_no_assertion_fails(committed, tmp_path, monkeypatch
         monkeypatch.setenv(name, str(tmp_path / name))
     monkeypatch.setenv("PYTHONPATH", str(Path(flaxgpt.__file__).parent.parent))
     monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # half of the time is compiling
     copy = nbformat.from_dict(committed)
     client = NotebookClient(copy, timeout=600, resources={"metadata": {"path": tmp_path}})
     client.execute()
@@ -28,6 +29,31 @@ def test_every_cell_runs_and_no_assertion_fails(committed, tmp_path, monkeypatch
         assert not any(o.get("name") == "stderr" for o in ran.get("outputs", []))
         if ran.cell_type == "code":  # a stream may come in several pieces
             assert {o.output_type for o in ran.outputs} == {o.output_type for o in kept.outputs}
+
+
+@pytest.mark.parametrize("place", [".", "..", "flaxgpt", None])
+def test_the_first_cell_installs_a_clone_that_is_near_or_else_from_pypi(
+    committed, place, tmp_path, monkeypatch
+):
+    here = tmp_path / "notebooks"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    clone = None if place is None else (here / place).resolve()
+    if clone is not None:
+        (clone / "flaxgpt").mkdir(parents=True)
+        (clone / "flaxgpt" / "__init__.py").touch()
+    first = next(cell.source for cell in committed.cells if cell.cell_type == "code")
+    assert first.count("%pip install") == 1
+    asked = []
+    program = first.replace("%pip install --quiet ", "asked.append(f").replace(']"', ']")')
+    with monkeypatch.context() as bare:
+        bare.setattr("importlib.util.find_spec", lambda name: None)
+        with pytest.raises(ImportError, match="could not be installed"):
+            exec(program, {"asked": asked})
+    assert asked == [f"{clone or 'flaxgpt'}[notebook]"]
+    asked.clear()
+    exec(program, {"asked": asked})  # where all is there, it is left alone
+    assert asked == []
 
 
 def test_outputs_are_committed_and_speak_of_no_machine(committed):

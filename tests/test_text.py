@@ -9,6 +9,8 @@ import flaxgpt
 from flaxgpt import GPTConfig
 from flaxgpt.text import spoken, stream_text
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 CFG = GPTConfig(vocab_size=50257, context_length=16, emb_dim=8, n_heads=1, n_layers=1)
 TOKENIZER = flaxgpt.load_tokenizer("gpt2")
 END = 50256

@@ -1,0 +1,90 @@
+"""What `generate` and `stream` write, to the last id, compiled as users compile."""
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import flaxgpt
+import golden
+from flaxgpt import decoding
+from flaxgpt.decoding import Plan
+from flaxgpt.generation import _prepare
+
+MODELS = ["book-small", "book-qkv-bias", "hf-small"]
+
+
+def prompt(name, length, row=0):
+    return golden.model(name)[2]["input_ids"][row, :length].tolist()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_greedy_ids_are_pytorchs_through_the_context_limit(name):
+    cfg, params, expected = golden.model(name)
+    ids, full = expected["input_ids"], expected["greedy_ids"]
+    new = full[:, ids.shape[1] :]
+    assert flaxgpt.generate(cfg, params, ids, new.shape[1]) == new.tolist()
+    for row, continuation in zip(ids, new.tolist(), strict=True):
+        assert list(flaxgpt.stream(cfg, params, row, len(continuation))) == continuation
+
+
+def test_ragged_greedy_ids_are_those_of_each_row_alone_in_pytorch():
+    cfg, params, expected = golden.model("hf-small")
+    lengths, new = expected["ragged_lengths"], expected["ragged_new_ids"]
+    rows = [row[:n].tolist() for row, n in zip(expected["input_ids"], lengths, strict=True)]
+    assert flaxgpt.generate(cfg, params, rows, new.shape[1]) == new.tolist()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_ragged_rows_past_the_context_are_the_books_crop(name):
+    cfg, params, expected = golden.model(name)
+    rows = [prompt(name, 3), prompt(name, expected["input_ids"].shape[1], 1), prompt(name, 7)]
+    new = cfg.context_length + 3
+    out = flaxgpt.generate(cfg, params, rows, new)
+    for row, continuation in zip(rows, out, strict=True):
+        ids = row + continuation
+        ends = range(len(row), len(ids))
+        windows = [ids[max(0, end - cfg.context_length) : end] for end in ends]
+        padded = np.array([w + [0] * (cfg.context_length - len(w)) for w in windows])
+        logits = flaxgpt.forward(cfg, params, padded)
+        last = np.array([len(w) - 1 for w in windows])
+        best = np.asarray(logits)[np.arange(len(windows)), last].argmax(-1)
+        assert continuation == best.tolist()
+
+
+def test_a_prompt_longer_than_the_context_is_cropped_as_in_the_book():
+    cfg, params, _ = golden.model("book-small")
+    long = np.random.default_rng(0).integers(0, cfg.vocab_size, 3 * cfg.context_length).tolist()
+    out = flaxgpt.generate(cfg, params, [long, long[-cfg.context_length :]], 5)
+    assert out[0] == out[1]
+
+
+@pytest.mark.parametrize("merged", [True, False])
+def test_both_cache_layouts_give_the_same_ids(merged):
+    cfg, params, expected = golden.model("book-small")
+    ids, full = expected["input_ids"], expected["greedy_ids"]
+    plan, request, state = _prepare(
+        cfg, params, ids, full.shape[1] - ids.shape[1], 0.0, None, None, None, (), "float32"
+    )
+    plan = Plan(plan.prompt_width, plan.width, plan.slides, merged, plan.dtype)
+    out = jax.jit(decoding.decode, static_argnums=(0, 1))(cfg, plan, params, request, *state)
+    np.testing.assert_array_equal(out[:, : full.shape[1]], full)
+
+
+@settings(max_examples=4)  # most of them compile loops of their own
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=3, max_size=3),
+    seed=st.integers(0, 1000),
+    greedy=st.booleans(),
+)
+def test_a_row_does_not_depend_on_its_companions(lengths, seed, greedy):
+    cfg, params, _ = golden.model("book-small")
+    rng = np.random.default_rng(seed)
+    rows = [rng.integers(0, cfg.vocab_size, n).tolist() for n in lengths]
+    options = {} if greedy else {"temperature": 1.2, "top_k": 40, "top_p": 0.95}
+    key = jax.random.key(seed)
+    together = flaxgpt.generate(cfg, params, rows, 6, key=key, **options)
+    for i, row in enumerate(rows):
+        own = jax.random.fold_in(key, i)[None]
+        assert flaxgpt.generate(cfg, params, [row], 6, key=own, **options) == [together[i]]
