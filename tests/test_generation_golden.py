@@ -72,7 +72,7 @@ def test_both_cache_layouts_give_the_same_ids(merged):
     np.testing.assert_array_equal(out[:, : full.shape[1]], full)
 
 
-@settings(max_examples=4)  # most of them compile loops of their own
+@settings(max_examples=3)  # most of them compile loops of their own
 @given(
     lengths=st.lists(st.integers(1, 40), min_size=3, max_size=3),
     seed=st.integers(0, 1000),
