@@ -65,13 +65,13 @@ def _parse(argv: list[str]) -> Command:
     """Returns the command; on bad arguments raises ValueError with tyro's words in one line."""
     train = defaults(argv[1:]) if argv[:1] == ["train"] else Train()
     # The docstrings by hand: what tyro takes of them by itself ends before their examples.
-    say = inspect.getdoc
+    about = inspect.getdoc
     commands = (
-        Annotated[Generate, tyro.conf.subcommand("generate", description=say(Generate))]
-        | Annotated[Train, tyro.conf.subcommand("train", default=train, description=say(Train))]
-        | Annotated[Eval, tyro.conf.subcommand("eval", description=say(Eval))]
-        | Annotated[Params, tyro.conf.subcommand("params", description=say(Params))]
-        | Annotated[Plot, tyro.conf.subcommand("plot", description=say(Plot))]
+        Annotated[Generate, tyro.conf.subcommand("generate", description=about(Generate))]
+        | Annotated[Train, tyro.conf.subcommand("train", default=train, description=about(Train))]
+        | Annotated[Eval, tyro.conf.subcommand("eval", description=about(Eval))]
+        | Annotated[Params, tyro.conf.subcommand("params", description=about(Params))]
+        | Annotated[Plot, tyro.conf.subcommand("plot", description=about(Plot))]
     )
     panel = io.StringIO()
     try:

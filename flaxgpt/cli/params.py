@@ -8,19 +8,23 @@ import math
 from typing import Annotated, Any, Literal
 
 import tyro
-from rich.console import Console
-from rich.measure import Measurement
-from rich.table import Table
-from rich.text import Text
 
 import flaxgpt
 from flaxgpt._checks import check_size, listed
 from flaxgpt.cli.common import progress, say
+from flaxgpt.cli.tables import (
+    difference_table,
+    fitting_table,
+    flops_table,
+    memory_table,
+    parameter_table,
+    print_table,
+    totals,
+)
 from flaxgpt.config import PRESETS, GPTConfig
-from flaxgpt.inspection.flop_count import FlopCount
-from flaxgpt.inspection.memory_use import MemoryUse, fitting, memory
-from flaxgpt.inspection.parameters import ParamCount, count_params
-from flaxgpt.inspection.tree import Difference, Row, compare, rows
+from flaxgpt.inspection.memory_use import fitting, memory
+from flaxgpt.inspection.parameters import count_params
+from flaxgpt.inspection.tree import Row, compare, rows
 from flaxgpt.weights import read_config, read_stored_bytes
 
 
@@ -108,12 +112,12 @@ class Params:
             say(json.dumps(values, indent=2, allow_nan=False) + "\n")
             return
         folded = params is None and cfg.n_layers > 1 and self.sort == "model"
-        _show(_tree(_arranged(found, self.depth, self.sort, cfg, folded), count))
-        say(_totals(count, stored) + "\n")
+        print_table(parameter_table(_arranged(found, self.depth, self.sort, cfg, folded), count))
+        say(totals(count, stored) + "\n")
         if flops is not None:
-            _show(_flops_table(flops, self.batch, length))
+            print_table(flops_table(flops, self.batch, length))
         if used is not None:
-            _show(_memory_table(used, self.batch, length))
+            print_table(memory_table(used, self.batch, length))
 
     def _check_that_all_is_of_use(self) -> None:
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
@@ -161,7 +165,7 @@ class Params:
         if not found:
             say("the parameters are equal\n")
             return
-        _show(_difference_table(found, a, b))
+        print_table(difference_table(found, a, b))
 
     def _print_fitting(self, size: int) -> None:
         names = [self.model] if self.model is not None else list(PRESETS)
@@ -174,22 +178,8 @@ class Params:
             fits = {name: dataclasses.asdict(answer) for name, answer in answers.items()}
             say(json.dumps({"bytes": size, "fits": fits}, indent=2) + "\n")
             return
-        table = Table(
-            title=f"largest batch in {_bytes(size)}", title_justify="left", show_edge=False
-        )
-        table.add_column("model")
-        table.add_column("length", justify="right")
-        for name in ("generating", "training", "training, remat"):
-            table.add_column(name, justify="right")
-        for name, cfg in configs.items():
-            answer = answers[name]
-            batches = (answer.generating, answer.training, answer.training_with_remat)
-            table.add_row(
-                Text(name),
-                str(self.length or cfg.context_length),
-                *(f"{batch:,}" if batch else "-" for batch in batches),
-            )
-        _show(table)
+        lengths = {name: self.length or cfg.context_length for name, cfg in configs.items()}
+        print_table(fitting_table(answers, lengths, size))
 
 
 def parse_size(text: str) -> int:
@@ -222,13 +212,6 @@ def _read_config(model: str) -> GPTConfig:
     return GPTConfig.preset(model) if model in PRESETS else read_config(model)
 
 
-def _show(table: Table) -> None:
-    """Prints a table as wide as it is: rich would take columns out of one that is too wide."""
-    wide = Console(width=1000)
-    width = Measurement.get(wide, wide.options, table).maximum
-    Console(width=max(width, Console().width)).print(table)
-
-
 def _arranged(found: list[Row], depth: int, sort: str, cfg: GPTConfig, folded: bool) -> list[Row]:
     if sort != "model":
         arrays = [row for row in found if row.shape is not None]
@@ -243,101 +226,6 @@ def _arranged(found: list[Row], depth: int, sort: str, cfg: GPTConfig, folded: b
         for row in shown
         if row.path[0] == block or not row.path[0].startswith("trf_blocks_")
     ]
-
-
-def _tree(shown: list[Row], count: ParamCount) -> Table:
-    table = Table(show_edge=False, pad_edge=False)
-    table.add_column("parameters", no_wrap=True)
-    table.add_column("shape", justify="right", no_wrap=True)
-    table.add_column("dtype")
-    for name in ("count", "share", "size"):
-        table.add_column(name, justify="right", no_wrap=True)
-    numbers = any(row.statistics for row in shown)
-    if numbers:
-        for name in ("mean", "std", "norm"):
-            table.add_column(name, justify="right", no_wrap=True)
-        table.add_column("")
-    is_tree = len({row.path[0] for row in shown if row.shape is None}) > 0
-    for row in shown:
-        label = "  " * (len(row.path) - 1) + row.path[-1] if is_tree else row.name
-        cells = [
-            label,
-            "" if row.shape is None else " x ".join(map(str, row.shape)) or "scalar",
-            row.dtype,
-            f"{row.count:,}",
-            f"{100 * row.count / count.total:.2f} %",
-            _bytes(row.bytes),
-        ]
-        if row.statistics is not None:
-            s = row.statistics
-            cells += [f"{s.mean:.3g}", f"{s.std:.3g}", f"{s.norm:.4g}", ", ".join(s.faults)]
-        style = "bold" if row.shape is None and len(row.path) == 1 else ""
-        table.add_row(*(Text(cell) for cell in cells), style=style)
-    return table
-
-
-def _totals(count: ParamCount, stored: dict[str, int]) -> str:
-    def by_dtype(sizes: dict[str, int]) -> str:
-        return ", ".join(f"{_bytes(n)} {dtype}" for dtype, n in sizes.items())
-
-    on_disk = "" if list(stored) in ([], ["float32"]) else f" (in the file {by_dtype(stored)})"
-    return (
-        f"\ntotal {count.total:,} parameters, {by_dtype(count.bytes_by_dtype)}{on_disk}\n"
-        f"with a tied head {count.tied:,}, with a head of its own {count.untied:,}"
-    )
-
-
-def _flops_table(flops: FlopCount, batch: int, length: int) -> Table:
-    table = Table(
-        title=f"\noperations, {batch} x {length} ids", title_justify="left", show_edge=False
-    )
-    table.add_column("part")
-    table.add_column("forward", justify="right")
-    table.add_column("forward and backward", justify="right")
-    parts = {
-        "attention projections": flops.projections,
-        "attention scores": flops.scores,
-        "feed-forward": flops.feed_forward,
-        "head": flops.head,
-        "all, without scores (the book's table)": flops.forward_without_scores,
-        "all (nanoGPT's sizing)": flops.forward,
-    }
-    for name, value in parts.items():
-        table.add_row(name, f"{value:.4g}", f"{3 * value:.4g}")
-    return table
-
-
-def _memory_table(used: MemoryUse, batch: int, length: int) -> Table:
-    table = Table(title=f"\nmemory, {batch} x {length} ids", title_justify="left", show_edge=False)
-    table.add_column("for")
-    for name in ("generating", "training", "training, remat"):
-        table.add_column(name, justify="right")
-    lines: dict[str, tuple[int | None, int | None, int | None]] = {
-        "weights": (used.weights, used.weights, used.weights),
-        "KV cache": (used.kv_cache, None, None),
-        "optimiser": (None, used.optimizer, used.optimizer),
-        "activations": (used.prefill, used.activations, used.activations_with_remat),
-        "or, later, gradients": (None, used.gradients, used.gradients),
-        "peak": (used.generating, used.training, used.training_with_remat),
-    }
-    for name, cells in lines.items():
-        table.add_row(name, *("" if cell is None else _bytes(cell) for cell in cells))
-    return table
-
-
-def _difference_table(found: list[Difference], a: str, b: str) -> Table:
-    table = Table(title=Text(f"A is {a}, B is {b}"), title_justify="left", show_edge=False)
-    table.add_column("parameters", no_wrap=True)
-    for name in ("differs", "A", "B"):
-        table.add_column(name, no_wrap=True)
-    for name in ("numbers changed", "largest change", "relative"):
-        table.add_column(name, justify="right")
-    for item in found:
-        cells = [item.name, item.kind, item.a or "", item.b or ""]
-        if item.kind == "values":
-            cells += [f"{item.changed:,}", f"{item.largest:.3g}", f"{item.relative:.3g}"]
-        table.add_row(*map(Text, cells))
-    return table
 
 
 def _config_differences(a: GPTConfig, b: GPTConfig) -> dict[str, tuple[Any, Any]]:
@@ -365,10 +253,3 @@ def _finite(values: dict[str, Any]) -> dict[str, Any]:
         name: None if isinstance(value, float) and not math.isfinite(value) else value
         for name, value in values.items()
     }
-
-
-def _bytes(count: int) -> str:
-    for size, unit in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-        if count >= size:
-            return f"{count / size:.2f} {unit}"
-    return f"{count} B"
