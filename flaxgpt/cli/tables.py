@@ -88,7 +88,7 @@ def flops_table(flops: FlopCount, batch: int, length: int) -> Table:
 
 def memory_table(used: MemoryUse, batch: int, length: int) -> Table:
     """Returns the bytes by what takes them, a column for each purpose."""
-    table = Table(title=f"\nmemory, {batch} x {length} ids", title_justify="left", show_edge=False)
+    table = _with_remat(f"\nmemory, {batch} x {length} ids")
     table.add_column("for")
     for name in ("generating", "training", "training, remat"):
         table.add_column(name, justify="right")
@@ -123,7 +123,7 @@ def difference_table(found: list[Difference], a: str, b: str) -> Table:
 
 def fitting_table(answers: dict[str, Fit], lengths: dict[str, int], size: int) -> Table:
     """Returns the largest batches of models, of the length given for each, in `size` bytes."""
-    table = Table(title=f"largest batch in {_bytes(size)}", title_justify="left", show_edge=False)
+    table = _with_remat(f"largest batch in {_bytes(size)}")
     table.add_column("model")
     table.add_column("length", justify="right")
     for name in ("generating", "training", "training, remat"):
@@ -134,6 +134,16 @@ def fitting_table(answers: dict[str, Fit], lengths: dict[str, int], size: int) -
             Text(name), str(lengths[name]), *(f"{batch:,}" if batch else "-" for batch in batches)
         )
     return table
+
+
+def _with_remat(title: str) -> Table:
+    return Table(
+        title=title,
+        title_justify="left",
+        caption="remat saves nothing on CPU, where XLA undoes it",
+        caption_justify="left",
+        show_edge=False,
+    )
 
 
 def _bytes(count: int) -> str:
