@@ -16,7 +16,7 @@ ENVIRONMENT = os.environ | {
     "JAX_DEFAULT_MATMUL_PRECISION": "highest",
     "PYTHONIOENCODING": "utf-8",
 }
-# Compiles in a third of the time, as the fixture quick_compilation does.
+# Compiles in less time, as the fixture quick_compilation has it.
 QUICK = ENVIRONMENT | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 COMMAND = [sys.executable, "-m", "flaxgpt"]
 

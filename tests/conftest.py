@@ -52,7 +52,7 @@ def compilations():
 
 @pytest.fixture(scope="module")
 def quick_compilation():
-    """Has XLA optimise little, in this process and those it starts, and so compile in a third.
+    """Has XLA optimise little, in this process and those it starts, and so compile in less time.
 
     For tests of what happens; those that compare digits compile as users do.
     """
@@ -61,3 +61,4 @@ def quick_compilation():
         jax.config.update("jax_disable_most_optimizations", True)
         yield
         jax.config.update("jax_disable_most_optimizations", False)
+    jax.clear_caches()  # what was compiled so is for no other module

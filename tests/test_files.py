@@ -249,13 +249,13 @@ for number in range(10**9):
 
 
 def test_a_process_killed_at_any_moment_leaves_the_old_folder_or_the_new(tmp_path: Path) -> None:
-    for attempt in range(12):
+    for attempt in range(6):
         target = tmp_path / str(attempt) / "model"
         command = [sys.executable, "-c", ENDLESS, str(_files.__file__), str(target)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None
             assert process.stdout.readline() == "going\n"
-            time.sleep(0.003 * attempt)
+            time.sleep(0.006 * attempt)
             process.send_signal(signal.SIGKILL)
         first, second = (target / name for name in ("a.txt", "b-1.txt"))
         assert first.read_text() == second.read_text() != ""

@@ -36,7 +36,7 @@ def test_ragged_greedy_ids_are_those_of_each_row_alone_in_pytorch():
     assert flaxgpt.generate(cfg, params, rows, new.shape[1]) == new.tolist()
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["book-small", "hf-small"])
 def test_ragged_rows_past_the_context_are_the_books_crop(name):
     cfg, params, expected = golden.model(name)
     rows = [prompt(name, 3), prompt(name, expected["input_ids"].shape[1], 1), prompt(name, 7)]

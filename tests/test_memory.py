@@ -48,8 +48,14 @@ def xla_training(cfg, batch, length):
 
 @pytest.mark.parametrize(
     ("cfg", "batch", "length"),
-    [(WIDE, 12, 64), (WIDE, 1, 64), (LONG, 4, 512), (WORDY, 8, 64), (DROPPING, 4, 128)],
-    ids=["activations", "gradients", "scores", "logits", "dropout"],  # what it is mostly
+    [
+        (WIDE, 12, 64),
+        (WIDE, 1, 64),
+        (DROPPING, 4, 128),
+        pytest.param(LONG, 4, 512, marks=pytest.mark.slow),
+        pytest.param(WORDY, 8, 64, marks=pytest.mark.slow),
+    ],
+    ids=["activations", "gradients", "dropout", "scores", "logits"],  # what it is mostly
 )
 def test_training_takes_what_xla_reports(cfg, batch, length):
     found = xla_training(cfg, batch, length)
