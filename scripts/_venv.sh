@@ -72,7 +72,7 @@ prepare() (
             uv pip install --quiet --python "$venv/bin/python" "$@"
     else
         { [ -d "$venv" ] || "$python" -m venv "$venv"; } &&
-            # Python compiles what it imports; all that there is takes 20 seconds more.
+            # Python compiles what it imports, which is far less than all that there is.
             "$venv/bin/python" -m pip install -qq --disable-pip-version-check --no-compile "$@"
     fi >&2 || {
         say "the installation failed, as told above; run the command again to repeat it"

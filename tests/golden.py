@@ -25,6 +25,11 @@ def model(name):
         return cfg, params, dict(file)
 
 
+def prompt(name, length, row=0):
+    """Returns the first ids of a golden model's input."""
+    return model(name)[2]["input_ids"][row, :length].tolist()
+
+
 @functools.cache
 def book_values():
     """Returns what the book prints."""

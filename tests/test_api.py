@@ -104,7 +104,10 @@ def test_the_readmes_python_runs_as_pasted(capsys):
                 values[code] = eval(code, names)
             else:
                 exec(code, names)
-    assert len(list(map(int, capsys.readouterr().out.split()))) == 6  # the ids of the stream
+    printed = list(map(int, capsys.readouterr().out.split()))
+    ids = [[15496, 11, *printed]]
+    logits = flaxgpt.forward(names["cfg"], names["params"], ids)
+    assert printed == logits[0, 1:-1].argmax(-1).tolist() and len(printed) == 6
     call = 'flaxgpt.generate_text(cfg, params, tok, ["Hello, I am"], max_new_tokens=6)'
     assert f"{call}\n# {values[call]!r}\n" in README.read_text(encoding="utf-8")
     assert values["flaxgpt.count_params(cfg).tied"] == 124_412_160

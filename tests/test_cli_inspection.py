@@ -29,8 +29,8 @@ def folder(tmp_path_factory, model):
     return path
 
 
-def printed(*arguments, run=call):
-    process = run("params", *arguments)
+def printed(*arguments, start=call):
+    process = start("params", *arguments)
     assert process.returncode == 0, process.stderr
     assert process.stderr == b""
     return process.stdout.decode()
@@ -41,7 +41,7 @@ def read_json(*arguments):
 
 
 def test_a_preset_is_listed_with_its_blocks_folded():
-    text = printed("gpt2-xl", "--flops", "--length", 1024, "--memory", run=run)
+    text = printed("gpt2-xl", "--flops", "--length", 1024, "--memory", start=run)
     for part in (
         "trf_blocks_0 to 47, each",
         "W_query",
@@ -75,7 +75,7 @@ def test_a_models_numbers_are_told(folder, model):
     )
     assert row["faults"] == []
     assert rows["final_norm/shift"]["faults"] == ["all zero"]
-    assert "all zero" in printed(folder, run=run)
+    assert "all zero" in printed(folder, start=run)
 
 
 def test_numbers_that_are_none_are_flagged(model, tmp_path):

@@ -22,10 +22,6 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")  # digits: test_genera
 SAMPLED = {"temperature": 1.2, "top_k": 40, "top_p": 0.95}
 
 
-def prompt(name, length, row=0):
-    return golden.model(name)[2]["input_ids"][row, :length].tolist()
-
-
 # --- Rows, keys, drivers
 
 
@@ -36,13 +32,15 @@ def test_stream_yields_the_ids_of_generate(name, length):
     cfg, params, _ = golden.model(name)
     new = cfg.context_length + 2
     options = SAMPLED | {"key": jax.random.key(4), "stop_ids": (3, 4)}
-    ids = flaxgpt.generate(cfg, params, [prompt(name, length)], new, **options)[0]
-    assert list(flaxgpt.stream(cfg, params, prompt(name, length), new, **options)) == ids
+    ids = flaxgpt.generate(cfg, params, [golden.prompt(name, length)], new, **options)[0]
+    assert list(flaxgpt.stream(cfg, params, golden.prompt(name, length), new, **options)) == ids
 
 
 def test_the_same_key_gives_the_same_ids_and_another_key_others():
     cfg, params, _ = golden.model("book-small")
-    run = partial(flaxgpt.generate, cfg, params, [prompt("book-small", 4)] * 2, 12, **SAMPLED)
+    run = partial(
+        flaxgpt.generate, cfg, params, [golden.prompt("book-small", 4)] * 2, 12, **SAMPLED
+    )
     first = run(key=jax.random.key(1))
     assert run(key=jax.random.key(1)) == first
     assert run(key=jax.random.key(2)) != first
@@ -51,7 +49,7 @@ def test_the_same_key_gives_the_same_ids_and_another_key_others():
 
 def test_old_style_keys_are_the_same_keys():
     cfg, params, _ = golden.model("book-small")
-    run = partial(flaxgpt.generate, cfg, params, [prompt("book-small", 4)] * 2, 5, **SAMPLED)
+    run = partial(flaxgpt.generate, cfg, params, [golden.prompt("book-small", 4)] * 2, 5, **SAMPLED)
     assert run(key=jax.random.PRNGKey(7)) == run(key=jax.random.key(7))
     each = jax.random.split(jax.random.PRNGKey(7))
     assert run(key=each) == run(key=jax.random.wrap_key_data(each))
@@ -79,22 +77,25 @@ def test_a_stream_far_past_the_context_keeps_only_the_context():
     cfg, params, _ = golden.model("book-qkv-bias")
     new = 3 * bucket(cfg.context_length + 1)
     options = SAMPLED | {"key": jax.random.key(8)}
-    whole = flaxgpt.generate(cfg, params, [prompt("book-qkv-bias", 5)], new, **options)[0]
-    assert list(flaxgpt.stream(cfg, params, prompt("book-qkv-bias", 5), new, **options)) == whole
-    endless = flaxgpt.stream(cfg, params, prompt("book-qkv-bias", 5), 2**29, **options)
+    whole = flaxgpt.generate(cfg, params, [golden.prompt("book-qkv-bias", 5)], new, **options)[0]
+    assert (
+        list(flaxgpt.stream(cfg, params, golden.prompt("book-qkv-bias", 5), new, **options))
+        == whole
+    )
+    endless = flaxgpt.stream(cfg, params, golden.prompt("book-qkv-bias", 5), 2**29, **options)
     assert [next(endless) for _ in range(50)] == whole[:50]
 
 
 def test_numpy_parameters_are_parameters():
     cfg, params, _ = golden.model("book-small")
     plain = jax.tree.map(np.asarray, params)
-    rows = [prompt("book-small", 4)]
+    rows = [golden.prompt("book-small", 4)]
     assert flaxgpt.generate(cfg, plain, rows, 3) == flaxgpt.generate(cfg, params, rows, 3)
 
 
 def test_ids_are_plain_ints():
     cfg, params, _ = golden.model("book-small")
-    ids = flaxgpt.generate(cfg, params, [prompt("book-small", 4)], 3)[0]
+    ids = flaxgpt.generate(cfg, params, [golden.prompt("book-small", 4)], 3)[0]
     assert [type(token) for token in ids] == [int] * 3
     assert type(next(flaxgpt.stream(cfg, params, [1], 1))) is int
 
@@ -233,7 +234,7 @@ def test_the_walk_finds_a_scan_inside_a_loop_inside_a_jit():
 
 def test_bfloat16_generates_on_both_drivers_alike():
     cfg, params, _ = golden.model("book-small")
-    ids = prompt("book-small", 6)
+    ids = golden.prompt("book-small", 6)
     out = flaxgpt.generate(cfg, params, [ids], 10, dtype=jnp.bfloat16)[0]
     assert list(flaxgpt.stream(cfg, params, ids, 10, dtype="bfloat16")) == out
     assert all(0 <= token < cfg.vocab_size for token in out)

@@ -15,10 +15,6 @@ from flaxgpt.generation import _prepare
 MODELS = ["book-small", "book-qkv-bias", "hf-small"]
 
 
-def prompt(name, length, row=0):
-    return golden.model(name)[2]["input_ids"][row, :length].tolist()
-
-
 @pytest.mark.parametrize("name", MODELS)
 def test_greedy_ids_are_pytorchs_through_the_context_limit(name):
     cfg, params, expected = golden.model(name)
@@ -39,7 +35,11 @@ def test_ragged_greedy_ids_are_those_of_each_row_alone_in_pytorch():
 @pytest.mark.parametrize("name", ["book-small", "hf-small"])
 def test_ragged_rows_past_the_context_are_the_books_crop(name):
     cfg, params, expected = golden.model(name)
-    rows = [prompt(name, 3), prompt(name, expected["input_ids"].shape[1], 1), prompt(name, 7)]
+    rows = [
+        golden.prompt(name, 3),
+        golden.prompt(name, expected["input_ids"].shape[1], 1),
+        golden.prompt(name, 7),
+    ]
     new = cfg.context_length + 3
     out = flaxgpt.generate(cfg, params, rows, new)
     for row, continuation in zip(rows, out, strict=True):

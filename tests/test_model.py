@@ -43,13 +43,15 @@ def test_the_linen_module_computes_what_forward_does(params, ids):
 
 def test_forward_can_be_called_within_another_module(params, ids):
     class Probe(nn.Module):
-        @nn.compact
-        def __call__(self, ids):
-            scale = self.param("scale", nn.initializers.ones, ())
-            return scale * flaxgpt.forward(TINY, params, ids)
+        def setup(self):  # where linen takes no further modules afterwards
+            self.scale = self.param("scale", nn.initializers.ones, ())
 
-    logits, variables = Probe().init_with_output(jax.random.key(0), ids)
-    golden.assert_logits_agree(logits, flaxgpt.forward(TINY, params, ids))
+        def __call__(self, ids):
+            return self.scale * flaxgpt.forward(TINY, params, ids)
+
+    five = ids[:, :5]  # of a shape that is first traced here
+    logits, variables = Probe().init_with_output(jax.random.key(0), five)
+    golden.assert_logits_agree(logits, flaxgpt.forward(TINY, params, five))
     assert list(variables["params"]) == ["scale"]
 
 

@@ -170,15 +170,15 @@ class Params:
     def _print_fitting(self, size: int) -> None:
         names = [self.model] if self.model is not None else list(PRESETS)
         configs = {name: _read_config(name) for name in names}
+        lengths = {name: self.length or cfg.context_length for name, cfg in configs.items()}
         answers = {
-            name: fitting(cfg, size, self.length or cfg.context_length, dtype=self.dtype)
+            name: fitting(cfg, size, lengths[name], dtype=self.dtype)
             for name, cfg in configs.items()
         }
         if self.json:
             fits = {name: dataclasses.asdict(answer) for name, answer in answers.items()}
             say(json.dumps({"bytes": size, "fits": fits}, indent=2) + "\n")
             return
-        lengths = {name: self.length or cfg.context_length for name, cfg in configs.items()}
         print_table(fitting_table(answers, lengths, size))
 
 

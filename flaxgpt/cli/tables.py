@@ -88,10 +88,7 @@ def flops_table(flops: FlopCount, batch: int, length: int) -> Table:
 
 def memory_table(used: MemoryUse, batch: int, length: int) -> Table:
     """Returns the bytes by what takes them, a column for each purpose."""
-    table = _with_remat(f"\nmemory, {batch} x {length} ids")
-    table.add_column("for")
-    for name in ("generating", "training", "training, remat"):
-        table.add_column(name, justify="right")
+    table = _by_purpose(f"\nmemory, {batch} x {length} ids", "for")
     lines: dict[str, tuple[int | None, int | None, int | None]] = {
         "weights": (used.weights, used.weights, used.weights),
         "KV cache": (used.kv_cache, None, None),
@@ -123,11 +120,7 @@ def difference_table(found: list[Difference], a: str, b: str) -> Table:
 
 def fitting_table(answers: dict[str, Fit], lengths: dict[str, int], size: int) -> Table:
     """Returns the largest batches of models, of the length given for each, in `size` bytes."""
-    table = _with_remat(f"largest batch in {_bytes(size)}")
-    table.add_column("model")
-    table.add_column("length", justify="right")
-    for name in ("generating", "training", "training, remat"):
-        table.add_column(name, justify="right")
+    table = _by_purpose(f"largest batch in {_bytes(size)}", "model", "length")
     for name, answer in answers.items():
         batches = (answer.generating, answer.training, answer.training_with_remat)
         table.add_row(
@@ -136,14 +129,18 @@ def fitting_table(answers: dict[str, Fit], lengths: dict[str, int], size: int) -
     return table
 
 
-def _with_remat(title: str) -> Table:
-    return Table(
+def _by_purpose(title: str, first: str, *others: str) -> Table:
+    table = Table(
         title=title,
         title_justify="left",
         caption="remat saves nothing on CPU, where XLA undoes it",
         caption_justify="left",
         show_edge=False,
     )
+    table.add_column(first)
+    for name in (*others, "generating", "training", "training, remat"):
+        table.add_column(name, justify="right")
+    return table
 
 
 def _bytes(count: int) -> str:
