@@ -2,7 +2,8 @@
 
 from flaxgpt.cache import KVCache, init_cache
 from flaxgpt.config import GPTConfig
-from flaxgpt.generation import generate, stream
+from flaxgpt.evaluation import score
+from flaxgpt.generation import generate, generate_text, stream
 from flaxgpt.inspection import (
     activation_names,
     activations,
@@ -14,8 +15,6 @@ from flaxgpt.inspection import (
     patch,
 )
 from flaxgpt.model import GPT, extend, forward, init
-from flaxgpt.scoring import score
-from flaxgpt.text import generate_text
 from flaxgpt.tokenizer import load_tokenizer
 from flaxgpt.weights import book_params, load, save
 

@@ -75,6 +75,16 @@ class GPTConfig:
         """Size of one attention head (H)."""
         return self.emb_dim // self.n_heads
 
+    @property
+    def ff_dim(self) -> int:
+        """Width inside the feed-forward layer (F): four times `emb_dim` (section 4.3)."""
+        return 4 * self.emb_dim
+
+    @property
+    def block_names(self) -> tuple[str, ...]:
+        """Names of the transformer blocks in the parameter tree, in order."""
+        return tuple(block_name(i) for i in range(self.n_layers))
+
     @classmethod
     def preset(cls, name: str) -> GPTConfig:
         """Returns a published configuration.
@@ -129,6 +139,24 @@ class GPTConfig:
         if unknown:
             raise ValueError(f"unknown config keys {unknown}: expected some of {known}")
         return cls(**values)
+
+
+_BLOCK = "trf_blocks_"
+
+
+def block_name(index: int | str) -> str:
+    """Return the name of a transformer block in the parameter tree, such as `trf_blocks_0`.
+
+    Args:
+        index: the block's number, counted from 0, or a placeholder such as `*` or `{l}`.
+    """
+    return f"{_BLOCK}{index}"
+
+
+def block_index(name: str) -> int | None:
+    """Return the number of the block that `block_name` names, or None for any other name."""
+    number = name.removeprefix(_BLOCK)
+    return int(number) if name.startswith(_BLOCK) and number.isdecimal() else None
 
 
 def check_config(cfg: GPTConfig) -> None:

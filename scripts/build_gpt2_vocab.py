@@ -15,7 +15,7 @@ import os
 from pathlib import Path
 
 from flaxgpt._files import write_file_atomically
-from flaxgpt.tokenizer_files import byte_level_ranks, read_merges
+from flaxgpt.tokenizer.folder import byte_level_ranks, read_merges
 
 ROOT = Path(__file__).resolve().parent.parent
 ADDRESS = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"

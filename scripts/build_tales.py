@@ -24,10 +24,10 @@ import numpy as np
 import flaxgpt
 from flaxgpt._files import write_file_atomically
 from flaxgpt.data import read_ids
-from flaxgpt.scoring import measure
-from flaxgpt.tokenizer_files import byte_level_ranks
-from flaxgpt.training import read_run
-from flaxgpt.training.journal import read_metrics
+from flaxgpt.evaluation import measure
+from flaxgpt.runs import read_run
+from flaxgpt.runs.journal import read_metrics
+from flaxgpt.tokenizer.folder import byte_level_ranks
 from flaxgpt.training.optimizer import learning_rate
 
 PACKAGE = Path(__file__).resolve().parent.parent / "flaxgpt"

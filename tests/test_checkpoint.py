@@ -24,8 +24,8 @@ import orbax.checkpoint as ocp
 import pytest
 
 from flaxgpt import _files
-from flaxgpt.training import checkpoint
-from flaxgpt.training.checkpoint import Checkpoints
+from flaxgpt.runs import checkpoints as checkpoint
+from flaxgpt.runs.checkpoints import Checkpoints
 
 OPTIMIZER = optax.chain(
     optax.clip_by_global_norm(1.0),
@@ -197,7 +197,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-from flaxgpt.training.checkpoint import Checkpoints
+from flaxgpt.runs.checkpoints import Checkpoints
 
 mesh = jax.make_mesh((4,), ("x",))
 cut, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((None, "x"), ()))
@@ -275,7 +275,7 @@ import sys
 from pathlib import Path
 import jax
 import jax.numpy as jnp
-from flaxgpt.training.checkpoint import Checkpoints
+from flaxgpt.runs.checkpoints import Checkpoints
 
 state = {"w": jnp.ones(100), "key": jax.random.key(0)}
 for run in range(2):
@@ -366,7 +366,7 @@ import sys
 from pathlib import Path
 import numpy as np
 import jax.numpy as jnp
-from flaxgpt.training.checkpoint import Checkpoints
+from flaxgpt.runs.checkpoints import Checkpoints
 
 with Checkpoints(Path(sys.argv[1]), 2) as checkpoints:
     step = checkpoints.latest_step() or 0

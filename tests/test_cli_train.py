@@ -13,7 +13,7 @@ import pytest
 import flaxgpt
 import golden
 from command import COMMAND, QUICK, assert_refused, call, run
-from flaxgpt.scoring import measure
+from flaxgpt.evaluation import measure
 
 VERDICT = golden.DATA / "verdict" / "the-verdict.txt"
 SMALL = (

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 import flaxgpt
 import golden
-from flaxgpt import GPTConfig, decoding
-from flaxgpt.decoding import DecodeState, Plan, Request
-from flaxgpt.generation import _prepare, bucket
+from flaxgpt import GPTConfig
+from flaxgpt.generation import decoding
+from flaxgpt.generation.batch import _prepare, bucket
+from flaxgpt.generation.decoding import DecodeState, Plan, Request
 from flaxgpt.model import param_shapes
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")  # digits: test_generation_golden.py

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 
 import flaxgpt
 import golden
-from flaxgpt import decoding
-from flaxgpt.decoding import Plan
-from flaxgpt.generation import _prepare
+from flaxgpt.generation import decoding
+from flaxgpt.generation.batch import _prepare
+from flaxgpt.generation.decoding import Plan
 
 MODELS = ["book-small", "book-qkv-bias", "hf-small"]
 

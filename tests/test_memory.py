@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import pytest
 
 import flaxgpt
-from flaxgpt import GPTConfig, decoding
-from flaxgpt.decoding import Plan, Request
+from flaxgpt import GPTConfig
+from flaxgpt.generation import decoding
+from flaxgpt.generation.decoding import Plan, Request
 from flaxgpt.inspection import fitting
 from flaxgpt.model import param_shapes
 from flaxgpt.training import TrainConfig, init_state, loss, make_optimizer, train_step

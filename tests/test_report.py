@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 import flaxgpt
-from flaxgpt.training import journal
-from flaxgpt.training.curves import draw_loss
-from flaxgpt.training.journal import cut_back, metrics_line, read_metrics, sample_block, visible
-from flaxgpt.training.report import Report
+from flaxgpt.runs import journal
+from flaxgpt.runs.curves import draw_loss
+from flaxgpt.runs.journal import cut_back, metrics_line, read_metrics, sample_block, visible
+from flaxgpt.runs.report import Report
 
 NASTY = "[red]ROMEO:[/red] :smile:\n\x1b[2J\x07\r\x9b0m\u202eback\ttab \N{GRINNING FACE}"
 
@@ -367,12 +367,12 @@ def test_a_run_that_has_hardly_begun_can_be_drawn(records: list[dict[str, float 
 def test_the_callers_matplotlib_is_left_alone_and_not_loaded_before_it_is_needed() -> None:
     program = """
 import sys
-import flaxgpt.training.report
+import flaxgpt.runs.report
 assert "matplotlib" not in sys.modules
 import matplotlib
 matplotlib.rcParams["lines.linewidth"] = 7
 before = dict(matplotlib.rcParams.copy())
-flaxgpt.training.report.draw_loss([{"step": 1, "loss": 2.0}, {"step": 1, "validation_loss": 2.0}])
+flaxgpt.runs.report.draw_loss([{"step": 1, "loss": 2.0}, {"step": 1, "validation_loss": 2.0}])
 assert dict(matplotlib.rcParams.copy()) == before
 assert "matplotlib.pyplot" not in sys.modules
 """

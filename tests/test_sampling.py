@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from flaxgpt.sampling import NOT_A_NUMBER, keep_likely, sample
+from flaxgpt.generation.sampling import NOT_A_NUMBER, keep_likely, sample
 
 SIZE = 40  # of the vocabulary in these tests
 

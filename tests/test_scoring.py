@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 import flaxgpt
 import golden
 from flaxgpt import GPTConfig
+from flaxgpt.evaluation import Measurement, measure, score
 from flaxgpt.model import param_shapes
-from flaxgpt.scoring import Measurement, measure, score
 from flaxgpt.tokenizer import CharTokenizer
 
 CFG = GPTConfig(vocab_size=61, context_length=8, emb_dim=16, n_heads=2, n_layers=1)
@@ -279,9 +279,9 @@ def test_texts_of_other_lengths_compile_nothing(params, compilations):
 def test_rows_computed_together_are_bounded_for_a_large_vocabulary():
     # 512 positions of 50,257 logits are 103 MB a row; eight rows would be what nobody asked for.
     gpt2 = GPTConfig.preset("gpt2")
-    assert flaxgpt.scoring._rows(gpt2, 512, 1000) == 1
-    assert flaxgpt.scoring._rows(gpt2, 1, 1000) == 1  # attention is as large then
-    assert flaxgpt.scoring._rows(CFG, 4, 1000) == 1024
+    assert flaxgpt.evaluation._rows(gpt2, 512, 1000) == 1
+    assert flaxgpt.evaluation._rows(gpt2, 1, 1000) == 1  # attention is as large then
+    assert flaxgpt.evaluation._rows(CFG, 4, 1000) == 1024
 
 
 def test_half_precision_measures_near(params):
@@ -335,7 +335,7 @@ def test_bytes_of_split_characters_add_up():
 
 def test_bytes_of_millions_of_ids_add_up():
     ids = np.tile(np.array([0, 1], np.uint8), 2**21 + 5)
-    n_bytes = flaxgpt.scoring._count_bytes(CharTokenizer("a€"), ids)
+    n_bytes = flaxgpt.evaluation._count_bytes(CharTokenizer("a€"), ids)
     assert n_bytes == len("a€".encode()) * (2**21 + 5) - 1  # the first is an "a"
 
 

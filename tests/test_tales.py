@@ -13,7 +13,7 @@ import pytest
 import flaxgpt
 import golden
 from command import ENVIRONMENT, run
-from flaxgpt.scoring import measure
+from flaxgpt.evaluation import measure
 from flaxgpt.training import preset
 
 FOLDER = Path(flaxgpt.__file__).parent / "models" / "tales"

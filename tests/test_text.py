@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 import flaxgpt
 from flaxgpt import GPTConfig
-from flaxgpt.text import spoken, stream_text
+from flaxgpt.generation.text import spoken, stream_text
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

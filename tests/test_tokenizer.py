@@ -20,7 +20,7 @@ import tiktoken
 from hypothesis import strategies as st
 
 import flaxgpt.tokenizer
-from flaxgpt.text import stream_text
+from flaxgpt.generation.text import stream_text
 from flaxgpt.tokenizer import (
     GPT2_PATTERN,
     BPETokenizer,
@@ -28,7 +28,7 @@ from flaxgpt.tokenizer import (
     Tokenizer,
     load_tokenizer,
 )
-from flaxgpt.tokenizer_files import read_tokenizer, save_tokenizer, tokenizer_from_huggingface
+from flaxgpt.tokenizer.folder import read_tokenizer, save_tokenizer, tokenizer_from_huggingface
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT / os.environ.get("FLAXGPT_SHARED", "../shared")

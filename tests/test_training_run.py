@@ -21,8 +21,9 @@ from rich.console import Console
 import flaxgpt
 import golden
 from flaxgpt import GPTConfig
-from flaxgpt.training import DivergedError, TrainConfig, read_run, train
-from flaxgpt.training.journal import read_metrics
+from flaxgpt.runs import DivergedError, read_run, train
+from flaxgpt.runs.journal import read_metrics
+from flaxgpt.training import TrainConfig
 
 VERDICT = golden.DATA / "verdict" / "the-verdict.txt"
 CFG = GPTConfig(vocab_size=62, context_length=16, emb_dim=16, n_heads=2, n_layers=1, drop_rate=0.1)
@@ -130,14 +131,14 @@ def test_a_run_is_the_same_each_time(done, tmp_path):
 
 def test_a_run_stopped_by_ctrl_c_ends_as_if_it_had_not_been(done, tmp_path, monkeypatch):
     out = tmp_path / "run"
-    told = flaxgpt.training.report.Report.training
+    told = flaxgpt.runs.report.Report.training
 
     def press(self, step, *others):
         told(self, step, *others)
         if step == 10:
             signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(flaxgpt.training.report.Report, "training", press)
+    monkeypatch.setattr(flaxgpt.runs.report.Report, "training", press)
     # A shell's background job ignores Ctrl-C, and so would this test in it.
     monkeypatch.setattr(signal, "getsignal", lambda number: signal.default_int_handler)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -156,7 +157,7 @@ def test_a_run_stopped_by_ctrl_c_ends_as_if_it_had_not_been(done, tmp_path, monk
 
 KILLED = """
 import sys, pathlib
-from flaxgpt.training import read_run, train
+from flaxgpt.runs import read_run, train
 import dataclasses
 cfg, recipe = read_run(pathlib.Path(sys.argv[1]))
 train(cfg, dataclasses.replace(recipe, init_from=sys.argv[1]), sys.argv[1])
@@ -192,7 +193,7 @@ def killed_at_random(out, rounds, seed, longest):
 
 def begun(out, **changes):
     """Makes the folder of a run that has not done a step."""
-    from flaxgpt.training.run import prepare
+    from flaxgpt.runs.run import prepare
 
     prepare(CFG, dataclasses.replace(RECIPE, **changes), out, lambda line: None)
     return out
@@ -250,7 +251,7 @@ def test_fine_tuning_killed_in_its_first_checkpoint_starts_from_the_model_again(
     changes = {"init_from": str(done[0] / "model"), "tokenizer": "", "steps": 8, "sample_every": 0}
     whole, _ = run(tmp_path / "whole", **changes)
     out = tmp_path / "run"
-    from flaxgpt.training.run import prepare
+    from flaxgpt.runs.run import prepare
 
     prepare(CFG, dataclasses.replace(RECIPE, **changes), out, lambda line: None)
     (out / "checkpoints" / ".8.0123.tmp").mkdir(parents=True)
@@ -344,8 +345,8 @@ def test_a_run_goes_on_without_the_text_it_has_tokenized(tmp_path):
 
 
 def test_a_long_tokenizing_tells_how_far_it_is(tmp_path, monkeypatch):
-    from flaxgpt.training import texts
-    from flaxgpt.training.run import prepare
+    from flaxgpt.runs import texts
+    from flaxgpt.runs.run import prepare
 
     clock = SimpleNamespace(monotonic=itertools.count(0, 60).__next__)
     monkeypatch.setattr(texts, "time", clock)
@@ -357,7 +358,7 @@ def test_a_long_tokenizing_tells_how_far_it_is(tmp_path, monkeypatch):
 
 
 def test_two_processes_do_not_train_in_one_folder(tmp_path):
-    from flaxgpt.training.run import sole
+    from flaxgpt.runs.run import sole
 
     out = begun(tmp_path / "run")
     with sole(out), pytest.raises(ValueError, match="another process is training in"):

@@ -219,7 +219,7 @@ def test_the_tokenizer_is_the_folders_else_gpt2s_if_the_vocabulary_has_its_size(
 
 def test_book_is_the_books_untrained_model(monkeypatch: pytest.MonkeyPatch) -> None:
     # Drawing 163 million numbers takes seconds and is tested elsewhere.
-    monkeypatch.setattr("flaxgpt.weights.book_params", lambda cfg, progress: (cfg, progress))
+    monkeypatch.setattr("flaxgpt.weights.folder.book_params", lambda cfg, progress: (cfg, progress))
     cfg, drawn, tokenizer = load("book", progress=print)
     assert drawn == (GPTConfig.preset("book-124M"), print)
     assert cfg == GPTConfig.preset("book-124M")
@@ -691,7 +691,7 @@ def test_what_looks_like_a_path_is_never_looked_for_on_the_hub(
     source: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("flaxgpt.weights.fetch", lambda model_id: pytest.fail("asked the hub"))
+    monkeypatch.setattr("flaxgpt.weights.folder.fetch", lambda _: pytest.fail("asked the hub"))
     for given_as in (source, Path("gpt3")):
         with pytest.raises(FileNotFoundError, match=r"no file or folder .*: expected a model's"):
             load(given_as)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from rich.console import Console
 from rich.markup import escape
@@ -13,9 +13,10 @@ from rich.progress import Progress
 
 import flaxgpt
 from flaxgpt.config import GPTConfig
-from flaxgpt.model.gpt import Params
 from flaxgpt.tokenizer import Tokenizer
-from flaxgpt.tokenizer_files import UnreadableTokenizerWarning
+from flaxgpt.tokenizer.folder import UnreadableTokenizerWarning
+from flaxgpt.typing import Params
+from flaxgpt.typing import Progress as ProgressCallback
 
 
 def load_with_tokenizer(model: str) -> tuple[GPTConfig, Params, Tokenizer]:
@@ -35,7 +36,7 @@ def load_with_tokenizer(model: str) -> tuple[GPTConfig, Params, Tokenizer]:
 
 
 @contextlib.contextmanager
-def progress(label: str) -> Iterator[Callable[[int, int], None]]:
+def progress(label: str) -> Iterator[ProgressCallback]:
     """Yields a function of (done, total) that moves a bar on standard error, if a terminal."""
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:

@@ -10,7 +10,7 @@ from typing import Literal
 from flaxgpt._checks import check_size
 from flaxgpt.cli.common import load_with_tokenizer, progress, say
 from flaxgpt.data import read_ids, survey, write_ids
-from flaxgpt.scoring import measure
+from flaxgpt.evaluation import measure
 
 
 @dataclasses.dataclass(frozen=True)

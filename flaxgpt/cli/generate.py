@@ -13,7 +13,7 @@ import flaxgpt
 from flaxgpt._checks import check_sampling, check_size
 from flaxgpt.cli.common import load_with_tokenizer, say
 from flaxgpt.config import GPTConfig
-from flaxgpt.text import spoken, stream_text
+from flaxgpt.generation.text import spoken, stream_text
 from flaxgpt.tokenizer import Tokenizer
 
 

@@ -49,8 +49,8 @@ class Train:
         if not self.out:
             raise ValueError("no --out: give the folder that the run is to make")
         # Only here: orbax takes seconds to import, and other commands do without.
-        from flaxgpt.training.loop import train
-        from flaxgpt.training.run import tokenizer_of
+        from flaxgpt.runs.loop import train
+        from flaxgpt.runs.run import tokenizer_of
 
         cfg = self.cfg
         if self.fits_vocabulary:
@@ -74,7 +74,7 @@ def defaults(arguments: Sequence[str]) -> Train:
     if source == "scratch":
         fits = not given.vocab_size
     else:
-        from flaxgpt.training.run import is_run, read_run, resumes
+        from flaxgpt.runs.run import is_run, read_run, resumes
         from flaxgpt.weights import read_config
 
         fits = False

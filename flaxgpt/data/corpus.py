@@ -6,13 +6,14 @@ import codecs
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from flaxgpt.typing import Progress
+
 Errors = Literal["strict", "replace"]
-Progress = Callable[[int, int], None]
 
 _BLOCK = 2**20  # bytes: tokenizers gain nothing from more, and their lists of ids stay small
 _LONGEST = 2**19  # characters held back in search of a place to cut

@@ -28,9 +28,10 @@ from typing import Any
 import numpy as np
 
 from flaxgpt._checks import listed
-from flaxgpt.data.corpus import Progress, Survey, pieces, read_texts
+from flaxgpt.data.corpus import Survey, pieces, read_texts
 from flaxgpt.tokenizer import CharTokenizer, Tokenizer
-from flaxgpt.tokenizer_files import tokenizer_recipe
+from flaxgpt.tokenizer.folder import tokenizer_recipe
+from flaxgpt.typing import Progress
 
 END_OF_TEXT = "<|endoftext|>"
 

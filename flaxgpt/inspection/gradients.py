@@ -10,7 +10,8 @@ from jax.typing import ArrayLike
 
 from flaxgpt.config import GPTConfig, check_config
 from flaxgpt.inspection.intermediates import Intervention, patch
-from flaxgpt.model.gpt import Params, check_inputs
+from flaxgpt.model.gpt import check_inputs
+from flaxgpt.typing import Params
 
 
 def gradient_norms(

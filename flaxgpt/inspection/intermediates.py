@@ -43,7 +43,8 @@ from flaxgpt._checks import check_dtype, listed
 from flaxgpt.config import GPTConfig, check_config
 from flaxgpt.model import GPT
 from flaxgpt.model.attention import attention_weights, mean_of_values
-from flaxgpt.model.gpt import Params, check_inputs
+from flaxgpt.model.gpt import check_inputs
+from flaxgpt.typing import Params
 
 Intervention = Callable[[jax.Array], ArrayLike]
 

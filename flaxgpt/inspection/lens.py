@@ -13,7 +13,7 @@ from jax.typing import ArrayLike, DTypeLike
 from flaxgpt.config import GPTConfig
 from flaxgpt.inspection.intermediates import Intervention, activations
 from flaxgpt.model import GPT
-from flaxgpt.model.gpt import Params
+from flaxgpt.typing import Params
 
 
 def logit_lens(

@@ -17,8 +17,7 @@ from flaxgpt.cache import KVCache, visible
 from flaxgpt.config import GPTConfig, check_config
 from flaxgpt.model.block import TransformerBlock
 from flaxgpt.model.layers import Embedding, LayerNorm, Linear
-
-Params = dict[str, Any]  # nested dict of arrays
+from flaxgpt.typing import Params
 
 
 class GPT(nn.Module):

@@ -8,8 +8,8 @@ import jax
 import optax
 from optax import contrib
 
-from flaxgpt.model.gpt import Params
 from flaxgpt.training.config import TrainConfig
+from flaxgpt.typing import Params
 
 
 def learning_rate(train_cfg: TrainConfig) -> optax.Schedule:

@@ -12,10 +12,10 @@ from jax import lax
 
 from flaxgpt.config import GPTConfig
 from flaxgpt.model import init
-from flaxgpt.model.gpt import Params
 from flaxgpt.training.config import TrainConfig
-from flaxgpt.training.loss import loss
+from flaxgpt.training.losses import loss
 from flaxgpt.training.optimizer import learning_rate, make_optimizer
+from flaxgpt.typing import Params
 
 Metrics = dict[str, jax.Array]
 

@@ -10,16 +10,14 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from flaxgpt.config import GPTConfig, check_config
-from flaxgpt.model.gpt import Params
+from flaxgpt.typing import Params, Progress
 
-Progress = Callable[[int, int], None]
 _CHUNK = 1 << 22  # values drawn at once: enough to be fast, little beside the weights
 
 

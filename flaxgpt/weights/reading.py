@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -12,7 +12,7 @@ from flax.traverse_util import unflatten_dict
 
 from flaxgpt._checks import listed
 from flaxgpt.config import GPTConfig
-from flaxgpt.model.gpt import Params
+from flaxgpt.typing import Params, Progress
 from flaxgpt.weights.book import BOOK
 from flaxgpt.weights.huggingface import HUGGINGFACE
 from flaxgpt.weights.table import Layout, Slot, slots, split
@@ -21,9 +21,7 @@ from flaxgpt.weights.tensors import FLOATS, Tensor, read, stamp, tensors_in
 LAYOUTS = (HUGGINGFACE, BOOK)
 
 
-def read_params(
-    cfg: GPTConfig, paths: Sequence[Path], progress: Callable[[int, int], None] | None
-) -> Params:
+def read_params(cfg: GPTConfig, paths: Sequence[Path], progress: Progress | None) -> Params:
     """Returns the parameters in some safetensors files, which may be in either layout.
 
     Host memory stays near the size of the parameters: the largest tensors are read first, when

@@ -1,6 +1,6 @@
 """Text to token ids and back: GPT-2's byte-level BPE, and one id per character.
 
-Reading and writing tokenizers in model folders is `flaxgpt.tokenizer_files`.
+Reading and writing tokenizers in model folders is `flaxgpt.tokenizer.folder`.
 """
 
 import base64

@@ -10,7 +10,8 @@ from jax.typing import ArrayLike, DTypeLike
 
 from flaxgpt._checks import check_ids
 from flaxgpt.config import GPTConfig
-from flaxgpt.model.gpt import Params, forward
+from flaxgpt.model.gpt import forward
+from flaxgpt.typing import Params
 
 
 def loss(

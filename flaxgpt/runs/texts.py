@@ -20,6 +20,7 @@ from flaxgpt.data import (
 )
 from flaxgpt.tokenizer import Tokenizer
 from flaxgpt.training.config import TrainConfig
+from flaxgpt.typing import Progress
 
 _TRAIN, _VALIDATION = Path("data", "train.ids"), Path("data", "val.ids")
 
@@ -91,7 +92,7 @@ def tokenized(
     return ids, val_windows
 
 
-def _every_ten_seconds(say: Callable[[str], None], label: str) -> Callable[[int, int], None]:
+def _every_ten_seconds(say: Callable[[str], None], label: str) -> Progress:
     """Returns a function of (done, total) that says how far it is when ten seconds have passed."""
     last = time.monotonic()
 

@@ -2,7 +2,7 @@
 
 This is the host's side: it checks what the user gives, rounds array sizes up to a few sizes
 (`bucket`) with the true lengths traced, so that calls of similar length share one compilation, and
-turns arrays back into lists. The loop itself is `flaxgpt.decoding`.
+turns arrays back into lists. The loop itself is `flaxgpt.generation.decoding`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from flaxgpt._checks import (
     check_stop_ids,
 )
 from flaxgpt.config import GPTConfig
-from flaxgpt.decoding import (
+from flaxgpt.generation.decoding import (
     Plan,
     Request,
     cached_jitted,
@@ -36,8 +36,9 @@ from flaxgpt.decoding import (
     prefill_jitted,
     slid_jitted,
 )
-from flaxgpt.model.gpt import Params, param_shapes
-from flaxgpt.sampling import NOT_A_NUMBER
+from flaxgpt.generation.sampling import NOT_A_NUMBER
+from flaxgpt.model.gpt import param_shapes
+from flaxgpt.typing import Params
 
 
 def generate(
@@ -249,7 +250,7 @@ def _platform(params: Params) -> str:
     if isinstance(leaf, jax.core.Tracer):
         raise ValueError(
             "generate and stream return Python lists and cannot run inside jit, grad or vmap: jit "
-            "around `flaxgpt.extend` or `flaxgpt.decoding.decode`, which are pure"
+            "around `flaxgpt.extend` or `flaxgpt.generation.decoding.decode`, which are pure"
         )
     if isinstance(leaf, jax.Array):
         return next(iter(leaf.devices())).platform

@@ -20,14 +20,14 @@ from rich.console import Console
 
 from flaxgpt.config import GPTConfig
 from flaxgpt.data import BatchIterator, batches
-from flaxgpt.generation import generate
-from flaxgpt.model.gpt import Params
-from flaxgpt.training.checkpoint import Checkpoints
+from flaxgpt.generation.batch import generate
+from flaxgpt.runs.checkpoints import Checkpoints
+from flaxgpt.runs.report import Report
+from flaxgpt.runs.run import Run, prepare, resumes, sole
 from flaxgpt.training.config import TrainConfig
-from flaxgpt.training.loss import evaluate
-from flaxgpt.training.report import Report
-from flaxgpt.training.run import Run, prepare, resumes, sole
+from flaxgpt.training.losses import evaluate
 from flaxgpt.training.step import TrainState, init_state, train_steps
+from flaxgpt.typing import Params
 from flaxgpt.weights import save
 
 

@@ -11,9 +11,9 @@ from jax.typing import DTypeLike
 
 from flaxgpt._checks import check_stop_ids
 from flaxgpt.config import GPTConfig, check_config
-from flaxgpt.generation import generate
-from flaxgpt.model.gpt import Params
+from flaxgpt.generation.batch import generate
 from flaxgpt.tokenizer import Tokenizer
+from flaxgpt.typing import Params
 
 
 def generate_text(

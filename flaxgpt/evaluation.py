@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -33,8 +32,9 @@ from jax.typing import ArrayLike, DTypeLike
 from flaxgpt._checks import check_dtype, check_ids, check_params, check_size, check_vocabulary
 from flaxgpt.cache import init_cache
 from flaxgpt.config import GPTConfig
-from flaxgpt.model.gpt import GPT, Params, param_shapes
+from flaxgpt.model.gpt import GPT, param_shapes
 from flaxgpt.tokenizer import Tokenizer
+from flaxgpt.typing import Params, Progress
 
 # Numbers in the largest array of a batch. On a CPU 16 MiB: from 32 MiB on, glibc gets every array
 # from the kernel anew, which costs the model above 20 to 30 % of its speed. Elsewhere 256 MiB.
@@ -123,7 +123,7 @@ def measure(
     tokenizer: Tokenizer | None = None,
     batch_size: int | None = None,
     dtype: DTypeLike = jnp.float32,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Measurement:
     """Returns the loss of one text of any length, every id but the first predicted once.
 

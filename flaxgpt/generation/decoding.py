@@ -29,8 +29,9 @@ from jax.typing import ArrayLike
 
 from flaxgpt.cache import KVCache, init_cache, merge_heads
 from flaxgpt.config import GPTConfig
-from flaxgpt.model.gpt import GPT, Params
-from flaxgpt.sampling import NOT_A_NUMBER, sample
+from flaxgpt.generation.sampling import NOT_A_NUMBER, sample
+from flaxgpt.model.gpt import GPT
+from flaxgpt.typing import Params
 
 
 @jax.tree_util.register_dataclass

@@ -13,8 +13,8 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 from rich.text import Text
 
 from flaxgpt._files import write_file_atomically
-from flaxgpt.training.curves import draw_loss
-from flaxgpt.training.journal import (
+from flaxgpt.runs.curves import draw_loss
+from flaxgpt.runs.journal import (
     append,
     cut_back,
     metrics_line,

@@ -3,8 +3,8 @@
 RUN/config.json              the two configurations, and the hash of the text
 RUN/flaxgpt_tokenizer.json   the tokenizer
 RUN/data/*.ids               the text, tokenized
-RUN/checkpoints/             see `flaxgpt.training.checkpoint`
-RUN/metrics.jsonl, loss.png, samples.txt    see `flaxgpt.training.report`
+RUN/checkpoints/             see `flaxgpt.runs.checkpoints`
+RUN/metrics.jsonl, loss.png, samples.txt    see `flaxgpt.runs.report`
 RUN/model/                   the best model so far, as `flaxgpt.save` writes it
 """
 
@@ -26,11 +26,11 @@ from flaxgpt._checks import listed
 from flaxgpt._files import write_file_atomically
 from flaxgpt.config import GPTConfig, check_config
 from flaxgpt.data import Survey
-from flaxgpt.model.gpt import Params
+from flaxgpt.runs.texts import surveyed, tokenized
 from flaxgpt.tokenizer import TOKENIZER_NAMES, CharTokenizer, Tokenizer, load_tokenizer
-from flaxgpt.tokenizer_files import read_tokenizer, save_tokenizer
+from flaxgpt.tokenizer.folder import read_tokenizer, save_tokenizer
 from flaxgpt.training.config import TrainConfig
-from flaxgpt.training.texts import surveyed, tokenized
+from flaxgpt.typing import Params
 from flaxgpt.weights import book_params, load
 
 _CONFIG = "config.json"
