@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import operator
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -182,6 +183,21 @@ def check_sampling(
         raise ValueError(
             f"top_p={top_p!r} must be above 0 and at most 1; leave it out to draw from all ids"
         )
+
+
+def unknown_name(kind: str, name: Any, known: Iterable[str], advice: str = "") -> ValueError:
+    """Return the error for a name that does not exist, with the closest ones that do.
+
+    Args:
+        kind: what the name should stand for, such as "preset".
+        name: the name given.
+        known: the names that exist.
+        advice: what to add at the end; the list of known names unless given.
+    """
+    names = list(known)
+    close = difflib.get_close_matches(str(name).lower(), names, n=3, cutoff=0.4)
+    hint = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
+    return ValueError(f"unknown {kind} {name!r}: {hint}{advice or f'expected {listed(names)}'}")
 
 
 def listed(items: Sequence[str], separator: str = ", ") -> str:

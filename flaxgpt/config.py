@@ -1,41 +1,48 @@
-"""What a GPT is: its sizes, its dropout rates, its two switches. How it is run is not here."""
+"""The architecture of a GPT: `GPTConfig`, its presets, and the names of its blocks."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
-from flaxgpt._checks import check_size
+from flaxgpt._checks import check_size, unknown_name
 
 
-class _Inherited(float):
-    """A rate that nobody set: `dataclasses.replace(cfg, drop_rate=...)` must move it along."""
+class DropRates(NamedTuple):
+    """Dropout probabilities at the three places the book names (exercise 4.3)."""
+
+    emb: float
+    """After the embeddings."""
+    attn: float
+    """On the attention weights."""
+    shortcut: float
+    """Before each shortcut addition."""
 
 
 @dataclasses.dataclass(frozen=True)
 class GPTConfig:
     """The architecture of a GPT-2, under the names of the book's `GPT_CONFIG_124M` (section 4.1).
 
-    Frozen and hashable, so it can be a static argument of `jax.jit`.
+    Frozen and hashable, so it can be a static argument of `jax.jit`. How a model is run (dtype,
+    batch, cache length, attention implementation) is not part of it.
 
     Attributes:
-        vocab_size: entries of the vocabulary (V).
-        context_length: most ids the model can look at (rows of the position table).
+        vocab_size: number of token ids (V).
+        context_length: longest sequence the model supports; rows of the position table.
         emb_dim: width of the residual stream (D).
         n_heads: attention heads (N); must divide `emb_dim`.
         n_layers: transformer blocks (L).
-        drop_rate: dropout probability, in [0, 1), wherever no rate of its own is given.
+        drop_rate: dropout probability, in [0, 1), wherever no more specific rate is set.
         qkv_bias: whether the query, key and value projections have a bias.
-        tie_embeddings: whether the output head is the token embedding itself, as in the released
-            GPT-2 (the book keeps them apart).
-        drop_rate_emb: dropout after the embeddings; `drop_rate` unless given (exercise 4.3).
-        drop_rate_attn: dropout on attention weights; `drop_rate` unless given.
-        drop_rate_shortcut: dropout before each shortcut addition; `drop_rate` unless given.
+        tie_embeddings: whether the output head shares the token embedding, as in the released
+            GPT-2. The book keeps them separate.
+        drop_rate_emb: dropout after the embeddings; None means `drop_rate` (exercise 4.3).
+        drop_rate_attn: dropout on the attention weights; None means `drop_rate`.
+        drop_rate_shortcut: dropout before each shortcut addition; None means `drop_rate`.
 
     Raises:
-        ValueError: a size or rate that no model can have; the message says what to change.
+        ValueError: a size or rate is out of range. The message says what to change.
     """
 
     vocab_size: int = 50257
@@ -46,29 +53,33 @@ class GPTConfig:
     drop_rate: float = 0.1
     qkv_bias: bool = False
     tie_embeddings: bool = False
-    drop_rate_emb: float = None  # type: ignore[assignment]  # filled in by __post_init__
-    drop_rate_attn: float = None  # type: ignore[assignment]
-    drop_rate_shortcut: float = None  # type: ignore[assignment]
+    drop_rate_emb: float | None = None
+    drop_rate_attn: float | None = None
+    drop_rate_shortcut: float | None = None
 
     def __post_init__(self) -> None:
         for name in _SIZES:
             object.__setattr__(self, name, check_size(name, getattr(self, name)))
         if self.emb_dim % self.n_heads:
-            fitting = [n for n in range(1, self.emb_dim + 1) if self.emb_dim % n == 0]
-            nearest = min(fitting, key=lambda n: abs(n - self.n_heads))
+            divisors = [n for n in range(1, self.emb_dim + 1) if self.emb_dim % n == 0]
+            nearest = min(divisors, key=lambda n: abs(n - self.n_heads))
             raise ValueError(
-                f"n_heads={self.n_heads} does not divide emb_dim={self.emb_dim}: every head takes "
-                f"an equal share of the width; n_heads={nearest} would do"
+                f"n_heads={self.n_heads} does not divide emb_dim={self.emb_dim}: each head takes "
+                f"an equal share of the width; use n_heads={nearest}, for example"
             )
         for name in _SWITCHES:
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be True or False")
-        object.__setattr__(self, "drop_rate", _rate("drop_rate", self.drop_rate))
-        for name in _OWN_RATES:
-            given = getattr(self, name)
-            inherits = given is None or isinstance(given, _Inherited)
-            value = _Inherited(self.drop_rate) if inherits else _rate(name, given)
-            object.__setattr__(self, name, value)
+        object.__setattr__(self, "drop_rate", _check_rate("drop_rate", self.drop_rate))
+        for name in _SPECIFIC_RATES:
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, _check_rate(name, getattr(self, name)))
+
+    @property
+    def drop_rates(self) -> DropRates:
+        """Dropout at each place, with `drop_rate` where no specific rate is set."""
+        rates = (getattr(self, name) for name in _SPECIFIC_RATES)
+        return DropRates(*(self.drop_rate if rate is None else rate for rate in rates))
 
     @property
     def head_dim(self) -> int:
@@ -87,7 +98,7 @@ class GPTConfig:
 
     @classmethod
     def preset(cls, name: str) -> GPTConfig:
-        """Returns a published configuration.
+        """Return a published configuration.
 
         Args:
             name: one of `book-124M`, `book-355M`, `book-774M`, `book-1558M` (exercise 4.2: untied,
@@ -95,12 +106,10 @@ class GPTConfig:
                 them: tied, with qkv bias; Radford et al. 2019, table 2).
 
         Raises:
-            ValueError: an unknown name; the message has the nearest ones.
+            ValueError: the name is unknown. The message suggests the closest ones.
         """
         if name not in PRESETS:
-            near = difflib.get_close_matches(str(name), PRESETS, n=3, cutoff=0.4)
-            hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
-            raise ValueError(f"no preset {name!r}: {hint}There are {', '.join(PRESETS)}")
+            raise unknown_name("preset", name, PRESETS)
         emb_dim, n_heads, n_layers = PRESETS[name]
         released = name.startswith("gpt2")
         return cls(
@@ -112,23 +121,23 @@ class GPTConfig:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the book's plain dict (and our further keys), ready for JSON.
+        """Return the book's plain dict plus flaxgpt's additional keys, ready for JSON.
 
-        A rate that follows `drop_rate` is left out, so that reading it back keeps it following.
+        Specific dropout rates that are not set are left out.
         """
         fields = dataclasses.asdict(self)
-        return {k: v for k, v in fields.items() if not isinstance(v, _Inherited)}
+        return {name: value for name, value in fields.items() if value is not None}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> GPTConfig:
-        """Reads the book's plain dict or the contents of a Hugging Face GPT-2 `config.json`.
+        """Read the book's plain dict or the contents of a Hugging Face GPT-2 `config.json`.
 
         Args:
-            values: the book's keys (`emb_dim`, ...) or Hugging Face's (`n_embd`, ...). Of the
-                latter, keys that do not change the mathematics are skipped.
+            values: the book's keys (`emb_dim`, ...) or Hugging Face's (`n_embd`, ...). Hugging Face
+                keys that do not change the mathematics are ignored.
 
         Raises:
-            ValueError: an unknown key, or a Hugging Face option that this model does not have.
+            ValueError: a key is unknown, or a Hugging Face option is not supported.
         """
         if not isinstance(values, Mapping):
             raise ValueError(f"a config must be a dict of settings, got {type(values).__name__}")
@@ -160,15 +169,15 @@ def block_index(name: str) -> int | None:
 
 
 def check_config(cfg: GPTConfig) -> None:
-    """Raises ValueError where something else was given as configuration."""
+    """Raise ValueError unless `cfg` is a GPTConfig."""
     if not isinstance(cfg, GPTConfig):
-        remedy = ": GPTConfig.from_dict makes one of it" if isinstance(cfg, Mapping) else ""
+        remedy = "; convert it with GPTConfig.from_dict" if isinstance(cfg, Mapping) else ""
         raise ValueError(f"cfg must be a GPTConfig, got {type(cfg).__name__}{remedy}")
 
 
 _SIZES = ("vocab_size", "context_length", "emb_dim", "n_heads", "n_layers")
 _SWITCHES = ("qkv_bias", "tie_embeddings")
-_OWN_RATES = ("drop_rate_emb", "drop_rate_attn", "drop_rate_shortcut")
+_SPECIFIC_RATES = ("drop_rate_emb", "drop_rate_attn", "drop_rate_shortcut")
 
 PRESETS = {  # emb_dim, n_heads, n_layers
     "book-124M": (768, 12, 12),
@@ -181,14 +190,14 @@ PRESETS = {  # emb_dim, n_heads, n_layers
     "gpt2-xl": (1600, 25, 48),
 }
 
-_HUGGINGFACE_NAMES = {  # theirs: (ours, what transformers' GPT2Config takes where it is absent)
+_HUGGINGFACE_NAMES = {  # theirs: (ours, the default of transformers' GPT2Config)
     "vocab_size": ("vocab_size", 50257),
     "n_positions": ("context_length", 1024),
     "n_embd": ("emb_dim", 768),
     "n_head": ("n_heads", 12),
     "n_layer": ("n_layers", 12),
     "tie_word_embeddings": ("tie_embeddings", True),
-    "qkv_bias": ("qkv_bias", True),  # our own key: GPT-2 there always has the bias
+    "qkv_bias": ("qkv_bias", True),  # flaxgpt's own key: transformers' GPT-2 always has the bias
     "embd_pdrop": ("drop_rate_emb", 0.1),
     "attn_pdrop": ("drop_rate_attn", 0.1),
     "resid_pdrop": ("drop_rate_shortcut", 0.1),
@@ -211,8 +220,8 @@ def _from_huggingface(values: Mapping[str, Any]) -> dict[str, Any]:
     for option, allowed in _HUGGINGFACE_FIXED.items():
         if option in values and values[option] not in allowed:
             raise ValueError(
-                f"the Hugging Face option {option}={values[option]!r} is not supported: this model "
-                f"computes {option}={allowed[0]!r}, other values give another function"
+                f"the Hugging Face option {option}={values[option]!r} is not supported: flaxgpt "
+                f"implements only {option}={allowed[0]!r}"
             )
     ours = {
         our_name: values.get(their_name, default)
@@ -227,19 +236,19 @@ def _from_huggingface(values: Mapping[str, Any]) -> dict[str, Any]:
         )
     if ours["drop_rate_emb"] == ours["drop_rate_attn"] == ours["drop_rate_shortcut"]:
         ours["drop_rate"] = ours["drop_rate_emb"]  # one rate everywhere is the book's drop_rate
-        for name in _OWN_RATES:
+        for name in _SPECIFIC_RATES:
             del ours[name]
     return ours
 
 
-def _rate(name: str, value: Any) -> float:
+def _check_rate(name: str, value: Any) -> float:
     try:
         rate = float(value)
     except (TypeError, ValueError):
         rate = float("nan")
     if isinstance(value, (bool, str)) or not 0.0 <= rate < 1.0:
         raise ValueError(
-            f"{name}={value!r} must be a probability from 0 up to, not including, 1 "
-            "(at 1.0 dropout would erase everything); 0.0 turns it off"
+            f"{name}={value!r} must be a probability, at least 0 and below 1 (a rate of 1 would "
+            "erase everything); 0.0 turns dropout off"
         )
     return rate

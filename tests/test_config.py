@@ -43,8 +43,16 @@ def test_a_preset_has_its_published_number_of_parameters(name):
 
 
 def test_an_unknown_preset_names_the_nearest():
-    with pytest.raises(ValueError, match=r"no preset 'gpt2-xxl': did you mean .*'gpt2-xl'"):
+    with pytest.raises(ValueError, match=r"unknown preset 'gpt2-xxl': did you mean .*'gpt2-xl'"):
         GPTConfig.preset("gpt2-xxl")
+
+
+def test_equal_configurations_behave_alike_under_replace():
+    given = GPTConfig(drop_rate=0.1, drop_rate_attn=0.1)
+    read = GPTConfig.from_dict(given.to_dict())
+    assert read == given
+    for cfg in (given, read):
+        assert dataclasses.replace(cfg, drop_rate=0.5).drop_rates == (0.5, 0.1, 0.5)
 
 
 def test_it_is_frozen_and_hashable():
@@ -55,17 +63,17 @@ def test_it_is_frozen_and_hashable():
 
 def test_the_three_rates_follow_drop_rate_unless_given():
     cfg = GPTConfig(drop_rate=0.2, drop_rate_attn=0.3)
-    assert (cfg.drop_rate_emb, cfg.drop_rate_attn, cfg.drop_rate_shortcut) == (0.2, 0.3, 0.2)
+    assert cfg.drop_rates == (0.2, 0.3, 0.2)
     cfg = dataclasses.replace(cfg, drop_rate=0.0)
-    assert (cfg.drop_rate_emb, cfg.drop_rate_attn, cfg.drop_rate_shortcut) == (0.0, 0.3, 0.0)
+    assert cfg.drop_rates == (0.0, 0.3, 0.0)
     cfg = dataclasses.replace(GPTConfig.from_dict(cfg.to_dict()), drop_rate=0.5)
-    assert (cfg.drop_rate_emb, cfg.drop_rate_attn, cfg.drop_rate_shortcut) == (0.5, 0.3, 0.5)
+    assert cfg.drop_rates == (0.5, 0.3, 0.5)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"n_heads": 7}, "n_heads=7 does not divide emb_dim=768.*n_heads=6 would do"),
+        ({"n_heads": 7}, "n_heads=7 does not divide emb_dim=768.*use n_heads=6"),
         ({"drop_rate": 1.0}, r"drop_rate=1.0 must be a probability"),
         ({"drop_rate_attn": -0.1}, r"drop_rate_attn=-0.1 must be a probability"),
         ({"drop_rate": float("nan")}, r"drop_rate=nan must be a probability"),
@@ -122,7 +130,7 @@ def test_a_sparse_hugging_face_config_has_hugging_faces_defaults():
 
 def test_unequal_hugging_face_rates_are_kept():
     cfg = GPTConfig.from_dict(huggingface(attn_pdrop=0.2, resid_pdrop=0.3))
-    assert (cfg.drop_rate_emb, cfg.drop_rate_attn, cfg.drop_rate_shortcut) == (0.0, 0.2, 0.3)
+    assert cfg.drop_rates == (0.0, 0.2, 0.3)
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ class MultiHeadAttention(nn.Module):
 
         shape = (*query.shape[:-1], keys.shape[-2])
         seen = jnp.broadcast_to(mask, (batch, heads, *mask.shape[2:])).reshape(shape)
-        drop = nn.Dropout(self.cfg.drop_rate_attn, deterministic=deterministic)
+        drop = nn.Dropout(self.cfg.drop_rates.attn, deterministic=deterministic)
         if cache is None:
             context = _attend_in_blocks(query, keys, values, seen, drop)
         else:

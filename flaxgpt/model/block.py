@@ -22,7 +22,7 @@ class TransformerBlock(nn.Module):
         self.att = MultiHeadAttention(self.cfg, self.dtype)
         self.norm2 = LayerNorm(dtype=self.dtype)
         self.ff = FeedForward(self.cfg, self.dtype)
-        self.drop_shortcut = nn.Dropout(self.cfg.drop_rate_shortcut)
+        self.drop_shortcut = nn.Dropout(self.cfg.drop_rates.shortcut)
 
     def __call__(
         self,

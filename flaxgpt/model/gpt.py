@@ -40,7 +40,7 @@ class GPT(nn.Module):
         cfg = self.cfg
         self.tok_emb = Embedding(cfg.vocab_size, cfg.emb_dim, self.dtype)
         self.pos_emb = Embedding(cfg.context_length, cfg.emb_dim, self.dtype)
-        self.drop_emb = nn.Dropout(cfg.drop_rate_emb)
+        self.drop_emb = nn.Dropout(cfg.drop_rates.emb)
         block: Any = TransformerBlock
         if self.remat:
             block = nn.remat(block, static_argnums=4)  # `deterministic`, counting `self`

@@ -108,7 +108,7 @@ def _update(state: TrainState, batch: jax.Array) -> tuple[TrainState, Metrics]:
 
 def _loss_and_grads(state: TrainState, batch: jax.Array) -> tuple[jax.Array, Params]:
     cfg, train_cfg = state.cfg, state.train_cfg
-    drops = max(cfg.drop_rate_emb, cfg.drop_rate_attn, cfg.drop_rate_shortcut) > 0
+    drops = max(cfg.drop_rates) > 0
     step_key = jax.random.fold_in(state.key, state.step)
 
     def of(piece: jax.Array, index: jax.Array | int) -> tuple[jax.Array, Params]:

@@ -15,9 +15,9 @@ def _write_config(cfg: GPTConfig) -> dict[str, Any]:
     values = {
         "activation_function": "gelu_new",
         "architectures": ["GPT2LMHeadModel"],
-        "attn_pdrop": cfg.drop_rate_attn,
+        "attn_pdrop": cfg.drop_rates.attn,
         "bos_token_id": end_of_text,
-        "embd_pdrop": cfg.drop_rate_emb,
+        "embd_pdrop": cfg.drop_rates.emb,
         "eos_token_id": end_of_text,
         "initializer_range": 0.02,
         "layer_norm_epsilon": 1e-5,
@@ -27,7 +27,7 @@ def _write_config(cfg: GPTConfig) -> dict[str, Any]:
         "n_inner": None,
         "n_layer": cfg.n_layers,
         "n_positions": cfg.context_length,
-        "resid_pdrop": cfg.drop_rate_shortcut,
+        "resid_pdrop": cfg.drop_rates.shortcut,
         "tie_word_embeddings": cfg.tie_embeddings,
         "vocab_size": cfg.vocab_size,
     }
