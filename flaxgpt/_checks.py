@@ -152,8 +152,8 @@ def check_prompts(vocab_size: int, prompts: Any) -> list[np.ndarray]:
     return rows
 
 
-def check_stop_ids(vocab_size: int, stop_ids: Any) -> list[int]:
-    """Returns stop ids as ints, or raises ValueError with one that no row could ever meet."""
+def check_stop_ids(stop_ids: Any, vocab_size: int | None = None) -> list[int]:
+    """Return stop ids as ints, or raise ValueError for one that no row could ever contain."""
     if isinstance(stop_ids, str) or not isinstance(stop_ids, Iterable):
         raise ValueError(f"stop_ids={stop_ids!r} must be a list of ids, such as (50256,)")
     ids = []
@@ -162,8 +162,9 @@ def check_stop_ids(vocab_size: int, stop_ids: Any) -> list[int]:
             ids.append(-1 if isinstance(token, bool) else operator.index(token))
         except TypeError:
             ids.append(-1)
-        if not 0 <= ids[-1] < vocab_size:
-            raise ValueError(f"stop id {token!r} must be an id from 0 to {vocab_size - 1}")
+        if not 0 <= ids[-1] < (vocab_size or 2**31):
+            allowed = "0 or more" if vocab_size is None else f"from 0 to {vocab_size - 1}"
+            raise ValueError(f"stop id {token!r} must be an id, {allowed}")
     return ids
 
 

@@ -24,7 +24,7 @@ import numpy as np
 import flaxgpt
 from flaxgpt._files import write_file_atomically
 from flaxgpt.data import read_ids
-from flaxgpt.evaluation import measure
+from flaxgpt.evaluation import evaluate_text
 from flaxgpt.runs import read_run
 from flaxgpt.runs.journal import read_metrics
 from flaxgpt.tokenizer.folder import byte_level_ranks
@@ -121,7 +121,7 @@ def package(run: Path, val_text: Path) -> None:
     params = jax.tree.map(lambda p: p.astype(jnp.float32), coarse)
 
     ids = np.array(tokenizer.encode(val_text.read_text(encoding="utf-8")))
-    found = measure(cfg, params, ids, tokenizer=tokenizer)
+    found = evaluate_text(cfg, params, ids, tokenizer=tokenizer)
     raw = val_text.read_bytes()
     records = read_metrics(run / "metrics.jsonl")
     per_step = recipe.batch_size * cfg.context_length

@@ -10,7 +10,7 @@ from typing import Literal
 from flaxgpt._checks import check_size
 from flaxgpt.cli.common import load_with_tokenizer, progress, say
 from flaxgpt.data import read_ids, survey, write_ids
-from flaxgpt.evaluation import measure
+from flaxgpt.evaluation import evaluate_text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Eval:
             with progress("tokenizing") as advance:
                 write_ids(path, text, tokenizer, progress=advance)
             with progress("measuring") as advance:
-                found = measure(
+                found = evaluate_text(
                     cfg,
                     params,
                     read_ids(path).ids,

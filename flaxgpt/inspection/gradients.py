@@ -11,6 +11,7 @@ from jax.typing import ArrayLike
 from flaxgpt.config import GPTConfig, check_config
 from flaxgpt.inspection.intermediates import Intervention, patch
 from flaxgpt.model.gpt import check_inputs
+from flaxgpt.model.log_probs import token_log_probs
 from flaxgpt.typing import Params
 
 
@@ -45,15 +46,14 @@ def _norms(cfg: GPTConfig, params: Params, ids: jax.Array, shortcuts: bool) -> j
     def loss(params: Params) -> jax.Array:
         patches = {} if shortcuts else without_shortcuts(cfg)
         logits = patch(cfg, params, ids, patches)
-        log_probs = jax.nn.log_softmax(logits[:, :-1])
-        return -jnp.take_along_axis(log_probs, ids[:, 1:, None], axis=-1).mean()
+        return -token_log_probs(logits[:, :-1], ids[:, 1:]).mean()
 
     def norm(tree: Params) -> jax.Array:
         squares = (jnp.square(leaf.astype(jnp.float32)).sum() for leaf in jax.tree.leaves(tree))
         return jnp.sqrt(sum(squares))
 
     gradient = jax.grad(loss)(params)
-    return jnp.stack([norm(gradient[f"trf_blocks_{i}"]) for i in range(cfg.n_layers)])
+    return jnp.stack([norm(gradient[block]) for block in cfg.block_names])
 
 
 def without_shortcuts(cfg: GPTConfig) -> dict[str, Intervention]:
@@ -66,8 +66,7 @@ def without_shortcuts(cfg: GPTConfig) -> dict[str, Intervention]:
         return x
 
     patches: dict[str, Intervention] = {}
-    for i in range(cfg.n_layers):
-        block = f"trf_blocks_{i}"
+    for block in cfg.block_names:
         patches |= {
             f"{block}/att": hold,
             f"{block}/middle": lambda _: added.pop(),

@@ -28,7 +28,6 @@ Nothing in the model knows of this: linen's `intercept_methods` sees each module
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
@@ -39,11 +38,11 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import ArrayLike, DTypeLike
 
-from flaxgpt._checks import check_dtype, listed
-from flaxgpt.config import GPTConfig, check_config
-from flaxgpt.model import GPT
-from flaxgpt.model.attention import attention_weights, mean_of_values
-from flaxgpt.model.gpt import check_inputs
+from flaxgpt._checks import check_dtype, unknown_name
+from flaxgpt.config import GPTConfig, block_index, check_config
+from flaxgpt.model.attend import attention_weights, mean_of_values
+from flaxgpt.model.gpt import check_inputs, make_model
+from flaxgpt.model.visibility import Visibility
 from flaxgpt.typing import Params
 
 Intervention = Callable[[jax.Array], ArrayLike]
@@ -71,8 +70,7 @@ def activation_names(cfg: GPTConfig) -> tuple[str, ...]:
         cfg: the architecture.
     """
     check_config(cfg)
-    blocks = (f"trf_blocks_{i}" for i in range(cfg.n_layers))
-    within = [f"{block}/{name}" for block in blocks for name in (*_OF_A_BLOCK, "")]
+    within = [f"{block}/{name}" for block in cfg.block_names for name in (*_OF_A_BLOCK, "")]
     names = ["tok_emb", "pos_emb", "embeddings", *within, "final_norm", "logits"]
     return tuple(name.removesuffix("/") for name in names)
 
@@ -160,7 +158,7 @@ def patch(
 def _places(cfg: GPTConfig) -> dict[str, str]:
     """Returns the intermediate that each name stands for."""
     places = {name: name for name in activation_names(cfg)}
-    hidden = ["embeddings", *(f"trf_blocks_{i}" for i in range(cfg.n_layers - 1)), "final_norm"]
+    hidden = ["embeddings", *cfg.block_names[:-1], "final_norm"]
     return places | {f"hidden_{i}": place for i, place in enumerate(hidden)}
 
 
@@ -199,13 +197,9 @@ def _functions(cfg: GPTConfig, patches: Mapping[str, Intervention]) -> dict[str,
 
 
 def _known(cfg: GPTConfig, name: str) -> str:
-    places = _places(cfg)
-    if name not in places:
-        near = difflib.get_close_matches(str(name).lower(), places, n=4, cutoff=0.0)
-        raise ValueError(
-            f"there is no intermediate {name!r} in a model of {cfg.n_layers} blocks: did you mean "
-            f"{listed(near)}? flaxgpt.activation_names(cfg) has all"
-        )
+    if name not in (places := _places(cfg)):
+        advice = f"flaxgpt.activation_names(cfg) lists those of the {cfg.n_layers} blocks"
+        raise unknown_name("intermediate", name, places, advice)
     return name
 
 
@@ -229,7 +223,7 @@ def _recorded(
     replaced = {name: partial(_replaced, name, function) for name, function in functions.items()}
     with nn.intercept_methods(_Visits(cfg, replaced, wanted)):
         variables = {"params": params}
-        _, sown = GPT(cfg, dtype, parent=None).apply(variables, ids, mutable=["intermediates"])
+        _, sown = make_model(cfg, dtype).apply(variables, ids, mutable=["intermediates"])
     leaves = jax.tree_util.tree_flatten_with_path(sown)[0]
     return {path[-2].key: value for path, value in leaves}  # {module: {name: (value,)}}
 
@@ -281,14 +275,14 @@ class _Visits:
         if module.scope.root is not self.root:  # a model that a patch runs inside this one
             return call(*args, **kwargs)
         visit = partial(self._visit, module)
-        if method == "head":
+        if method == "logits":
             return visit("logits", call(*args))
         if method != "__call__" or not module.path:
             return call(*args, **kwargs)
         x = args[0]
         block, name = module.path[0], "/".join(module.path)
         match module.path[1:]:
-            case () if block.startswith("trf_blocks"):
+            case () if block_index(block) is not None:
                 self.held = {}
                 x, cache = call(*args, **kwargs)
                 if "middle" in self.held:
@@ -332,8 +326,8 @@ class _Visits:
     ) -> jax.Array:
         if f"{att}/weights" in {*self.wanted, *self.functions}:
             query, keys, values = (self.held[role] for role in ("query", "key", "value"))
-            causal = jnp.tril(jnp.ones((query.shape[-2],) * 2, bool))
-            weights = attention_weights(query, keys, causal)
+            every = range(query.shape[-2])
+            weights = attention_weights(query, keys, Visibility().mask(every, every))
             if (patched := visit(f"{att}/weights", weights)) is not weights:
                 heads = mean_of_values(patched, values)
         return visit(f"{att}/heads", heads)

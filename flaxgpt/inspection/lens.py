@@ -12,7 +12,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from flaxgpt.config import GPTConfig
 from flaxgpt.inspection.intermediates import Intervention, activations
-from flaxgpt.model import GPT
+from flaxgpt.model.gpt import make_model
 from flaxgpt.typing import Params
 
 
@@ -42,7 +42,7 @@ def logit_lens(
     Raises:
         ValueError: as for `activations`.
     """
-    streams = ["embeddings", *(f"trf_blocks_{i}" for i in range(cfg.n_layers))]
+    streams = ["embeddings", *cfg.block_names]
     for name in ("final_norm", f"hidden_{cfg.n_layers}", "logits"):
         if name in (patches or {}):
             raise ValueError(
@@ -55,5 +55,7 @@ def logit_lens(
 
 @partial(jax.jit, static_argnums=(0, 3))
 def _read(cfg: GPTConfig, params: Params, streams: jax.Array, dtype: DTypeLike) -> jax.Array:
-    model: Any = GPT(cfg, dtype, parent=None)
-    return model.apply({"params": params}, streams, method=lambda m, x: m.head(m.final_norm(x)))
+    def read(model: Any, x: jax.Array) -> jax.Array:
+        return model.logits(model.final_norm(x))
+
+    return make_model(cfg, dtype).apply({"params": params}, streams, method=read)

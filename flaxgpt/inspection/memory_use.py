@@ -13,7 +13,7 @@ meet within 15 %, and are counted in units of one residual stream, B x T x D num
     at work in one block                       13
     logits                                     twice, for the loss and its gradient
     at work in one block of a prefill          9, or 2 and all attention weights if that is more;
-                                               from 4,096 ids in all on, 23, or 18 and those (jax
+                                               from 4,096 ids in all on, 23, or 20 and those (jax
                                                0.7 stays at 9 and takes that much less)
 
 Activations and gradients do not add up: by the time the last gradients are there, the activations
@@ -35,7 +35,7 @@ from jax.typing import DTypeLike
 from flaxgpt._checks import check_dtype, check_extent, check_positive
 from flaxgpt.config import GPTConfig, check_config
 from flaxgpt.inspection.parameters import count_params
-from flaxgpt.model.attention import query_blocks
+from flaxgpt.model.attend import query_blocks
 
 _KEPT = 22
 _KEPT_WEIGHTS = 1.25
@@ -43,7 +43,7 @@ _DROPOUT = 5
 _DROPOUT_WEIGHTS = 2
 _AT_WORK = 13
 _PREFILL = 9
-_MANY_IDS, _LARGE_PREFILL, _LARGE_PREFILL_BESIDE_WEIGHTS = 4096, 23, 18
+_MANY_IDS, _LARGE_PREFILL, _LARGE_PREFILL_BESIDE_WEIGHTS = 4096, 23, 20
 
 
 @dataclasses.dataclass(frozen=True)
