@@ -9,7 +9,6 @@ ranks. The weights are rounded to bfloat16; all figures on the card are measured
 
 from __future__ import annotations
 
-import base64
 import gzip
 import json
 import lzma
@@ -20,6 +19,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from build_gpt2_vocab import ranked_lines
 
 import flaxgpt
 from flaxgpt._files import write_file_atomically
@@ -27,7 +27,6 @@ from flaxgpt.data import read_ids
 from flaxgpt.evaluation import evaluate_text
 from flaxgpt.runs import read_run
 from flaxgpt.runs.journal import read_metrics
-from flaxgpt.tokenizer.folder import byte_level_ranks
 from flaxgpt.training.optimizer import learning_rate
 
 PACKAGE = Path(__file__).resolve().parent.parent / "flaxgpt"
@@ -102,13 +101,8 @@ def vocabulary(text: Path) -> None:
     )
     tokenizer.train([str(text)], trainer)
     model = json.loads(tokenizer.to_str())["model"]
-    ranks = byte_level_ranks(model["vocab"], [tuple(pair) for pair in model["merges"]])
-    lines = [
-        base64.b64encode(token) + b" %d\n" % rank
-        for token, rank in sorted(ranks.items(), key=lambda item: item[1])
-    ]
-    write_file_atomically(VOCABULARY, b"".join(lines))
-    print(f"{VOCABULARY}: {len(lines)} tokens")
+    write_file_atomically(VOCABULARY, ranked_lines(model["vocab"], model["merges"]))
+    print(f"{VOCABULARY}: {len(model['vocab'])} tokens")
 
 
 def package(run: Path, val_text: Path) -> None:
@@ -152,7 +146,7 @@ with the recipe above.
             cfg, params, tokenizer, [prompt], 150, temperature=0.8, key=jax.random.key(seed)
         )[0]
         samples.append("\n".join(f"> {line}".rstrip() for line in (prompt + text).split("\n")))
-    train_ids = read_ids(run / "data" / "train.ids").ids.size
+    train_ids = read_ids(run / "data" / "train.npy").ids.size
     tokens = recipe.steps * per_step
     card = CARD.format(
         parameters=sum(p.size for p in jax.tree.leaves(params)),
