@@ -9,7 +9,7 @@ from typing import Literal
 
 from flaxgpt._checks import check_size
 from flaxgpt.cli.common import load_with_tokenizer, progress, say
-from flaxgpt.data import read_ids, survey, write_ids
+from flaxgpt.data import read_ids, scan_texts, write_ids
 from flaxgpt.evaluation import evaluate_text
 
 
@@ -43,10 +43,12 @@ class Eval:
         if self.stride is not None:
             check_size("--stride", self.stride)
         with progress("reading") as advance:
-            text = survey([Path(path) for path in self.data], errors=self.errors, progress=advance)
+            text = scan_texts(
+                [Path(path) for path in self.data], errors=self.errors, progress=advance
+            )
         cfg, params, tokenizer = load_with_tokenizer(self.model)
         with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "text.ids"
+            path = Path(folder) / "text.npy"
             with progress("tokenizing") as advance:
                 write_ids(path, text, tokenizer, progress=advance)
             with progress("measuring") as advance:
