@@ -783,7 +783,7 @@ class TestFolders:
         assert read_tokenizer(tmp_path) is None
 
     @pytest.mark.parametrize("name", ["tokenizer_config.json", "config.json"])
-    @pytest.mark.parametrize("kind", ["T5Tokenizer", "BertTokenizer", "PreTrainedTokenizerFast"])
+    @pytest.mark.parametrize("kind", ["T5Tokenizer", "BertTokenizer", "RobertaTokenizer"])
     def test_a_folder_that_names_another_kind_of_tokenizer_raises_an_error(
         self, tmp_path: Path, name: str, kind: str
     ) -> None:
@@ -827,6 +827,7 @@ class TestFolders:
             (vocab_of([]) | {"<pad>": 5}, [], r"id 5 belongs to \['%', '<pad>'\]; expected one"),
             (vocab_of([]), [("a", "")], "cannot read this tokenizer: .*`` out of vocabulary"),
             (vocab_of([]), [("a", "b c")], "cannot read this tokenizer: "),
+            (vocab_of(MERGES), MERGES[:-1], r"token 'Ã©' \(id 263\) is made by no merge"),
             ([1, 2], [], "found a JSON list; expected an object"),
         ],
     )

@@ -388,8 +388,8 @@ def test_bad_input_is_found_before_anything_is_made(tmp_path, changes, message):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "is empty; give a file that holds text"),
-        (b"tiny", "ids do not fill one window: a context of 16 takes 17"),
+        (b"", "is empty; pass a file that contains text"),
+        (b"tiny", "ids do not fill one window; a context of 16 needs 17"),
         (b"good \xff bad" * 30, "is not UTF-8: byte 0xff at position 5"),
     ],
 )

@@ -313,7 +313,7 @@ def read_huggingface(folder: Path) -> HuggingFaceTokenizer | None:
         "which cannot be read without a tokenizer.json; make one with transformers: "
         f"AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"
     )
-    if name is not None and name not in _GPT2_CLASSES:
+    if name not in (None, "GPT2Tokenizer"):
         raise ValueError(f"{source}: the model needs a {kind}, {advice}")
     for pattern in ("*.model", "*.tiktoken", "vocab.txt"):
         for other in sorted(folder.glob(pattern)):
@@ -327,9 +327,7 @@ def _settings(folder: Path) -> tuple[dict[str, Any], Path]:
     settings = read_object(path) if path.exists() else {}
     config = folder / "config.json"
     if settings.get("tokenizer_class") is None and config.exists():
-        with value_errors_naming(config):
-            kind = parse_object(config.read_text(encoding="utf-8")).get("tokenizer_class")
-        return settings | {"tokenizer_class": kind}, config
+        return settings | {"tokenizer_class": read_object(config).get("tokenizer_class")}, config
     return settings, path
 
 
@@ -346,9 +344,17 @@ def _read_gpt2(vocab: Path, merges: Path, settings: dict[str, Any]) -> HuggingFa
         for token, id in (tokens | added).items():
             if type(id) is not int or id < 0:
                 raise ValueError(f"token {token!r} has id {id!r}; expected a nonnegative integer")
-        # A token that no merge makes can only be a control token, such as <|endoftext|>.
+        # A token that no merge makes can only be a control token, such as <|endoftext|>. In other
+        # kinds of BPE there are many more, among them some that are not ASCII.
         made = {"".join(pair) for pair in pairs} | byte_letters().keys()
-        added = {token: id for token, id in tokens.items() if token not in made} | added
+        others = {token: id for token, id in tokens.items() if token not in made | added.keys()}
+        for token, id in others.items():
+            if not token.isascii():
+                raise ValueError(
+                    f"token {token!r} (id {id}) is made by no merge and is not an added token; "
+                    "expected GPT-2's kind of vocabulary, and merges for all of it"
+                )
+        added = others | added
         entries = [
             {"id": id, "content": token, "special": True, "normalized": False}
             | {name: False for name in ("lstrip", "rstrip", "single_word")}
@@ -372,7 +378,7 @@ def _read_bert(vocab: Path, settings: dict[str, Any]) -> HuggingFaceTokenizer:
 
     with value_errors_naming(vocab):
         library = _call(
-            lambda: BertWordPieceTokenizer(
+            lambda: BertWordPieceTokenizer.from_file(
                 str(vocab),
                 lowercase=settings.get("do_lower_case", True),
                 strip_accents=settings.get("strip_accents"),
