@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import operator
 from collections.abc import Iterable, Sequence
@@ -29,6 +30,26 @@ def check_positive(name: str, value: Any) -> float:
     if not 0.0 < _number(value) < float("inf"):
         raise ValueError(f"{name}={value!r} must be a positive number")
     return float(value)
+
+
+def check_nonnegative(name: str, value: Any) -> float:
+    """Return `value` as a finite float of 0 or more, or raise ValueError."""
+    if not 0.0 <= _number(value) < float("inf"):
+        raise ValueError(f"{name}={value!r} must be a finite number, 0 or more")
+    return float(value)
+
+
+def check_keys(kind: str, values: Iterable[str], cls: Any) -> None:
+    """Raise ValueError unless every key is a field of the dataclass `cls`.
+
+    Args:
+        kind: what the keys are, such as "config keys".
+        values: the keys, or a dict that has them.
+        cls: the dataclass.
+    """
+    known = [field.name for field in dataclasses.fields(cls)]
+    if unknown := [key for key in values if key not in known]:
+        raise ValueError(f"unknown {kind} {unknown}: expected some of {known}")
 
 
 def check_extent(context_length: int, batch: Any, length: Any) -> tuple[int, int]:

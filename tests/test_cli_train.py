@@ -88,7 +88,7 @@ def test_fine_tuning_takes_the_models_shape_and_a_recipe_of_its_own(trained, tmp
     config = json.loads((out / "config.json").read_text())
     assert config["model"]["emb_dim"] == 16
     assert config["training"]["batch_size"] == 4
-    assert (config["training"]["learning_rate"], config["training"]["warmup_steps"]) == (3e-5, 0)
+    assert (config["training"]["learning_rate"], config["training"]["warmup_steps"]) == (3e-5, None)
     assert "step 0/3  validation" in process.stderr.decode()
 
 
@@ -103,12 +103,12 @@ def test_a_run_goes_on_however_its_folder_is_spelled(trained):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["train", "--data", VERDICT], "no --out: give the folder"),
+        (["train", "--data", VERDICT], "--out is missing: give the folder"),
         (["train", "--data", VERDICT, "--out", "new", "--learning-rate", "0"], "learning_rate=0.0"),
         (["train", "--data", VERDICT, "--out", "new", "--learning-rte", "1"], "--learning-rte"),
         (
-            ["train", "--out", "new", "--preset", "gpt-2"],
-            "no training preset 'gpt-2': did you mean",
+            ["train", "--out", "new", "--recipe", "gpt-2"],
+            "unknown recipe 'gpt-2': did you mean",
         ),
         (["train", "--data", VERDICT, "--out", "new", "--vocab-size", "9"], "vocab_size=9"),
         (["train", "--data", VERDICT, "--out", VERDICT], "is in use"),

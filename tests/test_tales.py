@@ -14,7 +14,7 @@ import flaxgpt
 import golden
 from command import ENVIRONMENT, run
 from flaxgpt.evaluation import measure
-from flaxgpt.training import preset
+from flaxgpt.training import recipe
 
 FOLDER = Path(flaxgpt.__file__).parent / "models" / "tales"
 VALIDATION = Path(os.environ.get("FLAXGPT_SHARED", "../shared")) / "data" / "tales" / "val.txt"
@@ -25,9 +25,9 @@ def tales():
     return flaxgpt.load("tales")
 
 
-def test_it_is_what_the_preset_trains(tales):
+def test_it_is_what_the_recipe_trains(tales):
     cfg, params, tokenizer = tales
-    assert cfg == preset("tales")[0]
+    assert cfg == recipe("tales")[0]
     assert {p.dtype for p in jax.tree.leaves(params)} == {np.dtype("float32")}
     ours = flaxgpt.load_tokenizer("tales")
     assert tokenizer.encode("Once upon a time") == ours.encode("Once upon a time")
@@ -42,7 +42,7 @@ def test_weights_and_vocabulary_take_12_megabytes_at_most():
 def test_a_folder_of_its_name_does_not_hide_it(tmp_path, monkeypatch):
     (tmp_path / "tales").mkdir()
     monkeypatch.chdir(tmp_path)
-    assert flaxgpt.load("tales")[0] == preset("tales")[0]
+    assert flaxgpt.load("tales")[0] == recipe("tales")[0]
     with pytest.raises(FileNotFoundError, match=r"config\.json|model\.safetensors"):
         flaxgpt.load("./tales")
 

@@ -14,11 +14,11 @@ from flaxgpt import GPTConfig
 from flaxgpt.model import param_shapes
 from flaxgpt.training import (
     TrainConfig,
-    evaluate,
     init_state,
     loss,
     make_optimizer,
-    preset,
+    mean_loss,
+    recipe,
     train_step,
     train_steps,
 )
@@ -202,7 +202,7 @@ def test_evaluation_is_the_mean_over_windows_whatever_the_batch():
     windows = np.random.default_rng(2).integers(0, 50, (7, 9), dtype=np.int32)
     expected = np.mean([float(loss(CFG, params, row[None])) for row in windows])
     for size in (1, 3, 7, 12):
-        value = evaluate(CFG, params, windows, batch_size=size)
+        value = mean_loss(CFG, params, windows, batch_size=size)
         np.testing.assert_allclose(value, expected, rtol=1e-6)
 
 
@@ -219,22 +219,22 @@ def test_an_id_outside_the_vocabulary_never_counts_as_another(bad, place):
 
 def test_a_batch_without_targets_is_refused():
     params = init_state(CFG, TRAIN).params
-    with pytest.raises(ValueError, match=r"batch of shape \(4, 1\) has no targets"):
+    with pytest.raises(ValueError, match=r"ids of shape \(4, 1\) have no targets"):
         loss(CFG, params, BATCH[:, :1])
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"learning_rate": 0.0}, "learning_rate=0.0 would leave the parameters"),
+        ({"learning_rate": 0.0}, "learning_rate=0.0 would not change the parameters"),
         ({"learning_rate": float("nan")}, "learning_rate=nan must be a finite number"),
         ({"learning_rate": -1.0}, "learning_rate=-1.0 must be a finite number, 0 or more"),
-        ({"min_learning_rate": 1.0}, "min_learning_rate=1.0 is above learning_rate=0.001"),
+        ({"min_learning_rate": 1.0}, "min_learning_rate=1.0 must not exceed learning_rate=0.001"),
         ({"steps": 0}, "steps=0 must be a whole number, 1 or more"),
-        ({"warmup_steps": 2000}, "warmup_steps=2000 must be fewer than steps=2000"),
+        ({"warmup_steps": 2000}, "warmup_steps=2000 must be less than steps=2000"),
         ({"accumulate": 5}, "accumulate=5 does not divide batch_size=12"),
         ({"dtype": "float64"}, "dtype='float64' must be one of float32, bfloat16"),
-        ({"beta2": 1.0}, "beta2=1.0 must be from 0 up to"),
+        ({"beta2": 1.0}, "beta2=1.0 must be at least 0 and below 1"),
         ({"data": "a.txt"}, "data='a.txt' must be a tuple of files"),
         ({"remat": 1}, "remat=1 must be a bool"),
         ({"seed": -1}, "seed=-1 must be a whole number, 0 or more"),
@@ -255,7 +255,7 @@ def test_a_recipe_survives_json_and_refuses_what_it_does_not_know():
 
 def test_presets_are_recipes_by_name():
     for name in ("shakespeare-char", "tales", "gpt2", "verdict"):
-        cfg, recipe = preset(name)
-        assert isinstance(cfg, GPTConfig) and isinstance(recipe, TrainConfig)
-    with pytest.raises(ValueError, match="no training preset 'gpt-2': did you mean 'gpt2'"):
-        preset("gpt-2")
+        cfg, train_cfg = recipe(name)
+        assert isinstance(cfg, GPTConfig) and isinstance(train_cfg, TrainConfig)
+    with pytest.raises(ValueError, match="unknown recipe 'gpt-2': did you mean 'gpt2'"):
+        recipe("gpt-2")

@@ -18,9 +18,9 @@ from flaxgpt.cli.evaluate import Eval
 from flaxgpt.cli.generate import Generate
 from flaxgpt.cli.params import Params
 from flaxgpt.cli.plot import Plot
-from flaxgpt.cli.train import Train, defaults
+from flaxgpt.cli.train import TrainCommand, defaults
 
-Command = Generate | Train | Eval | Params | Plot
+Command = Generate | TrainCommand | Eval | Params | Plot
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -63,12 +63,15 @@ def _one_line(error: Exception) -> str:
 
 def _parse(argv: list[str]) -> Command:
     """Returns the command; on bad arguments raises ValueError with tyro's words in one line."""
-    train = defaults(argv[1:]) if argv[:1] == ["train"] else Train()
+    train = defaults(argv[1:]) if argv[:1] == ["train"] else TrainCommand()
     # The docstrings by hand: what tyro takes of them by itself ends before their examples.
     about = inspect.getdoc
     commands = (
         Annotated[Generate, tyro.conf.subcommand("generate", description=about(Generate))]
-        | Annotated[Train, tyro.conf.subcommand("train", default=train, description=about(Train))]
+        | Annotated[
+            TrainCommand,
+            tyro.conf.subcommand("train", default=train, description=about(TrainCommand)),
+        ]
         | Annotated[Eval, tyro.conf.subcommand("eval", description=about(Eval))]
         | Annotated[Params, tyro.conf.subcommand("params", description=about(Params))]
         | Annotated[Plot, tyro.conf.subcommand("plot", description=about(Plot))]
