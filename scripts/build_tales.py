@@ -55,8 +55,8 @@ time"`.
 
 ## Evaluation
 
-Bits per byte on held-out text (other books, {val_bytes}). Each token is predicted from at least half
-a context window of preceding text.
+Bits per byte on held-out text (other books, {val_bytes}). Each token is predicted from at least
+half a context window of preceding text.
 
 | | bits per byte |
 | --- | --- |

@@ -23,6 +23,8 @@ _DEFAULT_RECIPE: RecipeName = "shakespeare-char"
 class TrainCommand:
     """Train a model on text files, fine-tune a model, or resume an interrupted run.
 
+    A new model has the vocabulary size of its tokenizer unless --vocab-size is given.
+
     Examples:
       flaxgpt train --data input.txt --out run
       flaxgpt train --recipe gpt2 --data a.txt b.txt --out run --batch-size 4 --accumulate 2

@@ -33,12 +33,13 @@ class TrainConfig:
         learning_rate: peak learning rate, reached at the end of the warm-up.
         min_learning_rate_fraction: learning rate at the end of the cosine schedule, as a fraction
             of the peak.
-        min_learning_rate: the same as an absolute value, which overrides the fraction.
-        warmup_fraction: fraction of the steps in which the learning rate grows linearly.
-        warmup_steps: the same as a number of steps, which overrides the fraction.
+        min_learning_rate: absolute learning rate at the end of the cosine schedule; overrides the
+            fraction.
+        warmup_fraction: length of the linear warm-up, as a fraction of the steps.
+        warmup_steps: warm-up steps; overrides the fraction.
         beta1: AdamW's decay rate for the mean of the gradient.
         beta2: AdamW's decay rate for the mean of the squared gradient.
-        eps: AdamW's term against division by zero.
+        eps: AdamW's epsilon, added to the denominator.
         weight_decay: weight decay of the parameters selected by `decay`.
         decay: `matrices` (including embeddings, as in nanoGPT) or `everything` (PyTorch's default).
         grad_clip: maximum global norm of the gradient; 0 disables clipping.
@@ -139,7 +140,7 @@ class TrainConfig:
 
     @property
     def resolved_warmup_steps(self) -> int:
-        """Number of steps in which the learning rate grows."""
+        """Number of warm-up steps."""
         if self.warmup_steps is None:
             return min(round(self.warmup_fraction * self.steps), self.steps - 1)
         return self.warmup_steps
