@@ -14,7 +14,7 @@ import flaxgpt
 import golden
 from command import COMMAND, QUICK, assert_refused, call, run
 from flaxgpt.cli.train import RecipeName, defaults
-from flaxgpt.evaluation import measure
+from flaxgpt.evaluation import evaluate_text
 from flaxgpt.training.recipes import FINE_TUNING, RECIPES
 
 VERDICT = golden.DATA / "verdict" / "the-verdict.txt"
@@ -79,7 +79,7 @@ def test_eval_prints_the_evaluation_of_a_text(trained):
     succeeded(process)
     cfg, params, tokenizer = flaxgpt.load(out)
     ids = np.array(tokenizer.encode(VERDICT.read_text(encoding="utf-8")))
-    found = measure(cfg, params, ids, stride=4, tokenizer=tokenizer)
+    found = evaluate_text(cfg, params, ids, stride=4, tokenizer=tokenizer)
     loss, perplexity, bits, rest = process.stdout.decode().splitlines()
     assert math.isclose(float(loss.split()[1]), found.loss, abs_tol=1e-4)
     assert math.isclose(float(perplexity.split()[1]), found.perplexity, abs_tol=1e-2)

@@ -13,7 +13,7 @@ import pytest
 import flaxgpt
 import golden
 from command import ENVIRONMENT, run
-from flaxgpt.evaluation import measure
+from flaxgpt.evaluation import evaluate_text
 from flaxgpt.training import recipe
 
 FOLDER = Path(flaxgpt.__file__).parent / "models" / "tales"
@@ -50,7 +50,7 @@ def test_a_folder_of_its_name_does_not_hide_it(tmp_path, monkeypatch):
 def bits_per_byte(tales, text):
     cfg, params, tokenizer = tales
     ids = np.array(tokenizer.encode(text))
-    return measure(cfg, params, ids, tokenizer=tokenizer).bits_per_byte
+    return evaluate_text(cfg, params, ids, tokenizer=tokenizer).bits_per_byte
 
 
 def test_it_predicts_a_story_it_has_not_read_better_than_gzip_having_read_it(tales):
