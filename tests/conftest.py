@@ -1,4 +1,4 @@
-"""Settings of every test: full matmul precision, strict type promotion, no network."""
+"""Settings of every test: full matmul precision, strict promotion, no network."""
 
 import atexit
 import os
@@ -21,6 +21,7 @@ import pytest
 
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # The same examples every time and no deadlines, so a failure is caused by a change.
 hypothesis.settings.register_profile("steady", deadline=None, derandomize=True)
