@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 import flaxgpt
 from flaxgpt import GPTConfig
-from flaxgpt.generation.text import drop_stop_tokens, stream_text
+from flaxgpt.generation.text import drop_stop_tokens
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -35,7 +35,7 @@ def test_streamed_pieces_join_to_the_generated_text(params, seed):
     options = {"temperature": 2.0, "key": jax.random.key(seed)}
     (whole,) = flaxgpt.generate_text(CFG, params, TOKENIZER, ["é"], 12, **options)
     ids = flaxgpt.stream(CFG, params, TOKENIZER.encode("é"), 12, **options)
-    pieces = list(stream_text(TOKENIZER, ids))
+    pieces = list(TOKENIZER.decode_stream(ids))
     assert "".join(pieces) == whole
     assert all(piece.encode("utf-8") for piece in pieces)
 
@@ -55,7 +55,9 @@ def test_a_special_token_that_stops_nothing_is_shown():
 def test_an_iterator_of_stop_ids_is_read_once(params):
     always = flaxgpt.generate(CFG, params, [TOKENIZER.encode("A")], 1)[0][0]
     special = SimpleNamespace(
-        encode=TOKENIZER.encode, decode=TOKENIZER.decode, special_tokens={"first": always}
+        encode=TOKENIZER.encode,
+        decode_stream=TOKENIZER.decode_stream,
+        special_tokens={"first": always},
     )
     assert flaxgpt.generate_text(CFG, params, special, ["A"], 5, stop_ids=iter([always])) == [""]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 from collections.abc import Iterable, Iterator, Sequence
 
 import jax
@@ -53,10 +52,11 @@ def generate_text(
         raise ValueError(f"prompts must be a list of texts; for one text, use [{prompts!r}]")
     check_config(cfg)
     stop_ids = check_stop_ids(stop_ids, cfg.vocab_size)
+    encoded = [tokenizer.encode(prompt) for prompt in prompts]
     rows = generate(
         cfg,
         params,
-        [tokenizer.encode(prompt) for prompt in prompts],
+        encoded,
         max_new_tokens,
         temperature=temperature,
         top_k=top_k,
@@ -65,7 +65,10 @@ def generate_text(
         stop_ids=stop_ids,
         dtype=dtype,
     )
-    return [tokenizer.decode(list(drop_stop_tokens(tokenizer, row, stop_ids))) for row in rows]
+    return [
+        "".join(tokenizer.decode_stream(drop_stop_tokens(tokenizer, row, stop_ids), after=prompt))
+        for prompt, row in zip(encoded, rows, strict=True)
+    ]
 
 
 def drop_stop_tokens(
@@ -74,29 +77,3 @@ def drop_stop_tokens(
     """Yield the ids that are text: all except special tokens that stopped the row."""
     silent = set(tokenizer.special_tokens.values()) & set(stop_ids)
     return (token for token in ids if token not in silent)
-
-
-def stream_text(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
-    """Yield text as ids arrive, holding back a character until all of its bytes are there.
-
-    Args:
-        tokenizer: the tokenizer that the ids belong to.
-        ids: any iterable, such as a generator that is still sampling.
-
-    Yields:
-        Non-empty pieces of text that join to `tokenizer.decode(ids)`. A character still incomplete
-        at the end becomes U+FFFD.
-
-    Raises:
-        ValueError: an id is not in the vocabulary; the message says which and where.
-    """
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    for place, id in enumerate(ids):
-        try:
-            piece = decoder.decode(tokenizer.token_bytes(id))
-        except ValueError as error:
-            raise ValueError(f"at index {place} of the stream: {error}") from None
-        if piece:
-            yield piece
-    if rest := decoder.decode(b"", final=True):
-        yield rest
