@@ -1,4 +1,4 @@
-"""How far the loss reaches back through the blocks, with shortcuts and without (section 4.4)."""
+"""Gradient norms per block, with and without shortcut connections (section 4.4)."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from flaxgpt.typing import Params
 def gradient_norms(
     cfg: GPTConfig, params: Params, ids: ArrayLike, *, shortcuts: bool = True
 ) -> jax.Array:
-    """Returns the norm of the loss's gradient with respect to each block's parameters.
+    """Return the norm of the gradient of the loss with respect to each block's parameters.
 
     Args:
         cfg: the architecture.
         params: its parameters.
-        ids: int [B, T], T of 2 at least: each id but the first is to be predicted.
-        shortcuts: whether the blocks have theirs. Without, each passes on only what attention and
-            then feed-forward make of the stream.
+        ids: int [B, T], T at least 2: each id except the first is a target.
+        shortcuts: whether to keep the shortcut connections. Without them, each block passes on only
+            the result of attention and then feed-forward.
 
     Returns:
         float32 [L].
 
     Raises:
-        ValueError: as for `patch`; or too few ids.
+        ValueError: as for `patch`, or too few ids.
     """
     checked = check_inputs(cfg, params, ids)
     if checked.shape[1] < 2:
         raise ValueError(
-            f"ids of shape {checked.shape} leave nothing to predict: give 2 or more a row"
+            f"ids of shape {checked.shape} leave nothing to predict: pass 2 or more per row"
         )
     return _norms(cfg, params, checked, shortcuts)
 
@@ -57,7 +57,7 @@ def _norms(cfg: GPTConfig, params: Params, ids: jax.Array, shortcuts: bool) -> j
 
 
 def without_shortcuts(cfg: GPTConfig) -> dict[str, Intervention]:
-    """Returns patches that take the shortcuts out of a model; for one call of `patch`."""
+    """Return patches that remove the shortcut connections, for a single call of `patch`."""
     check_config(cfg)
     added: list[jax.Array] = []
 
