@@ -5,20 +5,21 @@ Neither the caller's pyplot backend nor style plays a part.
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import io
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from jax.typing import ArrayLike
 
 from flaxgpt._checks import listed
+from flaxgpt._pictures import default_style, new_figure, to_png
 from flaxgpt.config import GPTConfig
 from flaxgpt.inspection.parameters import PARTS, count_params
+
+__all__ = ["attention_maps", "lens_table", "lines_by_depth", "parameter_shares", "shown", "to_png"]
 
 _COLOURS = ("#4477aa", "#66ccee", "#228833", "#ccbb44", "#bbbbbb", "#ee6677")  # Tol's bright
 _LINE_COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377")
@@ -54,7 +55,7 @@ def attention_maps(weights: ArrayLike, tokens: Sequence[str], title: str = "") -
     else:
         lines, columns = maps.shape[:2]
         side = 1.2
-    with _figure(columns * side + 1.2, lines * side + 0.8) as figure:
+    with new_figure(columns * side + 1.2, lines * side + 0.8) as figure:
         from matplotlib.colors import PowerNorm
 
         # The first query has but itself to look at, so 1 is always there; of a long text all else
@@ -119,7 +120,7 @@ def lens_table(
             )
         best[i] = values.argmax(-1)
         sure[i] = 1 / np.exp(values - values.max(-1, keepdims=True)).sum(-1)
-    with _figure(1.6 + 0.82 * len(tokens), 1.2 + 0.32 * len(table)) as figure:
+    with new_figure(1.6 + 0.82 * len(tokens), 1.2 + 0.32 * len(table)) as figure:
         axes = figure.subplots()
         # The top of the table is the model's answer.
         image = axes.imshow(sure[::-1], vmin=0, vmax=1, cmap="Blues", aspect="auto")
@@ -154,7 +155,7 @@ def parameter_shares(configs: Mapping[str, GPTConfig]) -> Any:
     """
     counts = {name: count_params(cfg) for name, cfg in configs.items()}
     parts = [part for part in PARTS if any(count.by_part[part] for count in counts.values())]
-    with _figure(9, 1.3 + 0.45 * len(counts)) as figure:
+    with new_figure(9, 1.3 + 0.45 * len(counts)) as figure:
         axes = figure.subplots()
         left = np.zeros(len(counts))
         for part, colour in zip(parts, _COLOURS, strict=False):
@@ -200,7 +201,7 @@ def lines_by_depth(
             f"{ylabel} of {listed([n for n, v in curves.items() if not np.isfinite(v).all()])} is "
             "NaN or Inf: flaxgpt params shows which parameters are"
         )
-    with _figure(7, 4) as figure:
+    with new_figure(7, 4) as figure:
         axes = figure.subplots()
         for (name, values), colour in zip(
             curves.items(), itertools.cycle(_LINE_COLOURS), strict=False
@@ -220,16 +221,6 @@ def lines_by_depth(
     return figure
 
 
-def to_png(figure: Any) -> bytes:
-    """Returns a figure as the contents of a PNG file."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    picture = io.BytesIO()
-    with _style():  # fonts are looked up as it is drawn
-        FigureCanvasAgg(figure).print_png(picture)
-    return picture.getvalue()
-
-
 def shown(token: str) -> str:
     """Returns a token so that a picture can show it: spaces and line ends made visible."""
     return _plain(token.replace(" ", "␣").replace("\n", "⏎")) or "∅"
@@ -247,31 +238,9 @@ def _plain(text: str) -> str:
 def _characters() -> frozenset[int]:
     from matplotlib import font_manager
 
-    with _style():
+    with default_style():
         path = font_manager.findfont(font_manager.FontProperties())
     return frozenset(font_manager.get_font(path).get_charmap())
-
-
-@contextlib.contextmanager
-def _figure(width: float, height: float) -> Iterator[Any]:
-    """Yields a figure of that many inches, under matplotlib's own style."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            f"pictures need matplotlib ({error}): pip install 'flaxgpt[plots]'"
-        ) from error
-    with _style():
-        yield Figure(figsize=(width, height), dpi=120, layout="constrained")
-
-
-@contextlib.contextmanager
-def _style() -> Iterator[None]:
-    import matplotlib
-
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        yield
 
 
 def _label_tokens(axes: Any, tokens: Sequence[str], bottom: bool, left: bool) -> None:

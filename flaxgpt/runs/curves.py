@@ -1,42 +1,33 @@
-"""The picture of a run: training and validation loss over steps."""
+"""A plot of a run: training and validation loss over steps."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from flaxgpt._pictures import new_figure, to_png
+
 
 def draw_loss(records: Sequence[Mapping[str, Any]]) -> bytes:
-    """Draws the loss of a run, the best validation marked.
+    """Plot the loss of a run and mark the best validation.
 
-    The training loss is drawn as it is, faintly, and smoothed.
+    The training loss is drawn twice: as it is, faintly, and smoothed.
 
     Args:
-        records: of `read_metrics`; those with "loss" and with "validation_loss" are drawn, None is
-            a gap.
+        records: records of `read_metrics`. Those with a "loss" or a "validation_loss" are drawn;
+            None leaves a gap.
 
     Returns:
-        A PNG of 1200 x 750 pixels. Neither the caller's pyplot backend nor style plays a part.
+        A PNG of 1200 x 750 pixels.
 
     Raises:
-        ImportError: matplotlib is not there; says how to install it.
+        ImportError: matplotlib is not installed.
     """
-    try:
-        import matplotlib
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
+    with new_figure(8, 5, dpi=150) as figure:
         from matplotlib.ticker import MaxNLocator
-    except ImportError as error:
-        raise ImportError(
-            f"drawing the loss needs matplotlib ({error}): pip install 'flaxgpt[train]'"
-        ) from error
 
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
         axes = figure.add_subplot(xlabel="step", ylabel="loss (nats per token)")
         steps, losses = _points(records, "loss")
         axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8)
@@ -69,9 +60,7 @@ def draw_loss(records: Sequence[Mapping[str, Any]]) -> bytes:
         axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
         axes.xaxis.set_major_formatter("{x:,.0f}")
         axes.legend(frameon=False)
-        picture = io.BytesIO()
-        FigureCanvasAgg(figure).print_png(picture)
-    return picture.getvalue()
+        return to_png(figure)
 
 
 def _points(records: Sequence[Mapping[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -81,15 +70,15 @@ def _points(records: Sequence[Mapping[str, Any]], name: str) -> tuple[np.ndarray
 
 
 def _smooth(losses: np.ndarray) -> np.ndarray:
-    """Averages twice over the nearest fiftieth of the run; gaps stay gaps."""
+    """Apply a moving average over 2% of the run twice; gaps remain gaps."""
     places = np.arange(len(losses))
-    # No further ahead than there is behind: else the steep start would be drawn far too low.
+    # Windows are symmetric, or the steep start would be drawn far too low.
     reach = np.minimum(places, 1 + len(losses) // 100)
     first, last = places - reach, np.minimum(places + reach + 1, len(losses))
     for _ in range(2):
-        there = np.isfinite(losses)
-        sums = np.cumsum(np.concatenate([[0], np.where(there, losses, 0)]))
-        counts = np.cumsum(np.concatenate([[0], there]))
+        finite = np.isfinite(losses)
+        sums = np.cumsum(np.concatenate([[0], np.where(finite, losses, 0)]))
+        counts = np.cumsum(np.concatenate([[0], finite]))
         means = (sums[last] - sums[first]) / np.maximum(counts[last] - counts[first], 1)
-        losses = np.where(there, means, np.nan)
+        losses = np.where(finite, means, np.nan)
     return losses
