@@ -42,7 +42,7 @@ def write_file_atomically(path: Path, data: bytes) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    _sync(path.parent)
+    sync(path.parent)
 
 
 @contextmanager
@@ -74,7 +74,7 @@ def replacing_folder(target: Path, replaceable: Collection[str]) -> Iterator[Pat
         temporary.mkdir()
         yield temporary
         for path in [*temporary.iterdir(), temporary]:
-            _sync(path)
+            sync(path)
         if target.exists():
             shutil.copymode(target, temporary)
             _exchange(temporary, target)
@@ -85,7 +85,7 @@ def replacing_folder(target: Path, replaceable: Collection[str]) -> Iterator[Pat
         if isinstance(error, OSError) and error.errno is not None:
             raise OSError(error.errno, f"{target} cannot be written: {error}") from error
         raise
-    _sync(target.parent)
+    sync(target.parent)
     if temporary.exists():
         _remove(temporary, replaceable, target)
 
@@ -107,7 +107,8 @@ def _foreign(target: Path, replaceable: Collection[str]) -> list[str]:
     )
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Flush a file or folder from the system's cache to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

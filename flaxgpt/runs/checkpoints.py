@@ -1,41 +1,40 @@
-"""Checkpoints of a run, from which it goes on bit for bit, killed at whatever moment.
+"""Checkpoints that resume a run bit-for-bit, whenever it was killed.
 
-    RUN/checkpoints/300/arrays/         the state of the run, as orbax writes it
-                        run.json        what is not an array, and what the arrays are
-                        checksums.json  CRC-32 of each of these files
+    RUN/checkpoints/300/arrays/         the state of the run
+                        run/            JSON: the position in the data, the configuration, ...
+                        checksums.json  CRC-32 of every file
 
-Orbax writes the arrays, but does not settle whether they are a checkpoint: version 0.12 reads a
-flipped byte as just another number, and leaves small files for the system to write when it likes.
-So here a folder gets its name, in one step, when all of it is on disk, and is read only if it is
-still what was written.
+`orbax.checkpoint.CheckpointManager` writes in the background and removes old checkpoints. Orbax
+0.12 does not sync a checkpoint to disk before naming it, restores a flipped bit as just another
+number, and leaves a half-written folder behind when a write fails. This module adds the sync, the
+checksums and the clean-up.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import shutil
 import warnings
-import zlib
-from collections.abc import Mapping
-from concurrent import futures
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, LatestN
 
 from flaxgpt._checks import check_size, listed
-from flaxgpt._files import replacing_folder
-
-_ARRAYS, _RUN, _CHECKSUMS = "arrays", "run.json", "checksums.json"
+from flaxgpt._files import sync
+from flaxgpt.runs.checksums import DamagedError, check_files, write_checksums
 
 
 class Restored(NamedTuple):
-    """What `Checkpoints.save` was given."""
+    """The arguments of the `Checkpoints.save` call that wrote a checkpoint."""
 
     step: int
     state: Any
@@ -44,34 +43,37 @@ class Restored(NamedTuple):
 
 
 class Checkpoints:
-    """The checkpoints of one run, which one process at a time may have open.
+    """The checkpoints of one run, open in one process at a time.
 
-    A background thread writes while training goes on. Use as a context manager, or call `close`:
-    what is not written when Python exits is lost.
+    Checkpoints are written in the background while training continues. Every method first waits
+    for the checkpoint that is being written, and raises OSError once if that failed. Use as a
+    context manager or call `close`.
 
     Args:
-        folder: RUN/checkpoints; made if need be. What a killed run left half written in it is
-            removed, with a warning.
-        keep: how many of the latest are kept. The one with the lowest validation loss is kept too.
+        folder: RUN/checkpoints, created if missing. Half-written checkpoints of a killed run are
+            removed with a warning.
+        keep: number of latest checkpoints to keep, in addition to the one with the lowest
+            validation loss.
 
     Raises:
-        ValueError: `keep` is not 1 or more.
-        OSError: the folder cannot be made, read or tidied.
+        ValueError: `keep` is less than 1.
+        OSError: the folder cannot be created, read or cleaned up.
     """
 
     def __init__(self, folder: Path, keep: int) -> None:
         self._folder, self._keep = folder.resolve(), check_size("keep", keep)
         self._folder.mkdir(parents=True, exist_ok=True)
-        for path in sorted(self._folder.glob(".[0-9]*.tmp")):  # as `replacing_folder` names it
-            warnings.warn(f"removing {path}, which a killed run left half written", stacklevel=2)
+        for path in _unfinished(self._folder):
+            warnings.warn(f"removing {path}, which a killed run left half-written", stacklevel=2)
             shutil.rmtree(path)
-        for path in self._folder.glob(".[0-9]*.deleted"):  # as `_remove` names it
-            shutil.rmtree(path)
-        self._losses = {int(path.name): _validation_loss(path) for path in _folders(self._folder)}
-        # Compression would save 8 % of space and double the work.
-        self._orbax = ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_compression=False))
-        self._thread = futures.ThreadPoolExecutor(1, "checkpoint")
-        self._writing: futures.Future[None] | None = None
+        # Orbax also logs, with a traceback, every error that it raises.
+        self._log_filter = lambda record: "orbax" not in record.pathname
+        logging.getLogger("absl").addFilter(self._log_filter)
+        self._manager = self._open_manager()
+        # The intact checkpoints, as far as is known.
+        self._losses = {step: self._read_loss(step) for step in self._manager.all_steps()}
+        self._damaged: list[int] = []
+        self._writing: int | None = None
 
     def save(
         self,
@@ -81,123 +83,128 @@ class Checkpoints:
         config: dict[str, Any],
         validation_loss: float | None = None,
     ) -> None:
-        """Begins to write a checkpoint, once the one before is written.
+        """Start writing a checkpoint.
 
-        Returns when the arrays are in the host's memory: `state` may then be donated, and `data`
-        and `config` change.
+        Returns once the arrays are in host memory: `state` may then be donated, and `data` and
+        `config` modified.
 
         Args:
-            step: updates so far, more than at any checkpoint there is.
-            state: a pytree of JAX arrays, random keys among them.
-            data: where the data stands, as JSON can hold it.
-            config: what is trained and how, as JSON can hold it.
-            validation_loss: if None or not finite, this checkpoint is never the best.
+            step: optimizer steps so far, more than in any existing checkpoint.
+            state: pytree of JAX arrays, which may include random keys.
+            data: position in the data, JSON-serializable.
+            config: what is trained and how, JSON-serializable.
+            validation_loss: if None or not finite, this checkpoint is never the best one.
 
         Raises:
-            ValueError: `step` is not above that of the newest checkpoint.
-            OSError: the checkpoint before could not be written.
+            ValueError: `step` is not greater than the step of the newest checkpoint.
+            OSError: the checkpoint does not fit on the disk.
         """
         newest = self.latest_step()
         if newest is not None and step <= newest:
             raise ValueError(
-                f"step {step} does not come after step {newest}, of which {self._folder} has a "
-                "checkpoint: restore that one first, or choose another folder"
+                f"step {step} is not after step {newest}, the newest checkpoint in {self._folder}: "
+                "restore that checkpoint first, or use another folder"
             )
-        loss = None
-        if validation_loss is not None and math.isfinite(validation_loss):
-            loss = float(validation_loss)
+        finite = validation_loss is not None and math.isfinite(validation_loss)
+        self._losses[step] = float(validation_loss) if finite else None  # type: ignore[arg-type]
         keys = {name: leaf for name, leaf in _named(state).items() if _is_key(leaf)}
         run = {
-            "validation_loss": loss,
+            "validation_loss": self._losses[step],
             "data": data,
             "config": config,
-            "arrays": _kinds(state),
+            "arrays": _describe(state),
             "keys": {name: str(jax.random.key_impl(key)) for name, key in keys.items()},
         }
-        bare = jax.tree.map(
+        arrays = jax.tree.map(
             lambda leaf: jax.random.key_data(leaf) if _is_key(leaf) else leaf, state
         )
-        # On CPU these are views, and need not be copies: what NumPy looks at XLA does not reuse,
-        # even where it is donated.
-        arrays = jax.device_get(bare)
-        self._writing = self._thread.submit(self._write, step, arrays, json.dumps(run), loss)
+        items = ocp.args.Composite(
+            arrays=ocp.args.PyTreeSave(arrays),
+            run=ocp.args.JsonSave(json.loads(json.dumps(run))),  # a copy, as orbax writes it later
+        )
+        try:
+            _check_space(self._folder, sum(leaf.nbytes for leaf in jax.tree.leaves(arrays)))
+            while self._damaged:
+                self._manager.delete(self._damaged.pop())
+            self._manager.save(step, args=items, force=True)
+        except Exception as error:
+            raise self._clean_up(step, error) from error
+        self._writing = step
 
     def restore(self, template: Any) -> Restored:
-        """Reads the newest checkpoint that is as it was written, and warns of those that are not.
+        """Restore the newest intact checkpoint, with a warning for each damaged one.
 
-        The next save removes the damaged ones.
+        The next call of `save` removes the damaged checkpoints.
 
         Args:
-            template: a pytree like the state, of arrays or jax.ShapeDtypeStructs. Arrays go where
-                its arrays are, or as its shardings say, or to the default device.
+            template: pytree with the structure of the state, of arrays or jax.ShapeDtypeStructs.
+                Each array is placed like the template's array, by its sharding, or else on the
+                default device.
 
         Returns:
             What was saved, bit for bit.
 
         Raises:
-            FileNotFoundError: there is no checkpoint, or only damaged ones.
-            ValueError: what was saved is not like the template.
-            OSError: the checkpoint before could not be written, or a file cannot be read.
+            FileNotFoundError: there is no checkpoint, or all are damaged.
+            ValueError: the checkpoint does not match the template.
+            OSError: a file cannot be read.
         """
         newest = self.latest_step()
         for step in sorted(self._losses, reverse=True):
             folder = self._folder / str(step)
             try:
-                _check_files(folder)
-            except _DamagedError as damage:
+                check_files(folder)
+            except DamagedError as damage:
                 warnings.warn(f"checkpoint {folder} is damaged, not used: {damage}", stacklevel=2)
+                self._damaged.append(step)
                 del self._losses[step]
                 continue
-            run = json.loads((folder / _RUN).read_bytes())
-            _check_template(folder, run["arrays"], _kinds(template))
-            state = self._read_arrays(folder / _ARRAYS, template, run["keys"])
+            run = _read_run(folder)
+            _check_template(folder, run["arrays"], _describe(template))
+            state = self._read_state(step, template, run["keys"])
             return Restored(step, state, run["data"], run["config"])
         raise FileNotFoundError(
-            f"{self._folder} has no checkpoint to go on from"
+            f"{self._folder} has no checkpoint to resume from"
             + ("" if newest is None else ": all are damaged")
-            + "; train anew, in another folder"
+            + "; start a new run in another folder"
         )
 
     def latest_step(self) -> int | None:
-        """Waits, and returns the step of the newest checkpoint, None if there is none.
-
-        Raises:
-            OSError: as `wait`.
-        """
+        """Return the step of the newest checkpoint, or None if there is none."""
         self.wait()
         return max(self._losses, default=None)
 
     def best(self) -> tuple[int, float] | None:
-        """Waits, and returns step and validation loss of the best checkpoint, None if none has any.
+        """Return step and validation loss of the checkpoint with the lowest one, if any has one.
 
-        Raises:
-            OSError: as `wait`.
+        Of equal losses, the earliest counts.
         """
         self.wait()
-        return _best(self._losses)
+        return self._best()
 
     def wait(self) -> None:
-        """Waits until what was given to `save` is on disk.
-
-        Raises:
-            OSError: it could not be written. Raised once, here or by the method called next.
-        """
-        if self._writing is not None:
-            futures.wait([self._writing])  # interrupted here, there is still something to wait for
-            writing, self._writing = self._writing, None
-            writing.result()
+        """Wait until the last checkpoint is on disk."""
+        if self._writing is None:
+            return
+        step = self._writing
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            raise self._clean_up(step, error) from error
+        self._writing = None
+        if step not in self._manager.all_steps():  # orbax drops it when a wait is interrupted
+            self._manager.close()
+            self._manager = self._open_manager()
+        kept = self._manager.all_steps()
+        self._losses = {step: loss for step, loss in self._losses.items() if step in kept}
 
     def close(self) -> None:
-        """Waits, and ends the thread.
-
-        Raises:
-            OSError: as `wait`.
-        """
+        """Wait until the last checkpoint is on disk, and end the background threads."""
         try:
             self.wait()
         finally:
-            self._thread.shutdown()
-            self._orbax.close()
+            self._manager.close()
+            logging.getLogger("absl").removeFilter(self._log_filter)
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -205,114 +212,101 @@ class Checkpoints:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _write(self, step: int, arrays: Any, run: str, loss: float | None) -> None:
-        target = self._folder / str(step)
-        try:
-            _check_space(self._folder, sum(array.nbytes for array in jax.tree.leaves(arrays)))
-            if target.exists():  # damaged: `save` refuses the step of any other
-                _remove(target)
-            with replacing_folder(target, replaceable=()) as folder:
-                self._orbax.save(folder / _ARRAYS, args=ocp.args.PyTreeSave(arrays))
-                (folder / _RUN).write_text(run)
-                (folder / _CHECKSUMS).write_text(json.dumps(_sync_and_sum(folder)))
-        except Exception as error:
-            raise OSError(
-                f"checkpoint of step {step} could not be written to {target}: "
-                f"{error.__cause__ or error}; free some space, or mend what this says, and resume: "
-                "earlier checkpoints are intact"
-            ) from error
-        self._losses[step] = loss
-        kept = sorted(self._losses)[-self._keep :]
-        if best := _best(self._losses):
-            kept.append(best[0])
-        self._losses = {step: self._losses[step] for step in kept}
-        for folder in _folders(self._folder):
-            if int(folder.name) not in kept:
-                _remove(folder)
-
-    def _read_arrays(self, folder: Path, template: Any, key_impls: Mapping[str, str]) -> Any:
-        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), template)
-        arrays = self._orbax.restore(
-            folder, args=ocp.args.PyTreeRestore(template, restore_args=as_numpy)
+    def _open_manager(self) -> Any:
+        return ocp.CheckpointManager(
+            self._folder,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=AnyPreservationPolicy(
+                    [LatestN(self._keep), _KeepBest(self._best)]
+                ),
+                temporary_path_class=_DurableFolder,
+                async_options=ocp.AsyncOptions(timeout_secs=24 * 60 * 60),
+                num_deletion_threads=1,
+                lightweight_initialize=True,  # reading the metadata of a damaged one would fail
+            ),
+            handler_registry=ocp.handlers.create_default_handler_registry(
+                # Compression would save 8% of space and take twice as long.
+                arrays=ocp.PyTreeCheckpointHandler(use_compression=False),
+                run=ocp.JsonCheckpointHandler(),
+            ),
         )
 
-        def placed(path: Any, array: np.ndarray, like: Any) -> jax.Array:
-            leaf: Any = array
+    def _clean_up(self, step: int, error: Exception) -> OSError:
+        """Remove what a failed write left behind, and return the error to raise."""
+        self._writing = None
+        del self._losses[step]
+        for path in _unfinished(self._folder):
+            shutil.rmtree(path)
+        self._manager.close()
+        self._manager = self._open_manager()  # the old one no longer counts what it would remove
+        return OSError(
+            f"checkpoint of step {step} could not be written to {self._folder / str(step)}: "
+            f"{error.__cause__ or error}; earlier checkpoints are intact: free some space, or fix "
+            "the cause, and resume"
+        )
+
+    def _best(self) -> tuple[int, float] | None:
+        found = [(loss, step) for step, loss in self._losses.items() if loss is not None]
+        return min(found)[::-1] if found else None
+
+    def _read_loss(self, step: int) -> float | None:
+        folder = self._folder / str(step)
+        try:
+            check_files(folder, "run/")
+        except DamagedError:  # `restore` warns if it gets to this checkpoint
+            return None
+        return _read_run(folder)["validation_loss"]
+
+    def _read_state(self, step: int, template: Any, key_impls: dict[str, str]) -> Any:
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), template)
+        items = ocp.args.Composite(arrays=ocp.args.PyTreeRestore(template, restore_args=as_numpy))
+
+        def place(path: Any, array: Any, like: Any) -> jax.Array:
             if impl := key_impls.get(_name(path)):
-                leaf = jax.random.wrap_key_data(jnp.asarray(array), impl=impl)
-            # What jit may use on any device must stay so: it compiles anew for what it may not.
-            return jax.device_put(leaf, like.sharding if getattr(like, "committed", True) else None)
+                array = jax.random.wrap_key_data(jnp.asarray(array), impl=impl)
+            # An uncommitted array must stay uncommitted, or jit would compile its caller again.
+            return jax.device_put(
+                array, like.sharding if getattr(like, "committed", True) else None
+            )
 
-        return jax.tree_util.tree_map_with_path(placed, arrays, template)
-
-
-class _DamagedError(Exception):
-    """A checkpoint is not what was written."""
-
-
-def _folders(folder: Path) -> list[Path]:
-    return [path for path in folder.iterdir() if path.name.isdecimal()]
+        arrays = self._manager.restore(step, args=items).arrays
+        return jax.tree_util.tree_map_with_path(place, arrays, template)
 
 
-def _best(losses: Mapping[int, float | None]) -> tuple[int, float] | None:
-    """Returns the step of the lowest loss, the first of equals, and that loss."""
-    found = [(loss, step) for step, loss in losses.items() if loss is not None]
-    if not found:
-        return None
-    loss, step = min(found)
-    return step, loss
+class _DurableFolder(ocp.path.atomicity.AtomicRenameTemporaryPath):
+    """A temporary folder that becomes a checkpoint once its files and checksums are on disk."""
+
+    async def finalize(self) -> None:
+        folder, final = Path(self.get()), Path(self.get_final())
+        if not final.name.isdecimal():  # a part of the checkpoint
+            await super().finalize()
+            return
+        self._checkpoint_metadata_store.wait_until_finished()
+        write_checksums(folder)
+        os.rename(folder, final)
+        sync(final.parent)
 
 
-def _remove(folder: Path) -> None:
-    # Not under its own name: what a kill leaves half removed must not pass for a checkpoint.
-    removed = folder.with_name(f".{folder.name}.deleted")
-    folder.rename(removed)
-    shutil.rmtree(removed)
+class _KeepBest(NamedTuple):
+    """Orbax preservation policy: keep the best checkpoint."""
+
+    best: Any
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        best_step, _ = self.best() or (None, None)
+        return [checkpoint.step == best_step for checkpoint in checkpoints]
 
 
-def _validation_loss(folder: Path) -> float | None:
-    try:
-        _check_files(folder, _RUN)
-    except _DamagedError:  # of which `restore` warns, if it comes to that
-        return None
-    return json.loads((folder / _RUN).read_bytes())["validation_loss"]
+def _unfinished(folder: Path) -> list[Path]:
+    return sorted(folder.glob(f"[0-9]*{ocp.path.atomicity.TMP_DIR_SUFFIX}*"))
 
 
-def _check_files(folder: Path, *only: str) -> None:
-    """Raises _DamagedError unless the files, all or `only` some, are as they were written."""
-    try:
-        sums = json.loads((folder / _CHECKSUMS).read_bytes())
-        for name in only or sums:
-            with (folder / name).open("rb") as file:
-                if _crc32(file) != sums[name]:
-                    raise _DamagedError(f"{name} is not what was written")
-    except PermissionError:
-        raise
-    except (OSError, ValueError, LookupError) as error:
-        raise _DamagedError(str(error)) from error
-
-
-def _sync_and_sum(folder: Path) -> dict[str, int]:
-    """Sees to it that all files are on disk, and returns their checksums."""
-    sums = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-            sums[path.relative_to(folder).as_posix()] = _crc32(file)
-    return sums
-
-
-def _crc32(file: BinaryIO) -> int:
-    checksum = 0
-    while block := file.read(2**20):
-        checksum = zlib.crc32(block, checksum)
-    return checksum
+def _read_run(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "run" / "metadata").read_bytes())
 
 
 def _check_space(folder: Path, needed: int) -> None:
-    # Asked before, as orbax prints pages of traceback when it comes to the end of the disk. Its
-    # own files, and what of the last block of each file is empty, take some space too.
-    needed += needed // 20 + 1_000_000
+    needed += needed // 20 + 1_000_000  # orbax's own files, and partly filled blocks
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise OSError(f"it takes {needed / 1e6:,.0f} MB and {free / 1e6:,.0f} MB are free")
@@ -326,7 +320,7 @@ def _name(path: Any) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def _kinds(tree: Any) -> dict[str, str]:
+def _describe(tree: Any) -> dict[str, str]:
     return {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in _named(tree).items()}
 
 
@@ -336,12 +330,12 @@ def _is_key(leaf: Any) -> bool:
 
 def _check_template(folder: Path, saved: dict[str, str], wanted: dict[str, str]) -> None:
     faults = [
-        f"{name} is {saved.get(name, 'not there')} instead of {wanted.get(name, 'left out')}"
+        f"{name} is {saved.get(name, 'missing')}, expected {wanted.get(name, 'none')}"
         for name in {**wanted, **saved}
         if saved.get(name) != wanted.get(name)
     ]
     if faults:
         raise ValueError(
-            f"checkpoint {folder} is of another model or optimiser: {listed(faults, '; ')}; resume "
+            f"checkpoint {folder} is of another model or optimizer: {listed(faults, '; ')}; resume "
             "with the configuration it was saved with"
         )
