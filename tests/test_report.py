@@ -1,4 +1,4 @@
-"""What a training run tells: on standard error, in a terminal, and in the files of its folder."""
+"""The reports of a training run: on standard error, in a terminal, and in the run's folder."""
 
 import errno
 import io
@@ -20,7 +20,13 @@ from rich.console import Console
 import flaxgpt
 from flaxgpt.runs import journal
 from flaxgpt.runs.curves import draw_loss
-from flaxgpt.runs.journal import cut_back, metrics_line, read_metrics, sample_block, visible
+from flaxgpt.runs.journal import (
+    cut_back,
+    escape_controls,
+    metrics_line,
+    read_metrics,
+    sample_block,
+)
 from flaxgpt.runs.report import Report
 
 NASTY = "[red]ROMEO:[/red] :smile:\n\x1b[2J\x07\r\x9b0m\u202eback\ttab \N{GRINNING FACE}"
@@ -72,7 +78,7 @@ def test_without_a_terminal_every_call_is_a_line(tmp_path: Path) -> None:
     ]
 
 
-def test_long_lines_are_not_broken_where_there_is_no_terminal(tmp_path: Path) -> None:
+def test_long_lines_are_not_wrapped_without_a_terminal(tmp_path: Path) -> None:
     console = plain()
     with Report(tmp_path, 10, console=console) as report:
         report.sample(5, "word " * 100 + "end")
@@ -82,7 +88,7 @@ def test_long_lines_are_not_broken_where_there_is_no_terminal(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("steps", "seconds", "left"), [(1, 1, "1:39"), (10, 400, "1:00:00"), (50, 0.4, "0:00")]
 )
-def test_time_left_is_told_in_hours_minutes_and_seconds(
+def test_remaining_time_is_in_hours_minutes_and_seconds(
     tmp_path: Path, steps: int, seconds: float, left: str
 ) -> None:
     console = plain()
@@ -91,7 +97,7 @@ def test_time_left_is_told_in_hours_minutes_and_seconds(
     assert shown(console).endswith(f"  {left} left\n")
 
 
-def test_time_left_follows_a_change_of_pace_but_not_a_single_slow_report(tmp_path: Path) -> None:
+def test_remaining_time_follows_a_change_of_speed_but_not_one_slow_period(tmp_path: Path) -> None:
     console = plain()
     with Report(tmp_path, 1100, console=console) as report:
         for step, seconds in [*((i, 1.0) for i in range(1, 51)), (51, 4.0)]:
@@ -105,7 +111,7 @@ def test_time_left_follows_a_change_of_pace_but_not_a_single_slow_report(tmp_pat
     assert left[100] == pytest.approx(4 * 999, rel=0.01)
 
 
-def test_a_resumed_run_reckons_only_with_its_own_steps(tmp_path: Path) -> None:
+def test_remaining_time_of_a_resumed_run_depends_on_its_own_steps_only(tmp_path: Path) -> None:
     console = plain()
     with Report(tmp_path, 100, start_step=80, console=console) as report:
         report.training(90, 2.0, 1e-3, 1.0, tokens=1, seconds=10.0)
@@ -125,7 +131,7 @@ def test_progress_goes_to_standard_error_and_nothing_to_standard_output(
     assert captured.err.startswith("step 5/10  loss 2.0000")
 
 
-def test_on_a_terminal_a_bar_moves_and_other_lines_stay_above_it(
+def test_a_terminal_shows_a_progress_bar_below_all_other_lines(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     console = terminal(monkeypatch)
@@ -141,7 +147,7 @@ def test_on_a_terminal_a_bar_moves_and_other_lines_stay_above_it(
     assert scrolled.index("starting") < scrolled.index("sample") < scrolled.index("  To be")
 
 
-def test_the_cursor_stays_visible_so_that_a_killed_run_leaves_a_sound_terminal(
+def test_the_cursor_stays_visible_so_that_a_killed_run_does_not_leave_it_hidden(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     console = terminal(monkeypatch)
@@ -149,7 +155,7 @@ def test_the_cursor_stays_visible_so_that_a_killed_run_leaves_a_sound_terminal(
         assert shown(console).rfind("\x1b[?25h") > shown(console).rfind("\x1b[?25l")
 
 
-def test_what_the_caller_prints_into_a_file_stays_out_of_the_terminal(
+def test_redirected_output_of_the_caller_stays_out_of_the_terminal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     console = terminal(monkeypatch)
@@ -168,7 +174,7 @@ def test_a_dumb_terminal_gets_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("kind", ["plain", "terminal"])
-def test_a_sample_is_shown_as_it_is_and_cannot_command_the_terminal(
+def test_a_sample_is_shown_literally_and_cannot_control_the_terminal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     console = plain() if kind == "plain" else terminal(monkeypatch)
@@ -182,8 +188,8 @@ def test_a_sample_is_shown_as_it_is_and_cannot_command_the_terminal(
     assert not re.search("[\x1b\x07\x9b\u202e]", (tmp_path / "samples.txt").read_text())
 
 
-def test_visible_text_has_no_control_characters_and_can_be_written() -> None:
-    everything = visible("".join(map(chr, range(0x10000))))
+def test_escaped_text_has_no_control_characters_and_can_be_encoded() -> None:
+    everything = escape_controls("".join(map(chr, range(0x10000))))
     everything.encode()
     controls = "[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]"
     assert not re.search(controls, everything)
@@ -192,15 +198,15 @@ def test_visible_text_has_no_control_characters_and_can_be_written() -> None:
 @pytest.mark.parametrize(
     "text", ["plain\n\ttext", "déjà vu 你好", "family: \U0001f468\u200d\U0001f467"]
 )
-def test_visible_text_is_otherwise_untouched(text: str) -> None:
-    assert visible(text) == text
+def test_escaping_leaves_ordinary_text_unchanged(text: str) -> None:
+    assert escape_controls(text) == text
 
 
-def test_lines_that_end_as_on_windows_end_without_a_spelled_out_return() -> None:
-    assert visible("one\r\ntwo\rthree") == "one\ntwo\\rthree"
+def test_windows_line_ends_become_newlines_without_an_escaped_return() -> None:
+    assert escape_controls("one\r\ntwo\rthree") == "one\ntwo\\rthree"
 
 
-def test_samples_stand_beneath_headings_of_their_steps(tmp_path: Path) -> None:
+def test_each_sample_has_a_heading_with_its_step(tmp_path: Path) -> None:
     with Report(tmp_path, 20, console=plain()) as report:
         report.sample(5, "To be,\n\nor not")
         report.sample(10, "step 3")
@@ -208,7 +214,7 @@ def test_samples_stand_beneath_headings_of_their_steps(tmp_path: Path) -> None:
     assert written == "step 5\n  To be,\n\n  or not\n\nstep 10\n  step 3\n\n"
 
 
-def test_metrics_are_one_json_object_a_line_there_at_once(tmp_path: Path) -> None:
+def test_metrics_are_json_lines_written_immediately(tmp_path: Path) -> None:
     with Report(tmp_path, 20, console=plain()) as report:
         report.training(5, 2.5, 1e-3, 1.25, tokens=100, seconds=0.5)
         lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
@@ -226,7 +232,7 @@ def test_metrics_are_one_json_object_a_line_there_at_once(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_what_json_cannot_say_becomes_null_and_the_line_says_it(
+def test_nan_and_infinity_become_null_in_the_metrics_and_are_shown_in_the_line(
     tmp_path: Path, value: float
 ) -> None:
     console = plain()
@@ -239,7 +245,7 @@ def test_what_json_cannot_say_becomes_null_and_the_line_says_it(
     assert f"loss {value}" in shown(console)
 
 
-def test_on_resuming_what_was_told_after_the_checkpoint_is_dropped(tmp_path: Path) -> None:
+def test_resuming_removes_reports_after_the_checkpoint(tmp_path: Path) -> None:
     with Report(tmp_path, 40, console=plain()) as report:
         for step in (10, 20, 30):
             train(report, step)
@@ -248,13 +254,13 @@ def test_on_resuming_what_was_told_after_the_checkpoint_is_dropped(tmp_path: Pat
     with Report(tmp_path, 40, start_step=20, console=plain()) as report:
         assert steps_in(tmp_path) == [10, 10, 20, 20]
         train(report, 30, 40)
-        report.sample(30, "anew")
+        report.sample(30, "again")
     assert steps_in(tmp_path) == [10, 10, 20, 20, 30, 40]
     headings = re.findall(r"^step \d+", (tmp_path / "samples.txt").read_text(), re.MULTILINE)
     assert headings == ["step 10", "step 20", "step 30"]
 
 
-def test_a_run_that_begins_anew_drops_all_of_the_one_before(tmp_path: Path) -> None:
+def test_starting_again_at_step_zero_removes_all_earlier_reports(tmp_path: Path) -> None:
     with Report(tmp_path, 40, console=plain()) as report:
         report.validation(0, 4.0, best=True)
         report.sample(0, "old")
@@ -266,7 +272,7 @@ def test_a_run_that_begins_anew_drops_all_of_the_one_before(tmp_path: Path) -> N
 
 
 @given(data=st.data())
-def test_a_run_killed_anywhere_in_a_line_resumes_with_whole_lines_up_to_its_checkpoint(
+def test_resuming_keeps_complete_lines_up_to_the_checkpoint_wherever_the_run_was_killed(
     data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     folder = tmp_path_factory.mktemp("run")
@@ -281,14 +287,14 @@ def test_a_run_killed_anywhere_in_a_line_resumes_with_whole_lines_up_to_its_chec
     assert steps_in(folder) == [step for step in whole if step <= resumed]
 
 
-def test_a_half_written_sample_of_a_killed_run_is_dropped(tmp_path: Path) -> None:
+def test_resuming_removes_a_half_written_sample(tmp_path: Path) -> None:
     whole = sample_block(10, "To be")
     (tmp_path / "samples.txt").write_text(whole + "step 1")
     cut_back(tmp_path / "metrics.jsonl", tmp_path / "samples.txt", 10)
     assert (tmp_path / "samples.txt").read_text() == whole
 
 
-def test_a_file_with_nothing_to_drop_is_not_written(
+def test_resuming_does_not_rewrite_a_file_without_later_steps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with Report(tmp_path, 40, console=plain()) as report:
@@ -299,7 +305,7 @@ def test_a_file_with_nothing_to_drop_is_not_written(
 
 
 @pytest.mark.parametrize("line", ["nonsense", "[1]", '{"loss": 2.0}', '{"step": "3"}', "3", ""])
-def test_a_broken_line_of_metrics_is_refused_by_its_number(tmp_path: Path, line: str) -> None:
+def test_an_invalid_line_of_metrics_is_refused_with_its_number(tmp_path: Path, line: str) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text(f'{{"step": 1}}\n{line}\n{{"step": 2}}\n')
     message = re.escape(f"{path}, line 2: {line!r} is not a JSON object with a step")
@@ -313,11 +319,11 @@ def picture(data: bytes) -> np.ndarray:
     return matplotlib.image.imread(io.BytesIO(data), format="png")[..., :3]
 
 
-def has_colour(image: np.ndarray, name: str) -> bool:
+def has_color(image: np.ndarray, name: str) -> bool:
     return bool((np.abs(image - matplotlib.colors.to_rgb(name)).max(axis=-1) < 0.01).any())
 
 
-def test_each_validation_draws_the_loss_anew(tmp_path: Path) -> None:
+def test_each_validation_redraws_the_loss(tmp_path: Path) -> None:
     with Report(tmp_path, 100, console=plain()) as report:
         train(report, *range(1, 50))
         assert not (tmp_path / "loss.png").exists()
@@ -327,8 +333,8 @@ def test_each_validation_draws_the_loss_anew(tmp_path: Path) -> None:
     second = picture((tmp_path / "loss.png").read_bytes())
     assert first.shape == second.shape == (750, 1200, 3)
     assert (first != second).any()
-    for colour in ("tab:blue", "tab:orange", "tab:red"):
-        assert has_colour(first, colour)
+    for color in ("tab:blue", "tab:orange", "tab:red"):
+        assert has_color(first, color)
     assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl", "loss.png"}
 
 
@@ -336,21 +342,21 @@ def test_the_best_validation_is_marked() -> None:
     records = [{"step": step, "validation_loss": abs(step - 30)} for step in range(0, 101, 10)]
     red = np.array(matplotlib.colors.to_rgb("tab:red"))
     reds = np.argwhere(np.abs(picture(draw_loss(records)) - red).max(axis=-1) < 0.01)
-    row, column = reds[reds[:, 0].argmax()]  # the lowest; the legend has another further up
+    row, column = reds[reds[:, 0].argmax()]  # the lowest, as the legend has another one
     assert row > 600
     assert 300 < column < 500
 
 
-def test_a_loss_that_is_no_number_is_a_gap() -> None:
+def test_a_missing_loss_is_drawn_as_a_gap() -> None:
     training = [{"step": i, "loss": None if 40 < i < 60 else 3 - i / 50} for i in range(101)]
     image = picture(draw_loss([*training, {"step": 50, "validation_loss": None}]))
-    assert has_colour(image[:, :550], "tab:blue")
-    assert not has_colour(image[:, 590:640], "tab:blue")
-    assert has_colour(image[:, 680:], "tab:blue")
-    assert not has_colour(image, "tab:red")
+    assert has_color(image[:, :550], "tab:blue")
+    assert not has_color(image[:, 590:640], "tab:blue")
+    assert has_color(image[:, 680:], "tab:blue")
+    assert not has_color(image, "tab:red")
 
 
-def test_the_callers_style_does_not_show_in_the_picture() -> None:
+def test_the_plot_does_not_depend_on_the_callers_style() -> None:
     records = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}]
     with matplotlib.rc_context({"axes.facecolor": "black", "lines.linewidth": 7, "font.size": 20}):
         styled = draw_loss(records)
@@ -360,11 +366,11 @@ def test_the_callers_style_does_not_show_in_the_picture() -> None:
 @pytest.mark.parametrize(
     "records", [[], [{"step": 1, "loss": None}], [{"step": 1, "loss": 2.0}]], ids=str
 )
-def test_a_run_that_has_hardly_begun_can_be_drawn(records: list[dict[str, float | None]]) -> None:
+def test_a_run_of_few_records_can_be_drawn(records: list[dict[str, float | None]]) -> None:
     assert picture(draw_loss(records)).shape == (750, 1200, 3)
 
 
-def test_the_callers_matplotlib_is_left_alone_and_not_loaded_before_it_is_needed() -> None:
+def test_drawing_leaves_the_callers_matplotlib_unchanged_and_imports_it_on_demand() -> None:
     program = """
 import sys
 import flaxgpt.runs.report
@@ -382,7 +388,7 @@ assert "matplotlib.pyplot" not in sys.modules
     )
 
 
-def test_without_matplotlib_one_line_says_how_to_get_it_and_the_run_goes_on(
+def test_without_matplotlib_one_line_says_how_to_install_it_and_the_run_continues(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("matplotlib", "matplotlib.figure", "matplotlib.backends.backend_agg"):
@@ -393,15 +399,15 @@ def test_without_matplotlib_one_line_says_how_to_get_it_and_the_run_goes_on(
         report.validation(100, 1.5, best=True)
     lines = [line for line in shown(console).splitlines() if "validation" not in line]
     assert len(lines) == 1
-    assert lines[0].startswith("no loss.png: drawing the loss needs matplotlib")
-    assert lines[0].endswith("pip install 'flaxgpt[train]'")
+    assert lines[0].startswith("no loss.png: plotting requires matplotlib")
+    assert lines[0].endswith("pip install 'flaxgpt[plots]'")
     assert steps_in(tmp_path) == [50, 100]
     assert not (tmp_path / "loss.png").exists()
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
 @pytest.mark.parametrize("name", ["metrics.jsonl", "samples.txt"])
-def test_a_full_disk_stops_the_run_with_the_name_of_the_file(tmp_path: Path, name: str) -> None:
+def test_a_full_disk_raises_an_error_with_the_name_of_the_file(tmp_path: Path, name: str) -> None:
     with Report(tmp_path, 100, console=plain()) as report:
         (tmp_path / name).symlink_to("/dev/full")
         with pytest.raises(OSError, match=re.escape(str(tmp_path / name))) as raised:
@@ -410,7 +416,7 @@ def test_a_full_disk_stops_the_run_with_the_name_of_the_file(tmp_path: Path, nam
     assert raised.value.errno == errno.ENOSPC
 
 
-def test_a_disk_too_full_for_the_picture_stops_the_run_and_leaves_the_last_one(
+def test_a_disk_too_full_for_the_plot_raises_an_error_and_keeps_the_previous_plot(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails(descriptor: int) -> None:

@@ -1,4 +1,4 @@
-"""A whole run: what it leaves behind, how it goes on, and what it refuses."""
+"""A whole run: what it writes, how it resumes, and which inputs it refuses."""
 
 import dataclasses
 import io
@@ -21,8 +21,10 @@ from rich.console import Console
 import flaxgpt
 import golden
 from flaxgpt import GPTConfig
-from flaxgpt.runs import DivergedError, read_run, train
+from flaxgpt.runs import DivergedError, read_run, texts, train
+from flaxgpt.runs.folder import lock_run
 from flaxgpt.runs.journal import read_metrics
+from flaxgpt.runs.start import start_run
 from flaxgpt.training import TrainConfig
 
 VERDICT = golden.DATA / "verdict" / "the-verdict.txt"
@@ -34,7 +36,7 @@ RECIPE = TrainConfig(
     batch_size=4,
     learning_rate=1e-2,
     warmup_steps=5,
-    steps_per_call=4,  # which divides what follows, so that there is one compilation
+    steps_per_call=4,  # divides the periods below, so that one function is compiled
     log_every=2,
     eval_every=20,
     eval_windows=8,
@@ -47,33 +49,33 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def run(out, cfg=CFG, **changes):
-    """Trains in this process; returns the outcome and what a person saw."""
+    """Train in this process; return the result and what was printed."""
     seen = io.StringIO()
     recipe = dataclasses.replace(RECIPE, **changes)
-    outcome = train(cfg, recipe, out, console=Console(file=seen, width=200))
-    return outcome, seen.getvalue()
+    result = train(cfg, recipe, out, console=Console(file=seen, width=200))
+    return result, seen.getvalue()
 
 
-def leaves(outcome):
-    state = outcome.state
+def leaves(result):
+    state = result.state
     kept = (state.params, state.opt_state, state.step, jax.random.key_data(state.key))
     return [np.asarray(leaf) for leaf in jax.tree.leaves(kept)]
 
 
-def assert_the_same(one, other):
+def assert_equal(one, other):
     for a, b in zip(leaves(one), leaves(other), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
-    """A run that nothing disturbed."""
+    """An uninterrupted run."""
     out = tmp_path_factory.mktemp("runs") / "done"
-    outcome, seen = run(out)
-    return out, outcome, seen
+    result, seen = run(out)
+    return out, result, seen
 
 
-def test_a_run_leaves_all_that_describes_it(done):
+def test_a_run_writes_its_files_and_configuration(done):
     out, _, _ = done
     assert {path.name for path in out.iterdir() if path.name != ".lock"} == {
         "config.json",
@@ -91,30 +93,30 @@ def test_a_run_leaves_all_that_describes_it(done):
     assert header["model"]["emb_dim"] == 16
 
 
-def test_a_run_tells_of_itself(done):
-    out, outcome, seen = done
+def test_a_run_reports_its_progress(done):
+    out, result, seen = done
     metrics = read_metrics(out / "metrics.jsonl")
     assert [m["step"] for m in metrics if "loss" in m] == list(range(2, 41, 2))
     assert [m["step"] for m in metrics if "validation_loss" in m] == [20, 40]
     assert "step 20/40  loss" in seen
     assert "step 40/40  validation" in seen
     assert "step 20/40  sample" in (out / "samples.txt").read_text() + seen
-    assert outcome.validation_loss == min(m.get("validation_loss", 9) for m in metrics)
-    first, last = metrics[0]["loss"], outcome.validation_loss
-    assert last < first - 0.5  # characters are far from equally likely
+    assert result.validation_loss == min(m.get("validation_loss", 9) for m in metrics)
+    first, last = metrics[0]["loss"], result.validation_loss
+    assert last < first - 0.5  # it learns at least the frequencies of characters
 
 
-def test_the_model_of_a_run_loads_and_speaks(done):
-    out, outcome, _ = done
+def test_the_model_of_a_run_can_be_loaded_and_generates_text(done):
+    out, result, _ = done
     cfg, params, tokenizer = flaxgpt.load(out)
-    assert (cfg, outcome.best_step) == (CFG, 40)
-    jax.tree.map(np.testing.assert_array_equal, params, outcome.state.params)
+    assert (cfg, result.best_step) == (CFG, 40)
+    jax.tree.map(np.testing.assert_array_equal, params, result.state.params)
     text = VERDICT.read_text(encoding="utf-8")
     assert tokenizer.characters == "".join(sorted(set(text)))
     assert len(flaxgpt.generate_text(cfg, params, tokenizer, ["I had"], 5)[0]) == 5
 
 
-def test_the_text_is_split_by_characters(done):
+def test_the_validation_text_is_the_last_tenth_of_the_characters(done):
     out, _, _ = done
     text = VERDICT.read_text(encoding="utf-8")
     tokenizer = flaxgpt.load(out)[2]
@@ -125,21 +127,21 @@ def test_the_text_is_split_by_characters(done):
     assert tokenizer.decode(val_ids) == text[int(0.9 * len(text)) :]
 
 
-def test_a_run_is_the_same_each_time(done, tmp_path):
-    assert_the_same(run(tmp_path / "again")[0], done[1])
+def test_a_run_is_reproducible(done, tmp_path):
+    assert_equal(run(tmp_path / "again")[0], done[1])
 
 
-def test_a_run_stopped_by_ctrl_c_ends_as_if_it_had_not_been(done, tmp_path, monkeypatch):
+def test_a_run_interrupted_by_ctrl_c_and_resumed_is_bit_identical(done, tmp_path, monkeypatch):
     out = tmp_path / "run"
-    told = flaxgpt.runs.report.Report.training
+    report = flaxgpt.runs.report.Report.training
 
     def press(self, step, *others):
-        told(self, step, *others)
+        report(self, step, *others)
         if step == 10:
             signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(flaxgpt.runs.report.Report, "training", press)
-    # A shell's background job ignores Ctrl-C, and so would this test in it.
+    # A background job of a shell ignores Ctrl-C, and so would this test.
     monkeypatch.setattr(signal, "getsignal", lambda number: signal.default_int_handler)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
@@ -148,8 +150,8 @@ def test_a_run_stopped_by_ctrl_c_ends_as_if_it_had_not_been(done, tmp_path, monk
     finally:
         signal.signal(signal.SIGINT, before)
     assert [path.name for path in (out / "checkpoints").iterdir() if int(path.name) > 8] == ["12"]
-    outcome, _ = run(out, init_from=str(out))
-    assert_the_same(outcome, done[1])
+    result, _ = run(out, init_from=str(out))
+    assert_equal(result, done[1])
     steps = [m["step"] for m in read_metrics(out / "metrics.jsonl") if "loss" in m]
     assert steps == list(range(2, 41, 2))
     assert read_run(out)[1].init_from == "scratch"
@@ -164,14 +166,14 @@ train(cfg, dataclasses.replace(recipe, init_from=sys.argv[1]), sys.argv[1])
 """
 
 
-def killed_at_random(out, rounds, seed, longest):
-    """Goes on with a run in processes that are killed; returns how many lived to be."""
+def kill_at_random(out, rounds, seed, longest):
+    """Resume a run in processes that are killed; return how many finished before."""
     chance = random.Random(seed)
     ended = 0
     for _ in range(rounds):
         process = subprocess.Popen(
             [sys.executable, "-W", "ignore", "-c", KILLED, str(out)],
-            # Killed while it writes to JAX's cache, it would leave half a file for others to read.
+            # A process killed while it writes to JAX's cache would leave half a file in it.
             env=os.environ
             | {
                 "PYTHONPATH": str(Path(flaxgpt.__file__).parent.parent),
@@ -179,7 +181,7 @@ def killed_at_random(out, rounds, seed, longest):
             },
             stderr=subprocess.PIPE,
         )
-        # From when it begins to train: importing is not what is tested.
+        # Wait until training starts: killing it during imports would test nothing.
         assert process.stderr is not None
         for line in process.stderr:
             if b"compiled" in line or b"saved" in line:
@@ -191,46 +193,44 @@ def killed_at_random(out, rounds, seed, longest):
     return ended
 
 
-def begun(out, **changes):
-    """Makes the folder of a run that has not done a step."""
-    from flaxgpt.runs.run import prepare
-
-    prepare(CFG, dataclasses.replace(RECIPE, **changes), out, lambda line: None)
+def create(out, **changes):
+    """Create the folder of a run without training a step."""
+    start_run(CFG, dataclasses.replace(RECIPE, **changes), out, lambda line: None)
     return out
 
 
 @pytest.mark.filterwarnings("ignore:removing")
-def test_a_killed_run_ends_with_the_same_bits(done, tmp_path):
-    out = begun(tmp_path / "run")
-    killed_at_random(out, 1, seed=1, longest=0.3)
-    outcome, _ = run(out, init_from=str(out))
-    assert_the_same(outcome, done[1])
+def test_a_killed_and_resumed_run_is_bit_identical(done, tmp_path):
+    out = create(tmp_path / "run")
+    kill_at_random(out, 1, seed=1, longest=0.3)
+    result, _ = run(out, init_from=str(out))
+    assert_equal(result, done[1])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(5))
 @pytest.mark.filterwarnings("ignore:removing")
-def test_a_run_killed_time_and_again_ends_with_the_same_bits(tmp_path, seed):
+def test_a_run_killed_many_times_is_bit_identical(tmp_path, seed):
     changes = {"steps": 1000, "save_every": 7, "eval_every": 50, "seed": seed}
     whole, _ = run(tmp_path / "whole", **changes)
-    out = begun(tmp_path / "run", **changes)
-    assert killed_at_random(out, 8, seed, longest=1.5) < 8
-    outcome, _ = run(out, init_from=str(out), **changes)
-    assert_the_same(outcome, whole)
+    out = create(tmp_path / "run", **changes)
+    assert kill_at_random(out, 8, seed, longest=1.5) < 8
+    result, _ = run(out, init_from=str(out), **changes)
+    assert_equal(result, whole)
 
 
-def test_a_complete_run_can_be_made_longer(tmp_path):
+def test_a_complete_run_can_be_extended(tmp_path):
     out = tmp_path / "run"
     run(out, steps=8, sample_every=0)
-    outcome, _ = run(out, steps=12, init_from=str(out), sample_every=0)
-    assert int(outcome.state.step) == 12
+    result, _ = run(out, steps=12, init_from=str(out), sample_every=0)
+    assert int(result.state.step) == 12
     assert read_run(out)[1].steps == 12
 
 
 def test_fine_tuning_starts_from_a_saved_model(done, tmp_path):
     out, trained, _ = done
     cfg = dataclasses.replace(CFG, drop_rate=0.0)
-    outcome, _ = run(
+    result, _ = run(
         tmp_path / "tuned",
         cfg,
         init_from=str(out / "model"),
@@ -240,30 +240,28 @@ def test_fine_tuning_starts_from_a_saved_model(done, tmp_path):
         learning_rate=1e-9,
         min_learning_rate=0.0,
     )
-    assert abs(outcome.validation_loss - trained.validation_loss) < 1e-4
+    assert abs(result.validation_loss - trained.validation_loss) < 1e-4
     with pytest.raises(ValueError, match=r"has another architecture: emb_dim=32 \(was 16\)"):
         run(tmp_path / "x", dataclasses.replace(CFG, emb_dim=32), init_from=str(out / "model"))
     assert not (tmp_path / "x").exists()
 
 
 @pytest.mark.filterwarnings("ignore:removing")
-def test_fine_tuning_killed_in_its_first_checkpoint_starts_from_the_model_again(done, tmp_path):
+def test_fine_tuning_killed_in_its_first_checkpoint_restarts_from_the_source(done, tmp_path):
     changes = {"init_from": str(done[0] / "model"), "tokenizer": "", "steps": 8, "sample_every": 0}
     whole, _ = run(tmp_path / "whole", **changes)
     out = tmp_path / "run"
-    from flaxgpt.runs.run import prepare
-
-    prepare(CFG, dataclasses.replace(RECIPE, **changes), out, lambda line: None)
-    (out / "checkpoints" / ".8.0123.tmp").mkdir(parents=True)
+    create(out, **changes)
+    (out / "checkpoints" / "8.orbax-checkpoint-tmp").mkdir(parents=True)
     (out / "data" / ".train.npy.0123.tmp").touch()
-    outcome, _ = run(out, **changes | {"init_from": str(out)})
-    assert_the_same(outcome, whole)
+    result, _ = run(out, **changes | {"init_from": str(out)})
+    assert_equal(result, whole)
     assert not list((out / "data").glob(".*.tmp"))
 
 
-def test_fine_tuning_that_makes_it_worse_keeps_what_it_started_from(done, tmp_path):
+def test_fine_tuning_that_never_improves_keeps_the_source_model_as_the_best(done, tmp_path):
     out, trained, _ = done
-    outcome, seen = run(
+    result, seen = run(
         tmp_path / "tuned",
         init_from=str(out / "model"),
         tokenizer="",
@@ -273,113 +271,108 @@ def test_fine_tuning_that_makes_it_worse_keeps_what_it_started_from(done, tmp_pa
         sample_every=0,
     )
     assert "step 0/4  validation" in seen
-    assert outcome.best_step == 0
+    assert result.best_step == 0
     _, params, _ = flaxgpt.load(tmp_path / "tuned")
     jax.tree.map(np.testing.assert_array_equal, params, trained.state.params)
 
 
-def test_fine_tuning_a_model_without_a_tokenizer_asks_for_one(done, tmp_path):
+def test_fine_tuning_a_model_without_a_tokenizer_requires_one(done, tmp_path):
     bare = tmp_path / "bare"
     flaxgpt.save(bare, CFG, done[1].state.params)
-    with pytest.raises(ValueError, match="bare has no tokenizer that flaxgpt reads: name the one"):
+    with pytest.raises(ValueError, match="bare has no tokenizer that flaxgpt can read: set --tok"):
         run(tmp_path / "run", init_from=str(bare), tokenizer="")
 
 
-def test_without_validation_the_last_model_is_kept(tmp_path):
-    outcome, seen = run(tmp_path / "run", val_fraction=0.0, steps=8, sample_every=0)
-    assert outcome.validation_loss is None and outcome.best_step is None
+def test_without_validation_the_last_model_is_saved(tmp_path):
+    result, seen = run(tmp_path / "run", val_fraction=0.0, steps=8, sample_every=0)
+    assert result.validation_loss is None and result.best_step is None
     assert "  validation" not in seen
     _, params, _ = flaxgpt.load(tmp_path / "run")
-    jax.tree.map(np.testing.assert_array_equal, params, outcome.state.params)
+    jax.tree.map(np.testing.assert_array_equal, params, result.state.params)
 
 
-def test_a_loss_that_is_no_number_stops_the_run_before_it_is_saved(tmp_path):
+def test_a_diverged_run_stops_before_saving_a_checkpoint(tmp_path):
     out = tmp_path / "run"
     with pytest.raises(
         DivergedError,
-        match=r"step 2[1-9] has loss .*; the last checkpoint is of 20\. Try a lower learning_rate",
+        match=r"step 2[1-9] has loss .*; the last checkpoint: step 20\. Try a learning_rate below",
     ):
-        begun(out)
+        create(out)
         run(out, init_from=str(out), steps=20)
         changes = {"learning_rate": 1e30, "min_learning_rate": 1e30, "grad_clip": 0.0}
         run(out, init_from=str(out), warmup_steps=1, **changes)
     assert {path.name for path in (out / "checkpoints").iterdir()} == {"16", "20"}
 
 
-def test_a_folder_in_use_is_refused_and_left_alone(done, tmp_path):
+def test_a_folder_in_use_is_refused_and_left_unchanged(done, tmp_path):
     out, _, _ = done
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
-    with pytest.raises(ValueError, match=rf"{out} is in use.*--init-from {out} goes on with it"):
+    with pytest.raises(ValueError, match=rf"{out} is in use.*--init-from {out} resumes it"):
         run(out)
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match="is in use, and nothing in it is overwritten: give a new"):
+    with pytest.raises(ValueError, match="is in use, and nothing in it is overwritten: choose a"):
         run(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
-def test_a_run_goes_on_only_as_what_it_was(done):
+def test_a_run_cannot_resume_with_another_model_or_batch_size(done):
     out, _, _ = done
     with pytest.raises(
-        ValueError, match=r"cannot go on with emb_dim=32 \(was 16\), batch_size=8 \(was 4\)"
+        ValueError, match=r"cannot resume with emb_dim=32 \(was 16\), batch_size=8 \(was 4\)"
     ):
         run(out, dataclasses.replace(CFG, emb_dim=32), batch_size=8, init_from=str(out))
 
 
-def test_a_run_refuses_another_text(done, tmp_path):
+def test_a_run_cannot_resume_with_another_text(done, tmp_path):
     other = tmp_path / "other.txt"
     other.write_text(VERDICT.read_text(encoding="utf-8").replace("I", "i"), encoding="utf-8")
-    with pytest.raises(ValueError, match=r"the text has changed since the run in .* began"):
+    with pytest.raises(ValueError, match=r"the text has changed since the run in .* started"):
         run(done[0], data=(str(other),), init_from=str(done[0]))
 
 
-def test_a_run_goes_on_without_the_text_it_has_tokenized(tmp_path):
+def test_a_run_can_resume_without_its_text_files(tmp_path):
     text = tmp_path / "text.txt"
     text.write_bytes(VERDICT.read_bytes())
     out = tmp_path / "run"
     run(out, steps=8, data=(str(text),), sample_every=0)
     text.unlink()
-    outcome, seen = run(out, steps=12, data=(str(text),), init_from=str(out), sample_every=0)
-    assert "text.txt is no longer there" in seen
-    assert int(outcome.state.step) == 12
+    result, seen = run(out, steps=12, data=(str(text),), init_from=str(out), sample_every=0)
+    assert "text.txt no longer exists" in seen
+    assert int(result.state.step) == 12
 
 
-def test_a_long_tokenizing_tells_how_far_it_is(tmp_path, monkeypatch):
-    from flaxgpt.runs import texts
-    from flaxgpt.runs.run import prepare
-
+def test_tokenizing_reports_its_progress_every_ten_seconds(tmp_path, monkeypatch):
     clock = SimpleNamespace(monotonic=itertools.count(0, 60).__next__)
     monkeypatch.setattr(texts, "time", clock)
-    told = []
-    prepare(CFG, RECIPE, tmp_path / "run", told.append)
+    lines = []
+    start_run(CFG, RECIPE, tmp_path / "run", lines.append)
     path = tmp_path / "run" / "data" / "train.npy"
-    assert told[0] == f"tokenizing into {path}"
-    assert told[1].startswith(f"tokenizing into {path}: ") and told[1].endswith(" %")
+    assert lines[0] == f"tokenizing into {path}"
+    assert lines[1].startswith(f"tokenizing into {path}: ") and lines[1].endswith(" %")
 
 
-def test_two_processes_do_not_train_in_one_folder(tmp_path):
-    from flaxgpt.runs.run import sole
-
-    out = begun(tmp_path / "run")
-    with sole(out), pytest.raises(ValueError, match="another process is training in"):
+def test_two_processes_cannot_train_in_one_folder(tmp_path):
+    out = create(tmp_path / "run")
+    with lock_run(out), pytest.raises(ValueError, match="another process is training in"):
         run(out, init_from=str(out), steps=48)
-    assert read_run(out)[1].steps == 40  # what the other one goes by
+    assert read_run(out)[1].steps == 40  # the configuration of the other process
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"data": ()}, "data is empty: give at least one file"),
+        ({"data": ()}, "data is empty: give at least one text file"),
         ({"data": ("nowhere.txt",)}, "nowhere.txt does not exist"),
         ({"batch_size": 5000}, "batch_size=5000 exceeds the data: 18431 ids are 1151 windows"),
-        ({"tokenizer": "gpt2"}, "the tokenizer has 50257 ids and the model vocab_size=62"),
+        ({"tokenizer": "gpt2"}, "the tokenizer has 50257 ids, more than the model's vocab_size=62"),
         ({"tokenizer": "nowhere"}, "tokenizer='nowhere' must be one of gpt2, tales, characters"),
         ({"init_from": "no/where"}, "there is no file or folder 'no/where'"),
         ({"val_fraction": 0.0005}, "the validation text is too short"),
         ({"sample_prompt": "7"}, "sample_prompt='7': "),
     ],
 )
-def test_bad_input_is_found_before_anything_is_made(tmp_path, changes, message):
+def test_invalid_input_is_refused_before_anything_is_written(tmp_path, changes, message):
     with pytest.raises((ValueError, OSError), match=message):
         run(tmp_path / "run", **changes)
     assert not (tmp_path / "run").exists()
@@ -393,7 +386,7 @@ def test_bad_input_is_found_before_anything_is_made(tmp_path, changes, message):
         (b"good \xff bad" * 30, "is not UTF-8: byte 0xff at position 5"),
     ],
 )
-def test_bad_text_is_found_before_anything_is_made(tmp_path, content, message):
+def test_invalid_text_is_refused_before_anything_is_written(tmp_path, content, message):
     text = tmp_path / "text.txt"
     text.write_bytes(content)
     with pytest.raises(ValueError, match=message):
@@ -401,14 +394,14 @@ def test_bad_text_is_found_before_anything_is_made(tmp_path, content, message):
     assert not (tmp_path / "run").exists()
 
 
-def test_bytes_that_are_not_utf8_can_be_replaced(tmp_path):
+def test_invalid_utf8_can_be_replaced(tmp_path):
     text = tmp_path / "text.txt"
     text.write_bytes(b"good \xff bad" * 30)
     run(tmp_path / "run", data=(str(text),), errors="replace", steps=2, warmup_steps=0)
     assert "\ufffd" in flaxgpt.load(tmp_path / "run")[2].characters
 
 
-def test_a_full_disk_stops_the_run_and_leaves_earlier_checkpoints(tmp_path):
+def test_a_full_disk_stops_the_run_and_keeps_earlier_checkpoints(tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)]
@@ -422,13 +415,13 @@ def test_a_full_disk_stops_the_run_and_leaves_earlier_checkpoints(tmp_path):
         with pytest.raises(OSError, match="free some space"):
             run(out, init_from=str(out), sample_every=0)
         (disk / "filler").unlink()
-        outcome, _ = run(out, init_from=str(out), sample_every=0)
-        assert int(outcome.state.step) == 40
+        result, _ = run(out, init_from=str(out), sample_every=0)
+        assert int(result.state.step) == 40
     finally:
         subprocess.run(["umount", "--lazy", str(disk)], check=True)  # ids are mapped from it
 
 
-def test_a_run_in_a_process_of_many_is_refused(tmp_path, monkeypatch):
+def test_training_in_one_of_several_processes_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with pytest.raises(ValueError, match="train runs in one process, and there are 2"):
+    with pytest.raises(ValueError, match="train runs in one process, but there are 2"):
         run(tmp_path / "run")

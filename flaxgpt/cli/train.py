@@ -49,7 +49,7 @@ class TrainCommand:
             raise ValueError("--out is missing: give the folder to create for the run")
         # Imported here because orbax takes seconds to import and other commands do not need it.
         from flaxgpt.runs.loop import train
-        from flaxgpt.runs.run import tokenizer_of
+        from flaxgpt.runs.start import tokenizer_of
 
         cfg = self.cfg
         if self.fit_vocabulary:
@@ -73,7 +73,8 @@ def defaults(arguments: Sequence[str]) -> TrainCommand:
         # Unless a vocabulary size is given, the model gets that of the tokenizer.
         return TrainCommand(given.recipe or None, given.out, cfg, train_cfg, not given.vocab_size)
 
-    from flaxgpt.runs.run import is_run, read_run, resumes
+    from flaxgpt.runs.folder import is_run, read_run
+    from flaxgpt.runs.resume import resumes
     from flaxgpt.weights import read_config
 
     folder, out = Path(source).expanduser(), given.out or source

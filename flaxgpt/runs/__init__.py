@@ -2,17 +2,17 @@
 
 from typing import TYPE_CHECKING, Any
 
-from flaxgpt.runs.run import read_run
+from flaxgpt.runs.folder import read_run
 
 if TYPE_CHECKING:
-    from flaxgpt.runs.loop import DivergedError, Outcome, train
+    from flaxgpt.runs.loop import DivergedError, TrainResult, train
 
-__all__ = ["DivergedError", "Outcome", "read_run", "train"]
+__all__ = ["DivergedError", "TrainResult", "read_run", "train"]
 
 
 def __getattr__(name: str) -> Any:
-    # The loop needs orbax, whose import takes as long as loading a small model.
-    if name in ("DivergedError", "Outcome", "train"):
+    # The loop imports orbax, which takes as long as loading a small model.
+    if name in ("DivergedError", "TrainResult", "train"):
         from flaxgpt.runs import loop
 
         return getattr(loop, name)

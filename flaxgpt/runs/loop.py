@@ -1,4 +1,4 @@
-"""`train`: a whole run, from text files to a model, that can be killed at any moment and go on."""
+"""`train`: a whole run, from text files to a model, that can be killed at any point and resumed."""
 
 from __future__ import annotations
 
@@ -6,13 +6,10 @@ import contextlib
 import dataclasses
 import os
 import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -22,8 +19,11 @@ from flaxgpt.config import GPTConfig
 from flaxgpt.data import BatchIterator, batches
 from flaxgpt.generation.batch import generate
 from flaxgpt.runs.checkpoints import Checkpoints
+from flaxgpt.runs.folder import Run, lock_run
 from flaxgpt.runs.report import Report
-from flaxgpt.runs.run import Run, prepare, resumes, sole
+from flaxgpt.runs.resume import resume_run, resumes
+from flaxgpt.runs.signals import catch_signals
+from flaxgpt.runs.start import start_run
 from flaxgpt.training.config import TrainConfig
 from flaxgpt.training.losses import mean_loss
 from flaxgpt.training.step import TrainState, init_state, train_steps
@@ -32,18 +32,18 @@ from flaxgpt.weights import save
 
 
 class DivergedError(ArithmeticError):
-    """A loss or gradient is no longer a finite number."""
+    """The loss or the gradient is no longer finite."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Outcome:
-    """What a run came to.
+class TrainResult:
+    """The result of a run.
 
     Attributes:
-        state: after the last update.
-        validation_loss: the lowest one, None without validation.
-        best_step: the step it was at.
-        model: folder of the model with that loss (without validation, of the last one), as
+        state: the state after the last step.
+        validation_loss: the lowest validation loss, or None without validation.
+        best_step: the step with that loss.
+        model: folder of the model with that loss, or without validation of the last model, as
             `flaxgpt.load` reads it.
     """
 
@@ -53,62 +53,90 @@ class Outcome:
     model: Path
 
 
+@dataclasses.dataclass(frozen=True)
+class _Context:
+    """What stays the same during a run."""
+
+    run: Run
+    checkpoints: Checkpoints
+    report: Report
+    signals: list[int]
+
+    @property
+    def recipe(self) -> TrainConfig:
+        return self.run.train_cfg
+
+
+class _Chunk(NamedTuple):
+    """The data of one jitted call."""
+
+    ids: np.ndarray  # int32 [K, B, T + 1]
+    position: dict[str, Any]  # in the data, after these batches
+
+
 def train(
     cfg: GPTConfig,
     train_cfg: TrainConfig,
     out: str | os.PathLike[str],
     *,
     console: Console | None = None,
-) -> Outcome:
-    """Trains a model on text files; see `TrainConfig` for all that can be set.
+) -> TrainResult:
+    """Train a model on text files; see `TrainConfig` for all settings.
 
-    The run's folder holds everything to go on from: after Ctrl-C, a crash or `kill -9`, the same
-    call with `init_from=out` ends, on CPU, with the very parameters that the undisturbed run would
-    have had, bit for bit. `read_run(out)` gives back the two configurations for it.
+    After Ctrl-C, a crash or `kill -9`, the same call with `init_from=out` resumes the run. On CPU,
+    the parameters of a resumed run are bit-identical to those of an uninterrupted one.
+    `read_run(out)` returns the two configurations.
 
     Args:
-        cfg: the architecture. Its vocabulary must be the tokenizer's at least; fine-tuning
-            (`init_from`) needs that of the model it starts from, dropout rates apart.
+        cfg: the architecture. Its vocabulary must be at least as large as the tokenizer's. When
+            fine-tuning (`init_from`), only its dropout rates may differ from the source model's.
         train_cfg: the recipe.
-        out: the run's folder, new or empty unless the run in it is to go on.
-        console: where to show progress, standard error if not given.
+        out: the run's folder, which must be new or empty unless its run is resumed.
+        console: where to show progress; standard error by default.
+
+    Returns:
+        The final state, and the best validation loss with its step and model.
 
     Raises:
-        ValueError, OSError: bad input, found before anything is computed or written; or a file that
-            cannot be written later on, earlier checkpoints staying as they are.
-        DivergedError: the loss is no longer a number; says when, and what to try.
-        KeyboardInterrupt: Ctrl-C was pressed; a checkpoint was saved first.
+        ValueError, OSError: an input is invalid, found before any computation; or a file cannot be
+            written later, which leaves earlier checkpoints intact.
+        DivergedError: the loss is no longer finite; the message says at which step, and what to
+            try.
+        KeyboardInterrupt: Ctrl-C was pressed. A checkpoint has been saved.
     """
     if jax.process_count() > 1:
         raise ValueError(
-            f"train runs in one process, and there are {jax.process_count()}: build a loop of "
+            f"train runs in one process, but there are {jax.process_count()}: write a loop of "
             "train_step and data.batches(process_index=..., process_count=...) over a mesh"
         )
     console = Console(stderr=True) if console is None else console
+    say = partial(console.print, markup=False, style="dim")
     out = Path(out).expanduser()
-
-    def say(line: str) -> None:
-        console.print(line, markup=False, style="dim")
-
     with contextlib.ExitStack() as stack:
-        if resumes(train_cfg, out):  # before its files are touched
-            stack.enter_context(sole(out))
-            run = prepare(cfg, train_cfg, out, say)
+        if resumes(train_cfg, out):
+            stack.enter_context(lock_run(out))  # before any of its files is changed
+            run = resume_run(cfg, train_cfg, out, say)
         else:
-            run = prepare(cfg, train_cfg, out, say)
-            stack.enter_context(sole(out))
+            run = start_run(cfg, train_cfg, out, say)
+            stack.enter_context(lock_run(out))
         checkpoints = stack.enter_context(Checkpoints(out / "checkpoints", run.train_cfg.keep))
-        asked = stack.enter_context(_interruptible(say))
-        state, iterator = _start(run, checkpoints)
-        report = stack.enter_context(Report(out, run.train_cfg.steps, int(state.step), console))
-        outcome = _go_on(run, state, iterator, checkpoints, report, asked)
-    if asked:  # with everything closed, what Ctrl-C or a termination does when nobody minds it
-        signal.raise_signal(asked[0])
-    return outcome
+        signals = stack.enter_context(catch_signals(say))
+        state, iterator = _restore(run, checkpoints)
+        start = int(state.step)
+        report = stack.enter_context(Report(out, run.train_cfg.steps, start, console))
+        context = _Context(run, checkpoints, report, signals)
+        state = _train_until_done(context, state, iterator)
+        checkpoints.wait()
+        if int(state.step) > start:
+            report.saved(int(state.step))
+        best_step, best_loss = checkpoints.best() or (None, None)
+    if signals:  # everything is closed: let the signal take its default action
+        signal.raise_signal(signals[0])
+    return TrainResult(state, best_loss, best_step, out / "model")
 
 
-def _start(run: Run, checkpoints: Checkpoints) -> tuple[TrainState, BatchIterator]:
-    """Returns the state and the data where the newest checkpoint left them, or at the beginning."""
+def _restore(run: Run, checkpoints: Checkpoints) -> tuple[TrainState, BatchIterator]:
+    """Return the state and the data of the newest checkpoint, or of the start of the run."""
     iterator = batches(
         run.ids,
         length=run.cfg.context_length,
@@ -118,137 +146,159 @@ def _start(run: Run, checkpoints: Checkpoints) -> tuple[TrainState, BatchIterato
     )
     if checkpoints.latest_step() is None:
         return init_state(run.cfg, run.train_cfg, run.params), iterator
-    fresh = jax.eval_shape(partial(init_state, run.cfg, run.train_cfg))
-    restored = checkpoints.restore(_arrays(fresh))
+    template = jax.eval_shape(partial(init_state, run.cfg, run.train_cfg))
+    restored = checkpoints.restore(_arrays(template))
     iterator.set_state(restored.data)
-    return dataclasses.replace(fresh, **restored.state), iterator
+    return dataclasses.replace(template, **restored.state), iterator
 
 
-def _go_on(
-    run: Run,
-    state: TrainState,
-    iterator: BatchIterator,
-    checkpoints: Checkpoints,
-    report: Report,
-    asked: list[int],
-) -> Outcome:
-    recipe = run.train_cfg
-    start = step = int(state.step)
-    compiled: dict[int, Any] = {}
-    unreported: list[tuple[float, float]] = []  # loss and seconds of each step
+def _train_until_done(context: _Context, state: TrainState, iterator: BatchIterator) -> TrainState:
+    """Train until the last step or a signal, and return the final state."""
+    recipe, step = context.recipe, int(state.step)
     if step >= recipe.steps:
-        report.note(f"step {step} is there already: more steps than {recipe.steps} go on from it")
-
-    def validated() -> float:
-        assert run.val_windows is not None
-        loss = mean_loss(
-            run.cfg,
-            state.params,
-            run.val_windows,
-            batch_size=max(1, recipe.batch_size // recipe.accumulate),
-            dtype=recipe.dtype,
-        )
-        best = checkpoints.best()
-        is_best = best is None or loss < best[1]
-        report.validation(step, loss, is_best)
-        if is_best:
-            save(run.folder / "model", run.cfg, state.params, tokenizer=run.tokenizer)
-        return loss
-
-    def keep(place: dict[str, Any], validation: float | None) -> None:
-        config = {"model": run.cfg.to_dict(), "training": recipe.to_dict()}
-        checkpoints.save(step, _arrays(state), place, config, validation)
-
-    new = checkpoints.latest_step() is None
-    if new and run.params is not None and run.val_windows is not None:
-        keep(iterator.get_state(), validated())  # what it starts from may stay the best
-    upcoming = _take(iterator, recipe, step)
+        context.report.note(f"already at step {step}: set steps above {step} to continue")
+    is_new = context.checkpoints.latest_step() is None
+    if is_new and context.run.params is not None and context.run.val_windows is not None:
+        # The model that fine-tuning starts from may remain the best one.
+        _save_checkpoint(context, state, iterator.get_state(), _validate(context, state))
+    compiled: dict[int, Any] = {}
+    unlogged: list[tuple[float, float]] = []
+    upcoming = _next_chunk(iterator, recipe, step)
     while upcoming is not None:
-        chunk, place = upcoming
-        if len(chunk) not in compiled:
-            compiled[len(chunk)] = _compile(state, chunk, report)
-        begun = time.perf_counter()
-        state, on_device = compiled[len(chunk)](state, chunk)
-        upcoming = _take(iterator, recipe, step + len(chunk))  # while the device works
+        chunk, size = upcoming, len(upcoming.ids)
+        if size not in compiled:
+            compiled[size] = _compile(context, state, chunk)
+        started = time.perf_counter()
+        state, on_device = compiled[size](state, chunk.ids)
+        upcoming = _next_chunk(iterator, recipe, step + size)  # while the device computes
         metrics = jax.device_get(on_device)
-        seconds = (time.perf_counter() - begun) / len(chunk)
-        _check_finite(metrics, step, checkpoints)
-        names = ("loss", "grad_norm", "learning_rate")
-        for loss, norm, rate in zip(*(metrics[name].tolist() for name in names), strict=True):
-            step += 1
-            unreported.append((loss, seconds))
-            if step % recipe.log_every == 0 or step == recipe.steps:
-                losses, times = zip(*unreported, strict=True)
-                tokens = len(losses) * recipe.batch_size * run.cfg.context_length
-                report.training(step, sum(losses) / len(losses), rate, norm, tokens, sum(times))
-                unreported = []
-
-        validation = None
-        if run.val_windows is not None and _due(step, recipe.eval_every, recipe):
-            validation = validated()
+        seconds = time.perf_counter() - started
+        _check_finite(context, step, metrics)
+        unlogged = _log(context, step, metrics, seconds / size, unlogged)
+        step += size
+        stopping = bool(context.signals)
+        loss = _validate(context, state) if _due(step, recipe.eval_every, recipe) else None
         if recipe.sample_every and _due(step, recipe.sample_every, recipe):
-            report.sample(step, _sample(run, state.params))
-        if validation is not None or _due(step, recipe.save_every, recipe) or asked:
-            if run.val_windows is None:
-                save(run.folder / "model", run.cfg, state.params, tokenizer=run.tokenizer)
-            keep(place, validation)
-        if asked:
+            context.report.sample(step, _sample(context.run, state.params))
+        if loss is not None or _due(step, recipe.save_every, recipe) or stopping:
+            _save_checkpoint(context, state, chunk.position, loss)
+        if stopping:
             break
-    checkpoints.wait()
-    if step > start:
-        report.saved(step)
-    best_step, best_loss = checkpoints.best() or (None, None)
-    return Outcome(state, best_loss, best_step, run.folder / "model")
+    return state
 
 
-def _arrays(state: TrainState) -> dict[str, Any]:
-    """Returns what of a state is to be kept: all but the configurations."""
-    names = ("params", "opt_state", "step", "key")
-    return {name: getattr(state, name) for name in names}
+def _next_chunk(iterator: BatchIterator, recipe: TrainConfig, step: int) -> _Chunk | None:
+    """Return the batches of the next call, or None after the last step.
+
+    A call never crosses a step at which something is due. The boundaries of calls depend on the
+    step alone, so a resumed run makes the same calls, which compute the same bits.
+    """
+    periods = (recipe.steps_per_call, recipe.eval_every, recipe.save_every, recipe.sample_every)
+    stop = min(recipe.steps, *(step + every - step % every for every in periods if every))
+    if stop <= step:
+        return None
+    return _Chunk(np.stack([next(iterator) for _ in range(stop - step)]), iterator.get_state())
 
 
 def _due(step: int, every: int, recipe: TrainConfig) -> bool:
     return step % every == 0 or step == recipe.steps
 
 
-def _take(
-    iterator: BatchIterator, recipe: TrainConfig, step: int
-) -> tuple[np.ndarray, dict[str, Any]] | None:
-    """Returns the batches of the next call, [K, B, T + 1], and where the data then stands.
-
-    A call never goes past a step at which something is due. So where calls end depends on the step
-    alone, and a run that was killed makes the same calls again, which give the same bits.
-    """
-    periods = (recipe.steps_per_call, recipe.eval_every, recipe.save_every, recipe.sample_every)
-    stop = min(recipe.steps, *(step + every - step % every for every in periods if every))
-    if stop <= step:
-        return None
-    return np.stack([next(iterator) for _ in range(stop - step)]), iterator.get_state()
-
-
-def _compile(state: TrainState, chunk: np.ndarray, report: Report) -> Any:
-    begun = time.perf_counter()
-    compiled = train_steps.lower(state, chunk).compile()
-    seconds = time.perf_counter() - begun
-    report.note(f"compiled {len(chunk)} step{'s'[: len(chunk) > 1]} a call in {seconds:.1f} s")
+def _compile(context: _Context, state: TrainState, chunk: _Chunk) -> Any:
+    started = time.perf_counter()
+    compiled = train_steps.lower(state, chunk.ids).compile()
+    seconds, size = time.perf_counter() - started, len(chunk.ids)
+    context.report.note(f"compiled {size} step{'s'[: size > 1]} per call in {seconds:.1f} s")
     return compiled
 
 
-def _check_finite(metrics: Any, step: int, checkpoints: Checkpoints) -> None:
-    fine = np.isfinite(metrics["loss"]) & np.isfinite(metrics["grad_norm"])
-    if fine.all():
+def _check_finite(context: _Context, step: int, metrics: Any) -> None:
+    finite = np.isfinite(metrics["loss"]) & np.isfinite(metrics["grad_norm"])
+    if finite.all():
         return
-    first = int(np.argmin(fine))
-    latest = checkpoints.latest_step()
-    kept = "there is no checkpoint yet" if latest is None else f"the last checkpoint is of {latest}"
+    first = int(np.argmin(finite))
+    latest = context.checkpoints.latest_step()
+    kept = "no checkpoint was saved" if latest is None else f"the last checkpoint: step {latest}"
     raise DivergedError(
-        f"step {step + first + 1} has loss {metrics['loss'][first]} and a gradient of norm "
-        f"{metrics['grad_norm'][first]}; {kept}. Try a lower learning_rate than "
-        f"{metrics['learning_rate'].max():.1e}, more warmup_steps, grad_clip=1.0 or dtype float32"
+        f"step {step + first + 1} has loss {metrics['loss'][first]} and gradient norm "
+        f"{metrics['grad_norm'][first]}; {kept}. Try a learning_rate below "
+        f"{metrics['learning_rate'].max():.1e}, more warmup_steps, grad_clip=1.0 or dtype=float32"
     )
 
 
+def _log(
+    context: _Context,
+    step: int,
+    metrics: Any,
+    seconds_per_step: float,
+    unlogged: list[tuple[float, float]],
+) -> list[tuple[float, float]]:
+    """Report the steps that complete a logging period.
+
+    Args:
+        context: the run.
+        step: steps before those of `metrics`.
+        metrics: of `train_steps`, each float [K].
+        seconds_per_step: time per step.
+        unlogged: loss and seconds of earlier steps that are not reported yet.
+
+    Returns:
+        Loss and seconds of the steps that are not reported yet.
+    """
+    recipe = context.recipe
+    names = ("loss", "grad_norm", "learning_rate")
+    for loss, norm, rate in zip(*(metrics[name].tolist() for name in names), strict=True):
+        step += 1
+        unlogged = [*unlogged, (loss, seconds_per_step)]
+        if _due(step, recipe.log_every, recipe):
+            losses, times = zip(*unlogged, strict=True)
+            tokens = len(losses) * recipe.batch_size * context.run.cfg.context_length
+            mean = sum(losses) / len(losses)
+            context.report.training(step, mean, rate, norm, tokens, sum(times))
+            unlogged = []
+    return unlogged
+
+
+def _validate(context: _Context, state: TrainState) -> float | None:
+    """Return the validation loss, None without validation; save the model if it is the best."""
+    run, recipe = context.run, context.recipe
+    if run.val_windows is None:
+        return None
+    loss = mean_loss(
+        run.cfg,
+        state.params,
+        run.val_windows,
+        batch_size=max(1, recipe.batch_size // recipe.accumulate),
+        dtype=recipe.dtype,
+    )
+    best = context.checkpoints.best()
+    is_best = best is None or loss < best[1]
+    context.report.validation(int(state.step), loss, is_best)
+    if is_best:
+        _save_model(run, state.params)
+    return loss
+
+
+def _save_checkpoint(
+    context: _Context, state: TrainState, position: dict[str, Any], loss: float | None
+) -> None:
+    if context.run.val_windows is None:
+        _save_model(context.run, state.params)
+    config = {"model": context.run.cfg.to_dict(), "training": context.recipe.to_dict()}
+    context.checkpoints.save(int(state.step), _arrays(state), position, config, loss)
+
+
+def _save_model(run: Run, params: Params) -> None:
+    save(run.folder / "model", run.cfg, params, tokenizer=run.tokenizer)
+
+
+def _arrays(state: TrainState) -> dict[str, Any]:
+    """Return the part of a state that checkpoints hold: all but the configurations."""
+    return {name: getattr(state, name) for name in ("params", "opt_state", "step", "key")}
+
+
 def _sample(run: Run, params: Params) -> str:
+    """Return a continuation of the recipe's prompt, or of the start of the validation text."""
     recipe = run.train_cfg
     if recipe.sample_prompt:
         prompt = run.tokenizer.encode(recipe.sample_prompt)
@@ -264,33 +314,10 @@ def _sample(run: Run, params: Params) -> str:
         dtype=recipe.dtype,
     )
 
-    def spelled(id: int) -> bytes:
+    def spell(id: int) -> bytes:
         try:
             return run.tokenizer.token_bytes(id)
-        except ValueError:  # the model has more ids than the tokenizer
+        except ValueError:  # The model has more ids than the tokenizer.
             return "\ufffd".encode()
 
-    return b"".join(map(spelled, [*prompt, *ids[0]])).decode("utf-8", errors="replace")
-
-
-@contextlib.contextmanager
-def _interruptible(say: Callable[[str], None]) -> Iterator[list[int]]:
-    """Yields a list that a first Ctrl-C or termination is put in; a second one interrupts."""
-    asked: list[int] = []
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        if asked:
-            raise KeyboardInterrupt
-        asked.append(number)
-        say("saving after this step; interrupt again to stop without")
-
-    before = {}
-    if threading.current_thread() is threading.main_thread():  # only there may handlers be set
-        for number in (signal.SIGINT, signal.SIGTERM):
-            if signal.getsignal(number) is not signal.SIG_IGN:  # as a shell's background jobs have
-                before[number] = signal.signal(number, ask)
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    return b"".join(map(spell, [*prompt, *ids[0]])).decode("utf-8", errors="replace")

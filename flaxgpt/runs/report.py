@@ -1,4 +1,4 @@
-"""What a person sees of a training run: progress, metrics, a picture of the loss, samples."""
+"""The output of a training run: progress, metrics, a plot of the loss, and samples."""
 
 from __future__ import annotations
 
@@ -17,23 +17,24 @@ from flaxgpt.runs.curves import draw_loss
 from flaxgpt.runs.journal import (
     append,
     cut_back,
+    errors_naming,
+    escape_controls,
     metrics_line,
-    naming,
     read_metrics,
     sample_block,
-    visible,
 )
 
 
 class Report:
-    """Tells of a run on standard error and in its folder, from entering to leaving a `with`.
+    """Reports a run on standard error and in its folder, inside a `with` block.
 
-    On a terminal a bar moves at the bottom and all else scrolls past above it; in a notebook the
-    bar stays on top; elsewhere every call is a line. The folder gets metrics.jsonl, samples.txt and
-    loss.png. On entering, the first two are cut back to `start_step`, so that a step that a killed
-    run had told of is there once: what concerns a step is told before its checkpoint is written.
+    A terminal shows a progress bar at the bottom and scrolls everything else above it; a notebook
+    shows the bar at the top; elsewhere, every call prints a line. The folder gets metrics.jsonl,
+    samples.txt and loss.png. Entering the block cuts the first two back to `start_step`, so that
+    steps which a killed run had already reported do not appear twice: a step is reported before
+    its checkpoint is written.
 
-    Every method may raise OSError where a file cannot be written; it names the file.
+    Every method raises OSError with the name of a file that cannot be written.
     """
 
     def __init__(
@@ -43,23 +44,23 @@ class Report:
         start_step: int = 0,
         console: Console | None = None,
     ) -> None:
-        """Takes the run's folder, which must be there, and where to begin.
+        """Prepare a report.
 
         Args:
-            folder: of the run.
-            total_steps: the step at which the run ends.
-            start_step: the step of the checkpoint to go on from; 0 begins anew, and what the
-                folder tells of an earlier run is dropped.
-            console: where to show progress, standard error if not given.
+            folder: the run's folder, which must exist.
+            total_steps: the last step of the run.
+            start_step: step of the checkpoint that the run resumes from; 0 discards the reports of
+                an earlier run in the folder.
+            console: where to show progress; standard error by default.
         """
         self._metrics, self._samples = folder / "metrics.jsonl", folder / "samples.txt"
         self._picture = folder / "loss.png"
-        self._draws = True
+        self._can_draw = True
         self._total, self._start = total_steps, start_step
-        self._told = start_step
+        self._reported = start_step
         self._recent_steps = self._recent_seconds = 0.0
         self._console = Console(stderr=True) if console is None else console
-        # In a notebook rich's bar is a widget.
+        # In a notebook, rich shows the bar as a widget.
         self._live = self._console.is_interactive or (
             self._console.is_jupyter and importlib.util.find_spec("ipywidgets") is not None
         )
@@ -70,7 +71,7 @@ class Report:
             TextColumn("{task.fields[figures]}", markup=False),
             console=self._console,
             refresh_per_second=4,
-            # Prints on the same terminal must not tear the bar; those into a file stay there.
+            # Text printed on the same terminal must not break the bar; redirected text stays out.
             redirect_stdout=sys.stdout.isatty(),
         )
         self._task = self._bar.add_task(
@@ -81,7 +82,7 @@ class Report:
         cut_back(self._metrics, self._samples, self._start)
         if self._live:
             self._bar.start()
-            self._console.show_cursor(True)  # a killed run would leave the terminal without one
+            self._console.show_cursor(True)  # or a killed run would leave it hidden
         return self
 
     def __exit__(
@@ -102,15 +103,15 @@ class Report:
         tokens: int,
         seconds: float,
     ) -> None:
-        """Tells of the steps since the last such call.
+        """Report the steps since the last call.
 
         Args:
-            step: the last one done, counted from 1.
-            loss: of them, in nats per token.
-            learning_rate: of the last one.
-            grad_norm: the gradient's norm before it was clipped.
-            tokens: trained on in them.
-            seconds: spent in them, compiling and evaluating left out; above 0.
+            step: the last step, counted from 1.
+            loss: mean loss of the steps, in nats per token.
+            learning_rate: learning rate of the last step.
+            grad_norm: gradient norm of the last step, before clipping.
+            tokens: number of tokens trained on.
+            seconds: time spent, without compilation and evaluation; positive.
         """
         tokens_per_s = tokens / seconds
         record = {
@@ -123,10 +124,10 @@ class Report:
         }
         append(self._metrics, metrics_line(record))
 
-        # A mean whose weights halve about every seven calls: steady, yet it follows a change.
-        self._recent_steps = 0.9 * self._recent_steps + (step - self._told)
+        # An exponential mean with a half-life of about seven calls: steady, but it follows changes.
+        self._recent_steps = 0.9 * self._recent_steps + (step - self._reported)
         self._recent_seconds = 0.9 * self._recent_seconds + seconds
-        self._told = step
+        self._reported = step
         left = (self._total - step) * self._recent_seconds / self._recent_steps
         figures = (
             f"loss {loss:.4f}  lr {learning_rate:.1e}  {tokens_per_s:,.0f} tokens/s  "
@@ -138,31 +139,31 @@ class Report:
             self._say(f"{place}  {figures}")
 
     def validation(self, step: int, loss: float, best: bool) -> None:
-        """Tells the loss on the validation text, in nats per token, and draws loss.png anew."""
+        """Report the validation loss, in nats per token, and redraw loss.png."""
         record = {"step": step, "validation_loss": loss, "best": best}
         append(self._metrics, metrics_line(record))
-        said = f"{self._place(step)}  validation {loss:.4f}"
-        self._say(f"{said} (best)" if best else said, "green" if best else "")
-        if self._draws:
+        line = f"{self._place(step)}  validation {loss:.4f}"
+        self._say(f"{line} (best)" if best else line, "green" if best else "")
+        if self._can_draw:
             self._draw()
 
     def saved(self, step: int) -> None:
-        """Tells that a checkpoint is safely on disk."""
+        """Report that a checkpoint is on disk."""
         self._say(f"{self._place(step)}  checkpoint saved", "dim")
 
     def sample(self, step: int, text: str) -> None:
-        """Shows text of the model, whatever is in it, and adds it to samples.txt."""
+        """Show sampled text, with control characters escaped, and append it to samples.txt."""
         block = sample_block(step, text)
         append(self._samples, block)
         self._say(f"{self._place(step)}  sample")
         if self._live:
-            self._console.print(Padding(Text(visible(text), "dim"), (0, 2)))
+            self._console.print(Padding(Text(escape_controls(text), "dim"), (0, 2)))
         else:
             self._say(block.partition("\n")[2].rstrip("\n"))
 
     def note(self, text: str) -> None:
-        """Says anything else, in a line of its own."""
-        self._say(visible(text))
+        """Show a message on a line of its own."""
+        self._say(escape_controls(text))
 
     def _place(self, step: int) -> str:
         return f"step {step}/{self._total}"
@@ -174,10 +175,10 @@ class Report:
         try:
             picture = draw_loss(read_metrics(self._metrics))
         except ImportError as error:
-            self._draws = False
+            self._can_draw = False
             self.note(f"no loss.png: {error}")
             return
-        with naming(self._picture):
+        with errors_naming(self._picture):
             write_file_atomically(self._picture, picture)
 
 
