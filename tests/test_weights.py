@@ -13,7 +13,8 @@ import types
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
+import huggingface_hub.constants
+import huggingface_hub.errors
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -411,7 +412,7 @@ def test_saving_into_a_folder_with_other_files_is_an_error(tmp_path: Path) -> No
 def test_saving_over_a_file_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "model").write_text("mine")
     cfg, params, _ = load(HF)
-    with pytest.raises(ValueError, match="model is a file: give the name of a folder"):
+    with pytest.raises(ValueError, match="model is a file: give the path of a folder"):
         save(tmp_path / "model", cfg, params)
 
 
