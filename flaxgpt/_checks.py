@@ -126,8 +126,9 @@ def check_prompts(vocab_size: int, prompts: Any) -> list[np.ndarray]:
     """Return prompts as B arrays of int32 ids, or raise ValueError for the first invalid one."""
     if isinstance(prompts, jax.core.Tracer):
         raise ValueError("prompts must be concrete: generate runs on the host, not inside jit")
+    not_rows = "prompts must be rows of ids, got {!r}: for one prompt, pass [prompt]"
     if not isinstance(prompts, Iterable):
-        raise ValueError(f"prompts must be rows of ids, got {prompts!r}: for one, pass [prompt]")
+        raise ValueError(not_rows.format(prompts))
     # An iterator can be read only once, and iterating over a device array would compile and fetch
     # each row separately.
     prompts = np.asarray(prompts) if isinstance(prompts, jax.Array) else prompts
@@ -138,9 +139,7 @@ def check_prompts(vocab_size: int, prompts: Any) -> list[np.ndarray]:
     for i, given in enumerate(prompts):
         row = _integers(given)
         if row.ndim == 0:
-            raise ValueError(
-                f"prompts must be rows of ids, got {given!r}: for one prompt, pass [prompt]"
-            )
+            raise ValueError(not_rows.format(given))
         if row.ndim != 1:
             raise ValueError(f"prompt {i} of shape {row.shape} must be a flat list of ids")
         if row.size == 0:

@@ -32,12 +32,7 @@ _COMMANDS = {
 def main(argv: list[str] | None = None) -> int:
     """Run the command line, and return its exit code.
 
-    Args:
-        argv: the arguments; those of the process by default.
-
-    Returns:
-        0 on success, 1 if the device fails or training diverges, 2 for invalid input, 130 after
-        Ctrl-C.
+    0 on success, 1 if the device fails or training diverges, 2 for invalid input, 130 after Ctrl-C.
     """
     argv = sys.argv[1:] if argv is None else argv
     if argv == ["--version"]:

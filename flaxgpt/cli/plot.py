@@ -15,8 +15,6 @@ from flaxgpt._files import write_file_atomically
 from flaxgpt.cli.common import load_with_tokenizer, say
 from flaxgpt.config import PRESETS, GPTConfig
 from flaxgpt.inspection import gradient_norms, plots
-from flaxgpt.tokenizer import Tokenizer
-from flaxgpt.typing import Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,17 +84,20 @@ class PlotCommand:
                 f"the text has {ids.size} tokens, but {self.model} reads at most "
                 f"{cfg.context_length}: give a shorter text"
             )
+        tokens = [tokenizer.decode([token]) for token in ids[0].tolist()]
         title = f"{self.model}: {self.text!r}" if len(self.text) < 60 else self.model
+        blocks = cfg.block_names if self.block is None else (cfg.block_names[self.block],)
         match self.kind:
             case "attention":
-                return self._plot_attention(cfg, params, tokenizer, ids, title)
+                names = [f"{block}/att/weights" for block in blocks]
+                found = flaxgpt.activations(cfg, params, ids, select=names)
+                maps = np.stack([found[name][0] for name in names])
+                if self.block is None:
+                    return plots.attention_maps(maps, tokens, title)
+                return plots.attention_maps(maps[0], tokens, f"{title}, block {self.block}")
             case "lens":
-                return plots.lens_table(
-                    flaxgpt.logit_lens(cfg, params, ids)[:, 0],
-                    _spell(tokenizer, ids),
-                    lambda token: tokenizer.decode([token]),
-                    title,
-                )
+                lens = flaxgpt.logit_lens(cfg, params, ids)[:, 0]
+                return plots.lens_table(lens, tokens, lambda id: tokenizer.decode([id]), title)
             case "gradients":
                 curves = {
                     "with shortcuts": gradient_norms(cfg, params, ids),
@@ -104,31 +105,16 @@ class PlotCommand:
                 }
                 return plots.lines_by_depth(curves, "norm of the gradient of the loss", title)
             case _:
-                return _plot_activations(cfg, params, ids, title)
-
-    def _plot_attention(
-        self, cfg: GPTConfig, params: Params, tokenizer: Tokenizer, ids: np.ndarray, title: str
-    ) -> Any:
-        blocks = cfg.block_names if self.block is None else [cfg.block_names[self.block]]
-        names = [f"{block}/att/weights" for block in blocks]
-        found = flaxgpt.activations(cfg, params, ids, select=names)
-        maps = np.stack([found[name][0] for name in names])
-        tokens = _spell(tokenizer, ids)
-        if self.block is None:
-            return plots.attention_maps(maps, tokens, title)
-        return plots.attention_maps(maps[0], tokens, f"{title}, block {self.block}")
-
-
-def _plot_activations(cfg: GPTConfig, params: Params, ids: np.ndarray, title: str) -> Any:
-    parts = {"residual stream": "", "attention output": "/att", "feed-forward output": "/ff"}
-    names = [block + part for block in cfg.block_names for part in parts.values()]
-    found = flaxgpt.activations(cfg, params, ids, select=names)
-    sizes = {
-        name: np.array([np.sqrt(np.square(found[b + part]).mean()) for b in cfg.block_names])
-        for name, part in parts.items()
-    }
-    return plots.lines_by_depth(sizes, "root mean square", title)
-
-
-def _spell(tokenizer: Tokenizer, ids: np.ndarray) -> list[str]:
-    return [tokenizer.decode([token]) for token in ids[0].tolist()]
+                parts = {
+                    "residual stream": "",
+                    "attention output": "/att",
+                    "feed-forward output": "/ff",
+                }
+                names = [block + part for block in blocks for part in parts.values()]
+                found = flaxgpt.activations(cfg, params, ids, select=names)
+                rms = {name: np.sqrt(np.square(value).mean()) for name, value in found.items()}
+                sizes = {
+                    label: np.array([rms[block + part] for block in blocks])
+                    for label, part in parts.items()
+                }
+                return plots.lines_by_depth(sizes, "root mean square", title)

@@ -46,12 +46,7 @@ def parameter_table(rows: list[TreeRow], count: ParamCount) -> Table:
 
 
 def format_totals(count: ParamCount, stored: dict[str, int]) -> str:
-    """Return the lines below the table of parameters.
-
-    Args:
-        count: the totals.
-        stored: size of the weights in the model's files, in bytes by dtype.
-    """
+    """Return the lines below the table of parameters; `stored` is as from `read_stored_bytes`."""
 
     def by_dtype(sizes: dict[str, int]) -> str:
         return ", ".join(f"{format_bytes(n)} {dtype}" for dtype, n in sizes.items())
@@ -111,13 +106,7 @@ def difference_table(differences: list[Difference]) -> Table:
 def largest_batch_table(
     batches: dict[str, LargestBatch], lengths: dict[str, int], size: int
 ) -> Table:
-    """Return a table of the largest batch by model and purpose.
-
-    Args:
-        batches: the largest batches by model.
-        lengths: ids per row by model.
-        size: available memory in bytes.
-    """
+    """Return a table of the largest batches in `size` bytes, by model and purpose."""
     columns = [f"largest batch in {format_bytes(size)}", "length", *_PURPOSES]
     table = _table(columns, caption=_NO_REMAT)
     for name, found in batches.items():

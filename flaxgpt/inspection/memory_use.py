@@ -26,7 +26,9 @@ have not been verified on GPU and TPU.
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
+import functools
 from typing import Any
 
 import jax.numpy as jnp
@@ -123,7 +125,7 @@ def memory(cfg: GPTConfig, batch: int, length: int, *, dtype: DTypeLike = jnp.fl
     if batch * length >= _MANY_IDS and cfg.n_layers > 1:  # the last block computes one id per row
         prefill = max(_LARGE_PREFILL * stream, weights + _LARGE_PREFILL_BESIDE_WEIGHTS * stream)
     temporary = _TEMPORARY * stream + 2 * batch * length * cfg.vocab_size * 4
-    parameters = 4 * count_params(cfg).total
+    parameters = 4 * _count(cfg)
     return MemoryUse(
         weights=parameters,
         kv_cache=kv_cache,
@@ -133,6 +135,11 @@ def memory(cfg: GPTConfig, batch: int, length: int, *, dtype: DTypeLike = jnp.fl
         activations=int(cfg.n_layers * kept + temporary),
         activations_with_remat=int(cfg.n_layers * stream + kept + temporary),
     )
+
+
+@functools.lru_cache(maxsize=64)
+def _count(cfg: GPTConfig) -> int:
+    return count_params(cfg).total
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,19 +175,14 @@ def largest_batch(
         ValueError: `size` is not a positive number, or as for `memory`.
     """
     size = check_positive("size", size)
+    memory(cfg, 1, length, dtype=dtype)  # checks the arguments
+    most = int(size // (length * cfg.emb_dim))  # each number of a stream needs 2 bytes
+    batches = range(1, 1 + min(most, 2**60))
 
     def largest(purpose: str) -> int:
-        def fits(batch: int) -> bool:
-            return getattr(memory(cfg, batch, length, dtype=dtype), purpose) <= size
+        def needed(batch: int) -> int:
+            return getattr(memory(cfg, batch, length, dtype=dtype), purpose)
 
-        if not fits(1):
-            return 0
-        low, high = 1, 2
-        while fits(high):
-            low, high = high, 2 * high
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if fits(middle) else (low, middle)
-        return low
+        return bisect.bisect_right(batches, size, key=needed)
 
     return LargestBatch(*(largest(field.name) for field in dataclasses.fields(LargestBatch)))

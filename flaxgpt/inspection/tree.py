@@ -114,7 +114,7 @@ def tree_rows(tree: Any, *, statistics: bool = False) -> list[TreeRow]:
             count=sum(leaf.count for leaf in leaves),
             bytes=sum(leaf.bytes for leaf in leaves),
             statistics=combine_statistics([described[leaf.path] for leaf in leaves])
-            if statistics
+            if described
             else None,
         )
         for path, leaves in members.items()
@@ -159,13 +159,10 @@ def combine_statistics(parts: Sequence[Statistics]) -> Statistics:
     # Not as the mean of the squares minus the square of the mean, which cancels for a large mean.
     spread = sum(n * (part.std**2 + (part.mean - mean) ** 2) for part, n in finite if n)
     return Statistics(
-        mean=mean,
-        std=math.sqrt(spread / total) if total else math.nan,
-        norm=math.sqrt(sum(part.norm**2 for part in parts)),
-        nan=sum(part.nan for part in parts),
-        inf=sum(part.inf for part in parts),
-        zero=sum(part.zero for part in parts),
-        count=sum(part.count for part in parts),
+        mean,
+        math.sqrt(spread / total) if total else math.nan,
+        math.sqrt(sum(part.norm**2 for part in parts)),
+        *(sum(getattr(part, name) for part in parts) for name in ("nan", "inf", "zero", "count")),
     )
 
 
@@ -248,17 +245,8 @@ def _compare_values(one: Leaf, other: Leaf) -> Sequence[Difference]:
         of_first += float(np.square(np.abs(x)).sum())
     if not changed:
         return []
-    return [
-        Difference(
-            one.name,
-            "values",
-            _type(one),
-            _type(other),
-            changed=changed,
-            largest=largest,
-            relative=math.sqrt(of_gap / of_first) if of_first else math.inf,
-        )
-    ]
+    relative = math.sqrt(of_gap / of_first) if of_first else math.inf
+    return [Difference(one.name, "values", _type(one), _type(other), changed, largest, relative)]
 
 
 def _plain(values: Statistics | Difference) -> dict[str, Any]:

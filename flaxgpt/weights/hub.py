@@ -50,14 +50,12 @@ def fetch(model_id: str) -> Path:
                 f"{str(error).strip().splitlines()[0]}; try again later, or give the path of a "
                 "folder"
             ) from error
-        if constants.HF_HUB_OFFLINE:
-            raise ConnectionError(
-                f"{absent} the whole model is not in the Hugging Face hub's cache, and "
-                "HF_HUB_OFFLINE is set: unset it to download the model, or give the path of a "
-                "folder"
-            ) from error
+        reason = (
+            "HF_HUB_OFFLINE is set: unset it to download the model"
+            if constants.HF_HUB_OFFLINE
+            else f"the hub could not be reached ({type(error).__name__}): check the network"
+        )
         raise ConnectionError(
-            f"{absent} the whole model is not in the Hugging Face hub's cache, and the hub could "
-            f"not be reached ({type(error).__name__}): check the network and try again, or give "
-            "the path of a folder"
+            f"{absent} the whole model is not in the Hugging Face hub's cache, and {reason}, or "
+            "give the path of a folder"
         ) from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
 from flaxgpt._checks import listed
 from flaxgpt.config import GPTConfig
@@ -13,7 +13,14 @@ from flaxgpt.weights.layouts import LAYOUTS
 from flaxgpt.weights.table import Layout, Slot, slots
 from flaxgpt.weights.tensors import FLOATS, Tensor
 
-Kind = Literal["blocks", "missing", "unexpected", "shape", "dtype"]
+_MESSAGES = {  # in the order of the report
+    "blocks": "the weights have {found} blocks instead of n_layers={expected}",
+    "missing": "missing {tensor}",
+    "unexpected": "unexpected {tensor}",
+    "duplicate": "unexpected second {tensor} in {found}",
+    "shape": "{tensor} has shape {found} instead of {expected}",
+    "dtype": "{tensor} is {found} instead of {expected}",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,59 +28,36 @@ class Fault:
     """One way in which a set of tensors does not fit a configuration.
 
     Attributes:
-        kind: what is wrong: the number of blocks, a missing or unexpected tensor, or the shape or
-            dtype of a tensor.
+        kind: a key of `_MESSAGES`.
         tensor: name of the tensor; empty for `blocks`.
         block: number of its block, None outside the blocks.
-        found: what the files have; of a second tensor for the same parameter, its file's name.
+        found: what the files have.
         expected: what the configuration requires.
     """
 
-    kind: Kind
+    kind: str
     tensor: str = ""
     block: int | None = None
     found: Any = None
     expected: Any = None
 
     def __str__(self) -> str:
-        match self.kind:
-            case "blocks":
-                return f"the weights have {self.found} blocks instead of n_layers={self.expected}"
-            case "missing":
-                return f"missing {self.tensor}"
-            case "unexpected" if self.found is not None:
-                return f"unexpected second {self.tensor} in {self.found}"
-            case "unexpected":
-                return f"unexpected {self.tensor}"
-            case "shape":
-                return f"{self.tensor} has shape {self.found} instead of {self.expected}"
-            case "dtype":
-                return f"{self.tensor} is {self.found} instead of {self.expected}"
+        return _MESSAGES[self.kind].format(**vars(self))
 
 
-_KINDS: tuple[Kind, ...] = ("blocks", "missing", "unexpected", "shape", "dtype")
-
-
-@dataclasses.dataclass(frozen=True)
-class Match:
-    """How a set of tensors fits a layout and a configuration.
-
-    Attributes:
-        layout: the layout.
-        tensors: the tensors that the configuration requires or allows, each with its place in the
-            layout, by their full names.
-        faults: everything that does not fit.
-        known: how many names belong to the layout.
-    """
+class Match(NamedTuple):
+    """How a set of tensors fits a layout and a configuration."""
 
     layout: Layout
     tensors: dict[str, tuple[Tensor, Slot]]
-    faults: tuple[Fault, ...]
+    """The tensors that the configuration requires or allows, by their full names."""
+    faults: list[Fault]
     known: int
+    """Number of tensor names that belong to the layout."""
 
 
 def match_layout(cfg: GPTConfig, tensors: Sequence[Tensor], paths: Sequence[Path]) -> Match:
-    """Return the match with the layout that knows the most names, and that has no faults.
+    """Return the match with the layout that knows the most names.
 
     Args:
         cfg: the configuration.
@@ -81,8 +65,7 @@ def match_layout(cfg: GPTConfig, tensors: Sequence[Tensor], paths: Sequence[Path
         paths: the files, for messages.
 
     Raises:
-        ValueError: no layout knows any of the names, or some tensors do not fit. The message lists
-            all faults together.
+        ValueError: no layout knows any of the names, or some tensors do not fit.
     """
     matches = [_match(layout, cfg, tensors) for layout in LAYOUTS.values()]
     best = max(matches, key=lambda match: (match.known, -len(match.faults)))
@@ -121,7 +104,7 @@ def _match(layout: Layout, cfg: GPTConfig, tensors: Sequence[Tensor]) -> Match:
         if name is None or name not in wanted:
             faults.append(Fault("unexpected", tensor.name, block))
         elif name in fitting:
-            faults.append(Fault("unexpected", tensor.name, block, found=tensor.path.name))
+            faults.append(Fault("duplicate", tensor.name, block, found=tensor.path.name))
         else:
             slot = wanted[name]
             fitting[name] = tensor, slot
@@ -139,5 +122,6 @@ def _match(layout: Layout, cfg: GPTConfig, tensors: Sequence[Tensor]) -> Match:
         common = min(blocks, cfg.n_layers)
         faults = [fault for fault in faults if fault.block is None or fault.block < common]
         faults.append(Fault("blocks", found=blocks, expected=cfg.n_layers))
-    faults.sort(key=lambda fault: (_KINDS.index(fault.kind), fault.tensor))
-    return Match(layout, fitting, tuple(faults), known)
+    order = list(_MESSAGES)
+    faults.sort(key=lambda fault: (order.index(fault.kind), fault.tensor))
+    return Match(layout, fitting, faults, known)
