@@ -64,5 +64,5 @@ class EvalCommand:
         say(f"bits per byte  {found.bits_per_byte:.4f}\n")
         say(
             f"{found.tokens} tokens ({found.bytes} bytes) in {found.windows} windows of "
-            f"{cfg.context_length} tokens, stride {found.stride}\n"
+            f"{cfg.context_length}, stride {found.stride}\n"
         )
