@@ -3,7 +3,7 @@
 from flaxgpt.cache import KVCache, init_cache
 from flaxgpt.config import GPTConfig
 from flaxgpt.evaluation import score
-from flaxgpt.generation import generate, generate_text, stream
+from flaxgpt.generation import Sampling, generate, generate_text, stream
 from flaxgpt.inspection import (
     activation_names,
     activations,
@@ -14,7 +14,7 @@ from flaxgpt.inspection import (
     mfu,
     patch,
 )
-from flaxgpt.model import GPT, extend, forward, init
+from flaxgpt.model import GPT, extend, forward, init, logits, states
 from flaxgpt.tokenizer import load_tokenizer
 from flaxgpt.weights import book_params, load, save
 
@@ -29,10 +29,13 @@ __all__ = [  # in the order in which data flows
     "load_tokenizer",
     "GPT",
     "forward",
+    "states",
+    "logits",
     "score",
     "KVCache",
     "init_cache",
     "extend",
+    "Sampling",
     "generate",
     "stream",
     "generate_text",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import importlib
 import operator
@@ -30,6 +31,26 @@ def check_positive(name: str, value: Any) -> float:
     if not 0.0 < _number(value) < float("inf"):
         raise ValueError(f"{name}={value!r} must be a positive number")
     return float(value)
+
+
+def check_nonnegative(name: str, value: Any) -> float:
+    """Return `value` as a finite float of 0 or more, or raise ValueError."""
+    if not 0.0 <= _number(value) < float("inf"):
+        raise ValueError(f"{name}={value!r} must be a finite number, 0 or more")
+    return float(value)
+
+
+def check_keys(kind: str, values: Iterable[str], cls: Any) -> None:
+    """Raise ValueError unless every key is a field of the dataclass `cls`.
+
+    Args:
+        kind: what the keys are, such as "config keys".
+        values: the keys, or a dict that has them.
+        cls: the dataclass.
+    """
+    known = [field.name for field in dataclasses.fields(cls)]
+    if unknown := [key for key in values if key not in known]:
+        raise ValueError(f"unknown {kind} {unknown}: expected some of {known}")
 
 
 def check_context(context_length: int, length: Any) -> int:
@@ -154,7 +175,7 @@ def check_prompts(vocab_size: int, prompts: Any) -> list[np.ndarray]:
     return rows
 
 
-def check_stop_ids(vocab_size: int, stop_ids: Any) -> list[int]:
+def check_stop_ids(stop_ids: Any, vocab_size: int | None = None) -> list[int]:
     """Return stop ids as ints, or raise ValueError with one that is outside the vocabulary."""
     if isinstance(stop_ids, str) or not isinstance(stop_ids, Iterable):
         raise ValueError(f"stop_ids={stop_ids!r} must be a list of ids, such as (50256,)")
@@ -164,8 +185,9 @@ def check_stop_ids(vocab_size: int, stop_ids: Any) -> list[int]:
             ids.append(-1 if isinstance(token, bool) else operator.index(token))
         except TypeError:
             ids.append(-1)
-        if not 0 <= ids[-1] < vocab_size:
-            raise ValueError(f"stop id {token!r} must be an id from 0 to {vocab_size - 1}")
+        if not 0 <= ids[-1] < (vocab_size or 2**31):
+            allowed = "0 or more" if vocab_size is None else f"from 0 to {vocab_size - 1}"
+            raise ValueError(f"stop id {token!r} must be an id, {allowed}")
     return ids
 
 

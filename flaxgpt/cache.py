@@ -1,62 +1,148 @@
-"""The keys and values of ids already seen, as data: argument and result of `extend`.
+"""The KV cache: keys and values of the ids already seen, as an explicit pytree.
 
-Two layouts, one set of functions. The public one keeps batch and heads apart, `[B, N, S, H]`, so
-that accelerators can shard either. On CPU, XLA copies such a buffer whole each time a loop writes
-one slot of it, and takes `[B*N, S, H]` as it is (one row of GPT-2 decodes 10 to 20 % faster), so a
-loop there carries `merge_heads(cache)`. Attention reads the layout off the buffer's rank.
+`extend` takes a cache and returns the updated one. The cache owns its storage layout: everything
+outside this file reads and writes `[B, N, S, H]`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
+from functools import partial
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 
-from flaxgpt._checks import check_dtype, check_size
+from flaxgpt._checks import check_dtype, check_size, unknown_name
 from flaxgpt.config import GPTConfig, check_config
+from flaxgpt.platform import CacheLayout, platform_of
 
 
-@jax.tree_util.register_dataclass
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("keys", "values", "length", "start"),
+    meta_fields=("layout",),
+)
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-    """What attention remembers, a pytree.
+    """The keys and values that attention reads back, a pytree.
 
     Attributes:
-        keys: L arrays [B, N, S, H] (or [B*N, S, H] where merged), float.
-        values: the same.
-        length: int32 [], slots filled so far, the same for all rows.
-        start: int32 [B], the first slot that belongs to each row. Slots before it are padding,
-            which is how prompts of unequal lengths share one `length`: padded on the left.
+        keys: L float arrays, [B, N, S, H], or [B*N, S, H] if `layout` is "merged".
+        values: the same for values.
+        length: int32 [], slots filled so far, shared by all rows.
+        start: int32 [B], the first slot that belongs to each row. Slots before it are padding:
+            prompts of different lengths are padded on the left to share one `length`.
+        layout: how batch and heads are stored, static.
     """
 
     keys: tuple[jax.Array, ...]
     values: tuple[jax.Array, ...]
     length: jax.Array
     start: jax.Array
+    layout: CacheLayout
+
+    @property
+    def batch(self) -> int:
+        """Rows (B)."""
+        return self.start.shape[0]
 
     @property
     def size(self) -> int:
-        """Slots in all (S)."""
+        """Slots in total (S)."""
         return self.keys[0].shape[-2]
 
     def layers(self) -> list[LayerCache]:
-        """Returns what each block needs of the cache."""
+        """Return the part of the cache that each block reads and writes."""
         pairs = zip(self.keys, self.values, strict=True)
         return [LayerCache(keys, values, self.length) for keys, values in pairs]
 
-    def advanced(self, layers: Sequence[LayerCache], queries: int) -> KVCache:
-        """Returns the cache with what the blocks made of it, `queries` slots further."""
+    def advance(self, layers: Sequence[LayerCache], queries: int) -> KVCache:
+        """Return the cache with the blocks' updated layers and `queries` more slots filled."""
         return dataclasses.replace(
             self,
             keys=tuple(layer.keys for layer in layers),
             values=tuple(layer.values for layer in layers),
             length=self.length + queries,
         )
+
+    def rewind(self, length: ArrayLike) -> KVCache:
+        """Return the cache as it was when `length` slots were filled.
+
+        Pure and jittable; no array is copied. Use it to drop draft ids that were rejected, or the
+        padding after a prompt.
+
+        Args:
+            length: int [], at least 0 and at most `self.length`. Under `jit`, where it cannot be
+                checked, a length outside that range makes the next logits NaN.
+
+        Raises:
+            ValueError: `length` is out of range.
+        """
+        if not any(isinstance(x, jax.core.Tracer) for x in (length, self.length)):
+            filled = int(self.length)
+            if not 0 <= int(np.asarray(length)) <= filled:
+                raise ValueError(
+                    f"length={length} is out of range: {filled} slots are filled, so the cache can "
+                    f"rewind to any length from 0 to {filled}"
+                )
+        new = jnp.asarray(length, jnp.int32)
+        valid = (new >= 0) & (new <= self.length)
+        return dataclasses.replace(self, length=jnp.where(valid, new, self.size))
+
+    def take(self, rows: ArrayLike) -> KVCache:
+        """Return a cache made of the given rows, in that order; rows may repeat.
+
+        Pure and jittable. Beam search uses it to continue from the best hypotheses.
+
+        Args:
+            rows: int [R], each from 0 to B - 1. Under `jit`, where they cannot be checked, a row
+                out of range gives NaN logits.
+
+        Raises:
+            ValueError: `rows` is not a flat list of integers, is empty, or is out of range.
+        """
+        rows = rows if isinstance(rows, jax.core.Tracer) else np.asarray(rows)
+        if rows.ndim != 1 or not rows.shape[0] or not jnp.issubdtype(rows.dtype, jnp.integer):
+            raise ValueError(
+                f"rows of shape {rows.shape} and dtype {rows.dtype} must be a flat list of one or "
+                "more integers"
+            )
+        if isinstance(rows, np.ndarray) and (rows.min() < 0 or rows.max() >= self.batch):
+            raise ValueError(
+                f"rows={rows.tolist()} must be from 0 to {self.batch - 1}: the cache has "
+                f"{self.batch} rows"
+            )
+        # A gather counts negative indices from the end, so they are moved out of range first.
+        index = jnp.where(jnp.asarray(rows) < 0, self.batch, rows).astype(jnp.int32)
+
+        def gather(buffer: jax.Array) -> jax.Array:
+            by_row = self._by_row(buffer).at[index].get(mode="fill", fill_value=jnp.nan)
+            return by_row.reshape(-1, *buffer.shape[-2:]) if buffer.ndim == 3 else by_row
+
+        return dataclasses.replace(
+            self,
+            keys=tuple(map(gather, self.keys)),
+            values=tuple(map(gather, self.values)),
+            start=self.start.at[index].get(mode="fill", fill_value=0),
+        )
+
+    def repeat(self, n: int) -> KVCache:
+        """Return a cache in which each row appears `n` times in a row: [B, ...] -> [B*n, ...].
+
+        Pure and jittable. Use it to sample several continuations of one prompt.
+
+        Raises:
+            ValueError: `n` is not a whole number, 1 or more.
+        """
+        return self.take(np.repeat(np.arange(self.batch), check_size("n", n)))
+
+    def _by_row(self, buffer: jax.Array) -> jax.Array:  # either layout -> [B, N, S, H]
+        return buffer.reshape(self.batch, -1, *buffer.shape[-2:])
 
 
 class LayerCache(NamedTuple):
@@ -66,65 +152,62 @@ class LayerCache(NamedTuple):
     values: jax.Array
     length: jax.Array
 
-    def extended(self, keys: jax.Array, values: jax.Array) -> LayerCache:
-        """Returns the cache with keys and values [B, N, T, H] in slots `length` to `length + T`."""
+    def append(self, keys: jax.Array, values: jax.Array) -> LayerCache:
+        """Return the cache with keys and values [B, N, T, H] in slots `length` to `length + T`."""
         return self._replace(
             keys=_write(self.keys, keys, self.length),
             values=_write(self.values, values, self.length),
         )
 
+    def read(self, batch: int) -> tuple[jax.Array, jax.Array]:
+        """Return all keys and values as [B, N, S, H], filled or not, for `batch` rows (B)."""
+        shape = (batch, -1, *self.keys.shape[-2:])
+        return self.keys.reshape(shape), self.values.reshape(shape)
 
-def init_cache(cfg: GPTConfig, batch: int, length: int, dtype: DTypeLike = jnp.float32) -> KVCache:
-    """Returns an empty cache.
+
+def init_cache(
+    cfg: GPTConfig,
+    batch: int,
+    length: int,
+    dtype: DTypeLike = jnp.float32,
+    *,
+    layout: CacheLayout | Literal["auto"] = "auto",
+) -> KVCache:
+    """Return an empty cache.
 
     Args:
         cfg: the model's configuration.
         batch: rows (B).
         length: slots (S), at most `cfg.context_length`.
-        dtype: float32, bfloat16 or float16, of keys and values, and what `extend` computes in.
+        dtype: float32, bfloat16 or float16; of keys and values, and what `extend` computes in.
+        layout: "separate" stores [B, N, S, H], so that batch and heads can be sharded; "merged"
+            stores [B*N, S, H], which XLA updates in place on CPU; "auto" selects what is faster on
+            JAX's default backend.
 
     Raises:
-        ValueError: a batch or length below 1, a length over the context, or another dtype.
+        ValueError: the batch, length, dtype or layout is out of range.
     """
     check_config(cfg)
     batch, length = check_size("batch", batch), check_size("length", length)
     if length > cfg.context_length:
         raise ValueError(
-            f"a cache of length={length} is longer than context_length={cfg.context_length}: "
-            "the model has no positions for the rest"
+            f"a cache of length={length} is longer than context_length={cfg.context_length}: the "
+            "model has no positions beyond that"
         )
+    if layout == "auto":
+        layout = platform_of().cache_layout
+    if layout not in get_args(CacheLayout):
+        raise unknown_name("cache layout", layout, (*get_args(CacheLayout), "auto"))
     dtype = check_dtype(dtype)
-    shape = (batch, cfg.n_heads, length, cfg.head_dim)
+    rows = (batch, cfg.n_heads) if layout == "separate" else (batch * cfg.n_heads,)
+    shape = (*rows, length, cfg.head_dim)
     return KVCache(
         keys=tuple(jnp.zeros(shape, dtype) for _ in range(cfg.n_layers)),
         values=tuple(jnp.zeros(shape, dtype) for _ in range(cfg.n_layers)),
         length=jnp.zeros((), jnp.int32),
         start=jnp.zeros((batch,), jnp.int32),
+        layout=layout,
     )
-
-
-def merge_heads(cache: KVCache) -> KVCache:
-    """Returns the cache with its first two axes merged: [B, N, S, H] -> [B*N, S, H]."""
-
-    def merge(buffer: jax.Array) -> jax.Array:
-        return buffer.reshape(-1, *buffer.shape[-2:])
-
-    return dataclasses.replace(
-        cache,
-        keys=tuple(map(merge, cache.keys)),
-        values=tuple(map(merge, cache.values)),
-    )
-
-
-def visible(cache: KVCache, queries: int) -> jax.Array:
-    """Returns which slots the next `queries` ids may look at: bool [B, 1, T, S].
-
-    Slot s is visible to query t of a row if it is the row's own and not in the query's future.
-    """
-    slot = jnp.arange(cache.size)  # [S]
-    own = slot >= cache.start[:, None, None, None]  # [B, 1, 1, S]
-    past = slot <= cache.length + jnp.arange(queries)[:, None]  # [T, S]
-    return own & past
 
 
 def _write(buffer: jax.Array, new: jax.Array, length: jax.Array) -> jax.Array:

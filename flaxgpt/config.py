@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from flaxgpt._checks import check_size, unknown_name
+from flaxgpt._checks import check_keys, check_size, unknown_name
 
 
 class DropRates(NamedTuple):
@@ -143,10 +143,7 @@ class GPTConfig:
             raise ValueError(f"a config must be a dict of settings, got {type(values).__name__}")
         if "model_type" in values or "n_embd" in values:
             return cls(**_from_huggingface(values))
-        known = [field.name for field in dataclasses.fields(cls)]
-        unknown = [key for key in values if key not in known]
-        if unknown:
-            raise ValueError(f"unknown config keys {unknown}: expected some of {known}")
+        check_keys("config keys", values, cls)
         return cls(**values)
 
 

@@ -1,13 +1,13 @@
 # shellcheck shell=sh
-# Sourced by scripts/flaxgpt, scripts/test and .ci/run with the repository's folder in $root.
+# Sourced by the other scripts and .ci/run with the repository's folder in $root.
 
 say() {
     printf 'flaxgpt: %s\n' "$*" >&2
 }
 
-# Prints the path of the Python to make .venv from. Each candidate is tried by running it: pyenv
-# leaves commands on PATH for versions that are not active, and Debian has a python3 whose venv
-# fails for want of ensurepip (uv needs neither).
+# Prints the path of the Python to make .venv from. Each candidate is run: pyenv puts commands on
+# PATH even for inactive versions, and Debian's python3 may lack ensurepip, without which venv fails
+# (uv needs neither).
 find_python() {
     modules='ensurepip, venv'
     if [ "$installer" = uv ]; then modules=sys; fi
@@ -17,7 +17,7 @@ find_python() {
         set -- python3.13 python3.12 python3.11 python3 "$(uv python find '>=3.11' 2>/dev/null)"
     fi
     for candidate in "$@"; do
-        # The real path, since python3 may be that of the very .venv about to be replaced.
+        # The real path, because python3 may belong to the .venv that is about to be replaced.
         if "$candidate" -c "
 import os, sys, $modules
 if sys.version_info < (3, 11): sys.exit(1)
@@ -36,12 +36,12 @@ print(os.path.realpath(sys.executable))" 2>/dev/null </dev/null; then
     return 1
 }
 
-# prepare LIST... fills .venv with the packages pinned in those lists of scripts/. The stamp inside
-# says what .venv holds: its Python, then the checksum of each list. It is written last, so a run
-# cut short leaves none, and the next one starts afresh.
+# prepare LIST... installs the packages pinned in those lists in scripts/ into .venv. A stamp file
+# records what .venv contains: its Python, then the checksum of each list. It is written last, so an
+# interrupted run leaves none and the next run starts over.
 prepare() (
     cd "$root/scripts"
-    # Two first runs at once take turns. Where there is no flock (macOS), they must not overlap.
+    # Two simultaneous first runs take turns. macOS has no flock, so there they must not overlap.
     if command -v flock >/dev/null && ! flock -n 9; then
         say "waiting for another run, which is setting up .venv"
         flock 9
@@ -56,12 +56,13 @@ prepare() (
         python=$(find_python)
     fi
     wanted=$(printf '%s\n' "$python" && cksum "$@")
+    # A .venv with further lists serves too, so scripts/flaxgpt keeps what scripts/docs installed.
     case $held in "$wanted"*) exit ;; esac
 
     say "setting up .venv from $* with $installer and $python" \
-        "(some 180 MB to download; about a minute)"
+        "(about 180 MB to download, about a minute)"
     rm -f "$stamp"
-    # What is there is kept only when the lists asked for begin with those it holds.
+    # Lists can only be added; anything else rebuilds .venv.
     case $wanted in "${held:-nothing}"*) ;; *) rm -rf "$venv" ;; esac
     for list in "$@"; do
         shift
@@ -72,10 +73,10 @@ prepare() (
             uv pip install --quiet --python "$venv/bin/python" "$@"
     else
         { [ -d "$venv" ] || "$python" -m venv "$venv"; } &&
-            # Python compiles what it imports, which is far less than all that there is.
+            # Python compiles what it imports, a small part of what is installed.
             "$venv/bin/python" -m pip install -qq --disable-pip-version-check --no-compile "$@"
     fi >&2 || {
-        say "the installation failed, as told above; run the command again to repeat it"
+        say "the installation failed with the error above; run the command again to retry"
         exit 1
     }
     printf '%s\n' "$wanted" >"$stamp"

@@ -2,12 +2,12 @@
 
     python scripts/bench.py decode --preset gpt2 --batch 1 --prompt-length 32 --new-tokens 128
     python scripts/bench.py decode --batch 8 --against "peers/bin/python peers.py decode --batch 8"
-    python scripts/bench.py train --preset shakespeare-char --batch 12 --length 64 --steps 50
+    python scripts/bench.py train --recipe shakespeare-char --batch 12 --length 64 --steps 50
 
 Weights and text are random. Decoding is greedy and never stops early; the tokens counted are the
-new ones, while the time includes the prompt's prefill. Training includes taking windows from a text
-of 10 million ids, whose share of the time is data_share (while the device works, so an upper bound
-of what is waited for). One call compiles and warms up and is reported apart.
+new ones, while the time includes the prompt's prefill. Training takes its batches from a text of 10
+million ids; data_share is the time this takes relative to the total (an upper bound on the time
+lost, because the device works meanwhile). One call compiles and warms up and is reported apart.
 With --against, this command and the peer run in turn, each in a fresh process; the peer prints
 a JSON object with "tokens_per_s" as its last line, and the ratios are of neighbouring runs.
 """
@@ -84,43 +84,44 @@ class Decode:
 
 @dataclasses.dataclass(frozen=True)
 class Train:
-    """Tokens a second of `train_steps`, fed by `data.batches`, with a preset's recipe."""
+    """Tokens per second of `train_steps`, with batches from `data.batches`."""
 
-    preset: Literal["shakespeare-char", "tales", "gpt2", "verdict"] = "shakespeare-char"
-    """A preset of flaxgpt train; its dtype, dropout and accumulation are replaced by those here."""
+    recipe: Literal["shakespeare-char", "tales", "gpt2", "verdict"] = "shakespeare-char"
+    """A recipe of flaxgpt train, without dropout and gradient accumulation; the options below
+    replace its values."""
     batch: int = 12
     length: int = 64
     steps: int = 10
-    """Updates a timed call."""
+    """Optimizer steps per timed call."""
     steps_per_call: int = 10
-    """Updates a jitted call; a divisor of --steps."""
+    """Optimizer steps per jitted call; must divide --steps."""
     repeats: int = 5
-    """Timed calls after the first."""
+    """Timed calls, after one that compiles."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat: bool = False
     optimizer: Literal["adamw", "muon"] = "adamw"
     against: str | None = None
-    """Command of a peer, run in turn with this one."""
+    """Command of a peer to alternate with."""
     rounds: int = 5
-    """Turns, where there is a peer."""
+    """Runs of each, if there is a peer."""
 
     def run(self) -> Figures:
-        """Times training in this process."""
+        """Time training in this process."""
         import jax
         import numpy as np
 
         from flaxgpt.data import batches
-        from flaxgpt.training import init_state, preset, train_steps
+        from flaxgpt.training import init_state, recipe, train_steps
 
         calls, rest = divmod(self.steps, self.steps_per_call)
         if rest:
             raise SystemExit(f"--steps {self.steps} must be a multiple of {self.steps_per_call}")
-        cfg, recipe = preset(self.preset)
+        cfg, train_cfg = recipe(self.recipe)
         cfg = dataclasses.replace(
             cfg, context_length=max(self.length, cfg.context_length), drop_rate=0.0
         )
-        recipe = dataclasses.replace(
-            recipe,
+        train_cfg = dataclasses.replace(
+            train_cfg,
             batch_size=self.batch,
             accumulate=1,
             dtype=self.dtype,
@@ -129,29 +130,29 @@ class Train:
         )
         text = np.random.default_rng(0).integers(0, cfg.vocab_size, 10_000_000, np.uint16)
         windows = batches(text, length=self.length, batch_size=self.batch, seed=0)
-        state = init_state(cfg, recipe)
-        taken = []
+        state = init_state(cfg, train_cfg)
+        seconds = []  # spent on each chunk of batches
 
-        def take() -> np.ndarray:
+        def next_chunk() -> np.ndarray:
             start = time.perf_counter()
             chunk = np.stack([next(windows) for _ in range(self.steps_per_call)])
-            taken.append(time.perf_counter() - start)
+            seconds.append(time.perf_counter() - start)
             return chunk
 
-        chunk = take()
+        chunk = next_chunk()
 
         def call() -> None:
             nonlocal state, chunk
             for _ in range(calls):
                 state, metrics = train_steps(state, chunk)
-                chunk = take()
+                chunk = next_chunk()
                 losses = jax.device_get(metrics["loss"])
             assert np.isfinite(losses).all()
 
         tokens = self.steps * self.batch * self.length
         figures = _timed(call, self.repeats, tokens)
         ms = 1000 * self.batch * self.length / figures["tokens_per_s"]
-        share = statistics.median(taken) / self.steps_per_call / (ms / 1000)
+        share = statistics.median(seconds) / self.steps_per_call / (ms / 1000)
         return figures | {"ms_per_step": ms, "data_share": share, "peak_memory_mb": _peak_memory()}
 
 

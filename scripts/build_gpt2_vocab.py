@@ -1,10 +1,10 @@
-"""Builds flaxgpt/vocab/gpt2.tiktoken out of OpenAI's two GPT-2 vocabulary files.
+"""Build flaxgpt/vocab/gpt2.tiktoken from OpenAI's two GPT-2 vocabulary files.
 
     python scripts/build_gpt2_vocab.py [FOLDER] [--out FILE]
 
-FOLDER is a cache folder of tiktoken's: it holds encoder.json and vocab.bpe of
-https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/ under the SHA-1 of their
-addresses. The same inputs give the same bytes, and other inputs are refused.
+FOLDER is tiktoken's cache folder, which contains encoder.json and vocab.bpe from
+https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/ under the SHA-1 of their URLs.
+The output is deterministic, and any other input is rejected.
 """
 
 import argparse
@@ -12,10 +12,11 @@ import base64
 import hashlib
 import json
 import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from flaxgpt._files import write_file_atomically
-from flaxgpt.tokenizer.folder import byte_level_ranks, read_merges
+from flaxgpt.tokenizer.huggingface import byte_letters
 
 ROOT = Path(__file__).resolve().parent.parent
 ADDRESS = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
@@ -27,17 +28,17 @@ SHA256 = {
 
 
 def read_verified(folder: Path, name: str) -> str:
-    """The text of one of OpenAI's files.
+    """Return the text of one of OpenAI's files.
 
     Raises:
-        FileNotFoundError: `folder` does not hold it.
-        ValueError: its contents are not what OpenAI published.
+        FileNotFoundError: `folder` does not contain it.
+        ValueError: the contents are not what OpenAI published.
     """
     path = folder / hashlib.sha1((ADDRESS + name).encode()).hexdigest()
     if not path.exists():
         raise FileNotFoundError(
-            f"{path} ({name}) is not there; give a folder that tiktoken.get_encoding('gpt2') "
-            "filled as its TIKTOKEN_CACHE_DIR"
+            f"{path} ({name}) does not exist; pass a folder that tiktoken.get_encoding('gpt2') has "
+            "used as its TIKTOKEN_CACHE_DIR"
         )
     contents = path.read_bytes()
     found = hashlib.sha256(contents).hexdigest()
@@ -46,19 +47,31 @@ def read_verified(folder: Path, name: str) -> str:
     return contents.decode("utf-8")
 
 
-def build(folder: Path) -> bytes:
-    """The ranks in tiktoken's text format: base64 of the token, a space, its id, by rising id."""
-    vocab = json.loads(read_verified(folder, "encoder.json"))
-    ranks = byte_level_ranks(vocab, read_merges(read_verified(folder, "vocab.bpe")))
+def ranked_lines(vocab: Mapping[str, int], merges: Iterable[tuple[str, str]]) -> bytes:
+    """Return the bytes and the tokens that merges make, in tiktoken's text format.
+
+    A line is the base64 of a token, a space and its id; the lines are sorted by id. tiktoken merges
+    by id, so the ids must increase in the order of the merges.
+    """
+    letters = byte_letters()
+    tokens = [*letters, *(first + second for first, second in merges)]
     return b"".join(
-        base64.b64encode(token) + b" %d\n" % rank
-        for token, rank in sorted(ranks.items(), key=lambda item: item[1])
+        base64.b64encode(bytes(letters[letter] for letter in token)) + b" %d\n" % vocab[token]
+        for token in sorted(tokens, key=vocab.__getitem__)
     )
+
+
+def build(folder: Path) -> bytes:
+    """Return GPT-2's vocabulary in tiktoken's text format."""
+    vocab = json.loads(read_verified(folder, "encoder.json"))
+    _, *lines = read_verified(folder, "vocab.bpe").splitlines()  # the first is the version
+    pairs = (line.split(" ") for line in lines)
+    return ranked_lines(vocab, ((first, second) for first, second in pairs))
 
 
 def main() -> None:
     shared = ROOT / os.environ.get("FLAXGPT_SHARED", "../shared")
-    parser = argparse.ArgumentParser(description="Builds the GPT-2 vocabulary that flaxgpt ships.")
+    parser = argparse.ArgumentParser(description="Build the GPT-2 vocabulary that flaxgpt ships.")
     parser.add_argument("folder", type=Path, nargs="?", default=shared / "tiktoken_cache")
     parser.add_argument("--out", type=Path, default=ROOT / "flaxgpt" / "vocab" / "gpt2.tiktoken")
     arguments = parser.parse_args()

@@ -1,15 +1,14 @@
-"""The two ends of scripts/build_tales: the vocabulary before training, the package's files after.
+"""The first and last steps of scripts/build_tales: learn the vocabulary, package the trained model.
 
     python scripts/build_tales.py vocabulary train.txt    writes flaxgpt/vocab/tales.tiktoken
     python scripts/build_tales.py package RUN val.txt     writes flaxgpt/models/tales
 
-The vocabulary is a byte-level BPE learned by Hugging Face's `tokenizers`, stored as tiktoken's
-ranks. The weights are rounded to bfloat16; all figures on the card are measured with them.
+The vocabulary is a byte-level BPE learned with Hugging Face's `tokenizers` and stored in tiktoken's
+format. The weights are rounded to bfloat16, and all results on the card are measured with them.
 """
 
 from __future__ import annotations
 
-import base64
 import gzip
 import json
 import lzma
@@ -20,43 +19,44 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from build_gpt2_vocab import ranked_lines
 
 import flaxgpt
 from flaxgpt._files import write_file_atomically
 from flaxgpt.data import read_ids
-from flaxgpt.evaluation import measure
+from flaxgpt.evaluation import evaluate_text
 from flaxgpt.runs import read_run
 from flaxgpt.runs.journal import read_metrics
-from flaxgpt.tokenizer.folder import byte_level_ranks
 from flaxgpt.training.optimizer import learning_rate
 
 PACKAGE = Path(__file__).resolve().parent.parent / "flaxgpt"
 VOCABULARY = PACKAGE / "vocab" / "tales.tiktoken"
 MODEL = PACKAGE / "models" / "tales"
-PROCESSOR = "2 cores of an AMD EPYC (AVX2)"  # set it to what you train on
+PROCESSOR = "2 cores of an AMD EPYC (AVX2)"  # the machine that trained the model, for the card
 SIZE = 4096  # with <|endoftext|>
 
 CARD = """# tales
 
-{parameters:,} parameters, trained by flaxgpt alone on children's classics, to tell a story at once
-on any machine: `flaxgpt generate "Once upon a time"`.
+A GPT with {parameters:,} parameters, trained from scratch by flaxgpt on children's classics. It is
+included in the package, so it generates text without a download: `flaxgpt generate "Once upon a
+time"`.
 
 | | |
 | --- | --- |
-| architecture | GPT-2, tied: {n_layers} blocks, width {emb_dim}, {n_heads} heads |
-| context | {context_length} tokens |
-| tokenizer | byte-level BPE of {vocab_size} ids, learned from the training text |
-| data | {train_ids:,} tokens of children's classics in English, {train_bytes} of text |
-| training | {steps:,} updates of {batch_size} windows: {tokens:,} tokens, {epochs:.1f} epochs |
-| optimiser | {optimizer}, learning rate up to {peak}, a cosine to 0 |
-| time | {minutes:.0f} minutes of updates, at {rate:,.0f} tokens a second on {processor} |
-| stored as | bfloat16, {size} |
-| licence | the text is in the public domain; these weights are Apache-2.0, as flaxgpt is |
+| architecture | GPT-2 with weight tying: {n_layers} blocks, width {emb_dim}, {n_heads} heads |
+| context window | {context_length} tokens |
+| tokenizer | byte-level BPE, {vocab_size} tokens, learned from the training text |
+| training data | {train_ids:,} tokens ({train_bytes} of text) of children's classics in English |
+| training | {steps:,} steps, batch size {batch_size}: {tokens:,} tokens, {epochs:.1f} epochs |
+| optimizer | {optimizer}, peak learning rate {peak}, cosine decay to 0 |
+| training time | {minutes:.0f} minutes at {rate:,.0f} tokens per second on {processor} |
+| weights | bfloat16, {size} |
+| license | training text: public domain; weights: Apache-2.0, like flaxgpt |
 
-## How well it predicts
+## Evaluation
 
-Bits per byte of text it was not trained on (other books, {val_bytes}), with at least half a context
-before each token:
+Bits per byte on held-out text (other books, {val_bytes}). Each token is predicted from at least
+half a context window of preceding text.
 
 | | bits per byte |
 | --- | --- |
@@ -64,34 +64,33 @@ before each token:
 | xz -9 | {xz:.3f} |
 | tales | {bits:.3f} |
 
-(The compressors have seen nothing but the file itself.) Loss {loss:.4f} nats per token, perplexity
-{perplexity:.1f}.
+The compressors have no training data; they see only the held-out file. The model's loss is
+{loss:.4f} nats per token, a perplexity of {perplexity:.1f}.
 
-## Curve
+## Training curve
 
-| step | tokens, millions | learning rate | validation loss |
+| step | tokens (millions) | learning rate | validation loss (nats per token) |
 | --- | --- | --- | --- |
 {curve}
 {remark}
-
-## What it writes
+## Samples
 
 Temperature 0.8, seeds 0, 1 and 2, unedited:
 
 {samples}
 
-## Limits
+## Limitations
 
-It knows the manners of old tales and little else: sentences are mostly well formed, but who is who
-and what has happened gets lost within a paragraph. It answers no questions and knows no facts. The
-books are of their time, and so are their prejudices, which the model may repeat.
+The model imitates the style of old tales and does little else. Most sentences are well formed, but
+it loses track of characters and events within a paragraph. It does not answer questions and has no
+factual knowledge. The books reflect the prejudices of their time, and the model may repeat them.
 
-`scripts/build_tales` makes all of this again from the text.
+To train the model again from the text, run `scripts/build_tales`.
 """
 
 
 def vocabulary(text: Path) -> None:
-    """Learns the merges; ties between equally frequent pairs are broken alike each time."""
+    """Learn the merges, with ties between equally frequent pairs broken deterministically."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -102,18 +101,13 @@ def vocabulary(text: Path) -> None:
     )
     tokenizer.train([str(text)], trainer)
     model = json.loads(tokenizer.to_str())["model"]
-    ranks = byte_level_ranks(model["vocab"], [tuple(pair) for pair in model["merges"]])
-    lines = [
-        base64.b64encode(token) + b" %d\n" % rank
-        for token, rank in sorted(ranks.items(), key=lambda item: item[1])
-    ]
-    write_file_atomically(VOCABULARY, b"".join(lines))
-    print(f"{VOCABULARY}: {len(lines)} tokens")
+    write_file_atomically(VOCABULARY, ranked_lines(model["vocab"], model["merges"]))
+    print(f"{VOCABULARY}: {len(model['vocab'])} tokens")
 
 
 def package(run: Path, val_text: Path) -> None:
-    """Writes the run's best model, in bfloat16, and its card."""
-    _, recipe = read_run(run)
+    """Write the best model of a run, in bfloat16, and its card."""
+    _, train_cfg = read_run(run)
     cfg, params, tokenizer = flaxgpt.load(run)
     assert tokenizer is not None
     coarse = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params)
@@ -121,10 +115,10 @@ def package(run: Path, val_text: Path) -> None:
     params = jax.tree.map(lambda p: p.astype(jnp.float32), coarse)
 
     ids = np.array(tokenizer.encode(val_text.read_text(encoding="utf-8")))
-    found = measure(cfg, params, ids, tokenizer=tokenizer)
+    found = evaluate_text(cfg, params, ids, tokenizer=tokenizer)
     raw = val_text.read_bytes()
     records = read_metrics(run / "metrics.jsonl")
-    per_step = recipe.batch_size * cfg.context_length
+    per_step = train_cfg.batch_size * cfg.context_length
     rates = {r["step"]: r["learning_rate"] for r in records if "learning_rate" in r}
     curve = [
         f"| {r['step']:,} | {r['step'] * per_step / 1e6:.2f} | {rates[r['step']]:.1e} "
@@ -132,17 +126,17 @@ def package(run: Path, val_text: Path) -> None:
         for r in records
         if "validation_loss" in r
     ]
-    scheduled = learning_rate(recipe)
+    scheduled = learning_rate(train_cfg)
     others = [
         step
         for step, rate in rates.items()
-        if abs(rate - scheduled(step - 1)) > 1e-4 * recipe.learning_rate
+        if abs(rate - scheduled(step - 1)) > 1e-4 * train_cfg.learning_rate
     ]
     remark = ""
     if others:
         remark = f"""
-Up to step {max(others):,} the run followed another schedule, of more steps; then it was resumed
-with the recipe above.
+Up to step {max(others):,}, the run followed a schedule with more steps. It was then resumed with
+the settings listed above.
 """
     speed = statistics.median(r["tokens_per_s"] for r in records if "tokens_per_s" in r)
     samples = []
@@ -152,12 +146,12 @@ with the recipe above.
             cfg, params, tokenizer, [prompt], 150, temperature=0.8, key=jax.random.key(seed)
         )[0]
         samples.append("\n".join(f"> {line}".rstrip() for line in (prompt + text).split("\n")))
-    train_ids = read_ids(run / "data" / "train.ids").ids.size
-    tokens = recipe.steps * per_step
+    train_ids = read_ids(run / "data" / "train.npy").ids.size
+    tokens = train_cfg.steps * per_step
     card = CARD.format(
         parameters=sum(p.size for p in jax.tree.leaves(params)),
         train_ids=train_ids,
-        train_bytes=_megabytes(sum(Path(path).stat().st_size for path in recipe.data)),
+        train_bytes=_megabytes(sum(Path(path).stat().st_size for path in train_cfg.data)),
         tokens=tokens,
         epochs=tokens / train_ids,
         minutes=tokens / speed / 60,
@@ -174,8 +168,8 @@ with the recipe above.
         curve="\n".join(curve),
         samples="\n\n---\n\n".join(samples),
         **cfg.to_dict(),
-        **{name: getattr(recipe, name) for name in ("steps", "batch_size", "optimizer")},
-        peak=recipe.learning_rate,
+        **{name: getattr(train_cfg, name) for name in ("steps", "batch_size", "optimizer")},
+        peak=train_cfg.learning_rate,
     )
     (MODEL / "README.md").write_text(card, encoding="utf-8")
     print(f"{MODEL}: {found.bits_per_byte:.4f} bits per byte")

@@ -1,4 +1,4 @@
-"""Every test runs with exact products and strict types, and without a network."""
+"""Settings of every test: full matmul precision, strict promotion, no network."""
 
 import atexit
 import os
@@ -8,10 +8,10 @@ import tempfile
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 if "PYTEST_XDIST_WORKER" not in os.environ:
-    # Most of the time goes into compiling, often the same functions in several processes: what one
-    # of this run's has compiled, the others read. A run starts with nothing.
+    # Most of the time goes into compilation, often of the same functions in several processes, so
+    # the processes of one run share a compilation cache. Each run starts with an empty one.
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="flaxgpt-tests-")
-    os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(2**32)  # with a limit, JAX locks its files
+    os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(2**32)  # with a limit, JAX locks the files
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
@@ -21,19 +21,20 @@ import pytest
 
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# The same examples each time, however busy the machine: a failure is the change's doing.
+# The same examples every time and no deadlines, so a failure is caused by a change.
 hypothesis.settings.register_profile("steady", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("steady")
 
 
 def pytest_collection_modifyitems(items):
-    """Puts the longest file first: last, it would leave the other workers with nothing to do."""
+    """Start the longest file first, so that it does not run alone at the end."""
     items.sort(key=lambda item: item.path.name != "test_notebook.py")
 
 
 _compiled = []
-# Once and for good: jax 0.7 has no public way to take a listener out again.
+# Registered once, because jax 0.7 has no public function that removes a listener.
 jax.monitoring.register_event_duration_secs_listener(
     lambda event, _duration, **_: (
         event.endswith("backend_compile_duration") and _compiled.append(event)
@@ -43,22 +44,22 @@ jax.monitoring.register_event_duration_secs_listener(
 
 @pytest.fixture
 def compilations():
-    """A list that grows by one whenever XLA compiles something."""
+    """A list that grows by one with every XLA compilation."""
     del _compiled[:]
     jax.jit(lambda x: x + 1)(0)
-    assert _compiled, "this jax does not tell when it compiles"
+    assert _compiled, "this version of JAX does not report compilations"
     return _compiled
 
 
 @pytest.fixture(scope="module")
 def quick_compilation():
-    """Has XLA optimise little, in this process and those it starts, and so compile in less time.
+    """Compile faster by turning off most XLA optimizations, in this and started processes.
 
-    For tests of what happens; those that compare digits compile as users do.
+    For tests of behavior. Tests that compare numbers compile as users do.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
         jax.config.update("jax_disable_most_optimizations", True)
         yield
         jax.config.update("jax_disable_most_optimizations", False)
-    jax.clear_caches()  # what was compiled so is for no other module
+    jax.clear_caches()  # other modules must not reuse the unoptimized code

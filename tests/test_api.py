@@ -1,18 +1,13 @@
-import ast
 import doctest
 import importlib
 import inspect
 import pkgutil
-import re
-from pathlib import Path
 
 import pytest
 
 import flaxgpt
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
-
-README = Path(__file__).parent.parent / "README.md"
 
 
 def test_the_public_names_are_in_the_order_data_flows():
@@ -90,25 +85,3 @@ def test_the_examples_in_docstrings_are_true():
             assert results.failed == 0, module.name
             attempted += results.attempted
     assert attempted > 0
-
-
-def test_the_readmes_python_runs_as_pasted(capsys):
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
-    names, values = {}, {}
-    for block in blocks:
-        if "flaxgpt.load(" in block:  # which needs a network and a folder
-            continue
-        for node in ast.parse(block).body:
-            code = ast.get_source_segment(block, node)
-            if isinstance(node, ast.Expr):
-                values[code] = eval(code, names)
-            else:
-                exec(code, names)
-    printed = list(map(int, capsys.readouterr().out.split()))
-    ids = [[15496, 11, *printed]]
-    logits = flaxgpt.forward(names["cfg"], names["params"], ids)
-    assert printed == logits[0, 1:-1].argmax(-1).tolist() and len(printed) == 6
-    call = 'flaxgpt.generate_text(cfg, params, tok, ["Hello, I am"], max_new_tokens=6)'
-    assert f"{call}\n# {values[call]!r}\n" in README.read_text(encoding="utf-8")
-    assert values["flaxgpt.count_params(cfg).tied"] == 124_412_160
-    assert names["logits"].shape == (1, 1, 50257)

@@ -1,3 +1,4 @@
+import dataclasses
 from functools import partial
 
 import chex
@@ -10,7 +11,6 @@ from hypothesis import strategies as st
 
 import flaxgpt
 import golden
-from flaxgpt.cache import merge_heads
 
 
 @pytest.fixture(scope="module", params=["book-small", "hf-small"])
@@ -22,7 +22,7 @@ def setting(request):
 
 def extended(cfg, params, ids, sizes, layout):
     """Returns the logits of ids given to `extend` in pieces of these sizes."""
-    cache = layout(flaxgpt.init_cache(cfg, ids.shape[0], ids.shape[1]))
+    cache = flaxgpt.init_cache(cfg, ids.shape[0], ids.shape[1], layout=layout)
     pieces = []
     for piece in np.split(ids, np.cumsum(sizes)[:-1], axis=1):
         logits, cache = flaxgpt.extend(cfg, params, piece, cache)
@@ -31,13 +31,13 @@ def extended(cfg, params, ids, sizes, layout):
     return jnp.concatenate(pieces, axis=1)
 
 
-@pytest.mark.parametrize("layout", [lambda cache: cache, merge_heads], ids=["apart", "merged"])
+@pytest.mark.parametrize("layout", ["separate", "merged"])
 def test_extending_at_once_equals_forward(setting, layout):
     cfg, params, ids, logits = setting
     golden.assert_logits_agree(extended(cfg, params, ids, [ids.shape[1]], layout), logits)
 
 
-@pytest.mark.parametrize("layout", [lambda cache: cache, merge_heads], ids=["apart", "merged"])
+@pytest.mark.parametrize("layout", ["separate", "merged"])
 def test_extending_id_by_id_equals_forward(setting, layout):
     cfg, params, ids, logits = setting
     golden.assert_logits_agree(extended(cfg, params, ids, [1] * ids.shape[1], layout), logits)
@@ -51,7 +51,7 @@ def test_extending_in_any_chunks_equals_forward(data):
     cuts = data.draw(st.sets(st.integers(1, ids.shape[1] - 1)))
     edges = [0, *sorted(cuts), ids.shape[1]]
     sizes = np.diff(edges).tolist()
-    logits = extended(cfg, params, ids, sizes, lambda cache: cache)
+    logits = extended(cfg, params, ids, sizes, "separate")
     golden.assert_logits_agree(logits, expected["logits"])
 
 
@@ -63,7 +63,7 @@ def test_a_cache_longer_than_needed_changes_nothing(setting):
 
 def test_the_cache_is_a_pytree_of_documented_shapes():
     cfg = golden.model("book-small")[0]
-    cache = flaxgpt.init_cache(cfg, 2, 10, jnp.bfloat16)
+    cache = flaxgpt.init_cache(cfg, 2, 10, jnp.bfloat16, layout="separate")
     assert len(jax.tree.leaves(cache)) == 2 * cfg.n_layers + 2
     chex.assert_shape(cache.keys + cache.values, (2, cfg.n_heads, 10, cfg.head_dim))
     chex.assert_type(cache.keys, jnp.bfloat16)
@@ -106,7 +106,7 @@ def test_ids_beyond_the_cache_are_refused_on_the_host_and_nan_under_jit(setting)
     cfg, params, ids, _ = setting
     cache = flaxgpt.init_cache(cfg, ids.shape[0], 6)
     _, cache = flaxgpt.extend(cfg, params, ids[:, :5], cache)
-    with pytest.raises(ValueError, match="2 more ids do not fit: the cache has 6 slots, 5 of them"):
+    with pytest.raises(ValueError, match="2 more ids do not fit: 5 of the cache's 6 slots"):
         flaxgpt.extend(cfg, params, ids[:, 5:7], cache)
     logits, _ = jax.jit(partial(flaxgpt.extend, cfg))(params, ids[:, 5:7], cache)
     assert jnp.isnan(logits).all()
@@ -124,7 +124,7 @@ def test_more_ids_than_slots_are_refused_even_under_jit(setting):
 def test_a_cache_of_another_batch_is_refused(setting):
     cfg, params, ids, _ = setting
     cache = flaxgpt.init_cache(cfg, ids.shape[0] + 1, 6)
-    with pytest.raises(ValueError, match=f"ids have {ids.shape[0]} rows, the cache has"):
+    with pytest.raises(ValueError, match=f"ids have {ids.shape[0]} rows, but the cache has"):
         flaxgpt.extend(cfg, params, ids[:, :2], cache)
 
 
@@ -155,3 +155,104 @@ def test_an_impossible_cache_is_refused(batch, length, message):
 def test_a_cache_of_another_dtype_is_refused(dtype):
     with pytest.raises(ValueError, match="must be float32, bfloat16 or float16"):
         flaxgpt.init_cache(golden.model("book-small")[0], 1, 4, dtype)
+
+
+# --- Rewinding and rearranging, against recomputation
+
+LAYOUTS = pytest.mark.parametrize("layout", ["separate", "merged"])
+
+
+@pytest.fixture(scope="module")
+def filled():
+    """Caches of book-small in both layouts, holding 8 ids per row, and what they were made from."""
+    cfg, params, expected = golden.model("book-small")
+    ids = expected["input_ids"][:, :10]
+    caches = {}
+    for layout in ("separate", "merged"):
+        cache = flaxgpt.init_cache(cfg, ids.shape[0], 12, layout=layout)
+        caches[layout] = flaxgpt.extend(cfg, params, ids[:, :8], cache)[1]
+    return cfg, params, ids, caches
+
+
+@LAYOUTS
+@pytest.mark.parametrize("transform", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_a_rewound_cache_continues_as_if_the_later_ids_had_never_been_read(
+    filled, layout, transform
+):
+    cfg, params, ids, caches = filled
+    rewound = transform(lambda cache: cache.rewind(5))(caches[layout])
+    other = (ids[:, 5:8] + 1) % cfg.vocab_size
+    logits, cache = flaxgpt.extend(cfg, params, other, rewound)
+    whole = flaxgpt.forward(cfg, params, np.concatenate([ids[:, :5], other], axis=1))
+    golden.assert_logits_agree(logits, whole[:, 5:])
+    assert int(cache.length) == 8
+
+
+@LAYOUTS
+@pytest.mark.parametrize("transform", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_taken_rows_continue_as_those_rows_do(filled, layout, transform):
+    cfg, params, ids, caches = filled
+    rows = np.array([1, 0, 1])
+    taken = transform(lambda cache: cache.take(rows))(caches[layout])
+    logits, _ = flaxgpt.extend(cfg, params, ids[rows, 8:10], taken)
+    golden.assert_logits_agree(logits, flaxgpt.forward(cfg, params, ids[rows])[:, 8:])
+
+
+@LAYOUTS
+def test_taken_rows_keep_their_padding(filled, layout):
+    cfg, params, ids, _ = filled
+    cache = flaxgpt.init_cache(cfg, 2, 12, layout=layout)
+    cache = dataclasses.replace(cache, start=jnp.array([0, 3], jnp.int32))
+    _, cache = flaxgpt.extend(cfg, params, ids[:2, :8], cache)
+    logits, _ = flaxgpt.extend(cfg, params, ids[1:2, 8:9], cache.take([1]))
+    alone = flaxgpt.forward(cfg, params, ids[1:2, 3:9])
+    golden.assert_logits_agree(logits, alone[:, -1:])
+
+
+@LAYOUTS
+@pytest.mark.parametrize("transform", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_repeated_rows_stand_next_to_each_other(filled, layout, transform):
+    cfg, params, ids, caches = filled
+    repeated = transform(lambda cache: cache.repeat(2))(caches[layout])
+    rows = np.repeat(np.arange(ids.shape[0]), 2)
+    logits, cache = flaxgpt.extend(cfg, params, ids[rows, 8:10], repeated)
+    golden.assert_logits_agree(logits, flaxgpt.forward(cfg, params, ids[rows])[:, 8:])
+    assert cache.batch == 2 * ids.shape[0]
+
+
+@pytest.mark.parametrize("length", [-1, 9])
+def test_rewinding_to_a_length_never_reached_is_refused_and_nan_under_jit(filled, length):
+    cfg, params, ids, caches = filled
+    with pytest.raises(ValueError, match=f"length={length} is out of range: 8 slots are filled"):
+        caches["merged"].rewind(length)
+    rewound = jax.jit(lambda cache, length: cache.rewind(length))(caches["merged"], length)
+    logits, _ = jax.jit(partial(flaxgpt.extend, cfg))(params, ids[:, :1], rewound)
+    assert jnp.isnan(logits).all()
+
+
+@LAYOUTS
+@pytest.mark.parametrize("row", [-1, 2])
+def test_a_row_that_is_not_there_is_refused_and_nan_under_jit(filled, layout, row):
+    cfg, params, ids, caches = filled
+    cache = jax.tree.map(lambda x: x, caches[layout]).take([0, 1])
+    with pytest.raises(ValueError, match=f"rows=.*{row}.* must be from 0 to 1"):
+        cache.take([0, row])
+    taken = jax.jit(lambda cache, rows: cache.take(rows))(cache, jnp.array([0, row]))
+    logits, _ = flaxgpt.extend(cfg, params, ids[:2, 8:9], taken)
+    assert jnp.isfinite(logits[0]).all() and jnp.isnan(logits[1]).all()
+
+
+@pytest.mark.parametrize("rows", [[], [[0]], [0.5], 0])
+def test_rows_that_are_no_list_of_integers_are_refused(filled, rows):
+    with pytest.raises(ValueError, match="must be a flat list of one or more integers"):
+        filled[3]["merged"].take(rows)
+
+
+def test_repeating_no_times_is_refused(filled):
+    with pytest.raises(ValueError, match="n=0 must be a whole number"):
+        filled[3]["merged"].repeat(0)
+
+
+def test_an_unknown_layout_is_refused():
+    with pytest.raises(ValueError, match="unknown cache layout 'apart'"):
+        flaxgpt.init_cache(golden.model("book-small")[0], 1, 4, layout="apart")

@@ -13,10 +13,12 @@ from hypothesis import strategies as st
 import flaxgpt
 import golden
 from flaxgpt import GPTConfig
-from flaxgpt.generation import decoding
-from flaxgpt.generation.batch import _prepare, bucket
+from flaxgpt.generation import Sampling, decoding, programs
 from flaxgpt.generation.decoding import DecodeState, Plan, Request
+from flaxgpt.generation.programs import Program
+from flaxgpt.generation.prompts import bucket, prepare
 from flaxgpt.model import param_shapes
+from flaxgpt.platform import Platform
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")  # digits: test_generation_golden.py
 
@@ -118,10 +120,8 @@ def test_the_loop_ends_when_every_row_has_stopped():
     cfg, params, expected = golden.model("book-small")
     ids = expected["input_ids"]
     firsts = {row[0] for row in flaxgpt.generate(cfg, params, ids, 1)}
-    plan, request, state = _prepare(
-        cfg, params, ids, 12, 0.0, None, None, None, tuple(firsts), "float32"
-    )
-    out = decoding.decode(cfg, plan, params, request, *state)
+    prepared = prepare(cfg, params, ids, 12, Sampling(stop_ids=tuple(firsts)), "float32")
+    out = programs.decode(*prepared)
     written = out[:, ids.shape[1] :] != 0
     assert (written.sum(-1) <= 1).all()  # the first new id, and nothing after it
 
@@ -181,9 +181,10 @@ def primitives(jaxpr):
                     yield from primitives(inner)
 
 
-def abstract_call(cfg, merged, slides):
-    """Returns a plan and abstract arguments of the loop: shapes only, nothing is allocated."""
-    plan = Plan(16, bucket(cfg.context_length + 8), slides, merged, jnp.dtype("float32"))
+def abstract_call(cfg, layout):
+    """Return a program and abstract arguments of the loop: shapes only, nothing is allocated."""
+    plan = Plan(16, bucket(cfg.context_length + 8), cfg.context_length, exceeds_context=True)
+    program = Program(cfg, plan, Platform(cache_layout=layout), jnp.dtype("float32"))
     i32, f32 = jnp.dtype("int32"), jnp.dtype("float32")
     scalar = partial(jax.ShapeDtypeStruct, ())
     request = Request(
@@ -196,26 +197,29 @@ def abstract_call(cfg, merged, slides):
         final_length=scalar(i32),
     )
     ids, start = jax.ShapeDtypeStruct((2, 16), i32), jax.ShapeDtypeStruct((2,), i32)
-    return plan, (param_shapes(cfg), request, ids, start)
+    return program, (param_shapes(cfg), request, ids, start)
 
 
 @pytest.mark.parametrize(
-    ("preset", "merged"), [("book-124M", True), ("book-124M", False), ("gpt2-xl", True)]
+    ("preset", "layout"),
+    [("book-124M", "merged"), ("book-124M", "separate"), ("gpt2-xl", "merged")],
 )
-def test_neither_driver_has_a_scan_in_its_jaxpr(preset, merged):
-    cfg = dataclasses.replace(GPTConfig.preset(preset), n_layers=2)  # all are alike
-    plan, (params, request, ids, start) = abstract_call(cfg, merged, slides=True)
-    loop = partial(decoding.decode, cfg, plan)
+@pytest.mark.parametrize("n_layers", [2, pytest.param(None, marks=pytest.mark.slow)])
+def test_neither_driver_has_a_scan_in_its_jaxpr(preset, layout, n_layers):
+    cfg = GPTConfig.preset(preset)
+    cfg = dataclasses.replace(cfg, n_layers=n_layers or cfg.n_layers)
+    program, (params, request, ids, start) = abstract_call(cfg, layout)
+    loop = partial(programs.decode, program)
     names = set(primitives(jax.make_jaxpr(loop)(params, request, ids, start).jaxpr))
     assert "while" in names
     assert "dot_general" in names
     assert "scan" not in names
 
-    prefill = partial(decoding.prefill_jitted, cfg, plan)
+    prefill = partial(programs.prefill, program)
     state, _ = jax.eval_shape(prefill, params, request, ids, start)
     assert isinstance(state, DecodeState)
-    for step in (decoding.cached_jitted, decoding.slid_jitted):
-        jaxpr = jax.make_jaxpr(partial(step, cfg, plan))(params, request, state)
+    for step in (programs.extend_step, programs.window_step):
+        jaxpr = jax.make_jaxpr(partial(step, program))(params, request, state)
         names = set(primitives(jaxpr.jaxpr))
         assert "dot_general" in names
         assert "scan" not in names
@@ -228,6 +232,66 @@ def test_the_walk_finds_a_scan_inside_a_loop_inside_a_jit():
         )
 
     assert "scan" in set(primitives(jax.make_jaxpr(jax.jit(hidden))(0).jaxpr))
+
+
+# --- A fake model drives the loop
+
+COUNTING = 5  # the fake model's context
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class FakeCache:
+    """The cache of a model that only remembers how many ids it has read."""
+
+    start: jax.Array
+    length: jax.Array
+
+    def rewind(self, length):
+        return dataclasses.replace(self, length=jnp.asarray(length, jnp.int32))
+
+
+def read_successor(ids, last, cache):
+    """Answer every id with its successor, modulo 10."""
+    following = (jax.lax.dynamic_index_in_dim(ids, last, axis=1, keepdims=False) + 1) % 10
+    return jax.nn.one_hot(following, 10), dataclasses.replace(
+        cache, length=cache.length + ids.shape[1]
+    )
+
+
+def count_on(prompts, new, **options):
+    """Return the rows that the loop makes of the fake model."""
+    longest = max(map(len, prompts))
+    ids = np.array([[0] * (longest - len(row)) + row for row in prompts], np.int32)
+    start = np.array([longest - len(row) for row in prompts], np.int32)
+    width = longest + new
+    plan = Plan(longest, width, COUNTING, exceeds_context=width > COUNTING + 1)
+    request = Request(
+        key=jax.random.key(0),
+        temperature=np.float32(0),
+        top_k=np.int32(10),
+        top_p=np.float32(1),
+        stop_ids=np.array(options.get("stop_ids", [-1]), np.int32),
+        prompt_length=np.int32(longest),
+        final_length=np.int32(width),
+    )
+    cache = FakeCache(jnp.zeros(len(prompts), jnp.int32), jnp.int32(0))
+    out = jax.jit(decoding.decode, static_argnums=(0, 1))(
+        read_successor, plan, request, ids, start, cache
+    )
+    return out[:, longest:].tolist()
+
+
+def test_the_loop_is_driven_by_any_reading_function():
+    assert count_on([[3], [7]], 4) == [[4, 5, 6, 7], [8, 9, 0, 1]]
+
+
+def test_the_loop_reads_windows_past_the_context_of_any_model():
+    assert count_on([[1, 2], [8]], 9) == [[3, 4, 5, 6, 7, 8, 9, 0, 1], [9, *range(8)]]
+
+
+def test_the_loop_stops_any_model_once_all_rows_have_met_a_stop_id():
+    assert count_on([[3], [4]], 4, stop_ids=[5]) == [[4, 5, 0, 0], [5, 6, 0, 0]]
 
 
 # --- Dtype
@@ -269,7 +333,7 @@ DRAW = {"key": jax.random.key(0)}
         ([[1]], {"max_new_tokens": 0}, "max_new_tokens=0 must be a whole number"),
         ([[1]], {"max_new_tokens": -1}, "max_new_tokens=-1 must be a whole number"),
         ([[1]], {"max_new_tokens": 2.5}, "max_new_tokens=2.5 must be a whole number"),
-        ([[1]], {"max_new_tokens": 2**31}, "more than int32 can count"),
+        ([[1]], {"max_new_tokens": 2**31}, "must be below 2..30"),
         ([[1]], {"max_new_tokens": 2**29}, "for 1 rows needs 3.0 GiB for the ids alone"),
         ([[1]], {"temperature": "0.8"}, "temperature='0.8' must be 0"),
         ([[1]], {"temperature": None}, "temperature=None must be 0"),
@@ -283,16 +347,16 @@ DRAW = {"key": jax.random.key(0)}
         ([[1]], {"temperature": 1, "top_p": float("nan"), **DRAW}, "top_p=nan must be above 0"),
         ([[1]], {"temperature": 1, "top_k": 0, **DRAW}, "top_k=0 must be a whole number"),
         ([[1]], {"temperature": 1, "top_k": 258, **DRAW}, "top_k=258 exceeds vocab_size=257"),
-        ([[1]], {"temperature": 0.5}, "temperature=0.5 draws at random and needs a key"),
+        ([[1]], {"temperature": 0.5}, "temperature=0.5 samples at random and needs a key"),
         ([[1]], {"temperature": 1, "key": 3}, "key=3 must be a JAX random key"),
         (
             [[1]],
             {"temperature": 1, "key": jax.random.split(jax.random.key(0))},
-            r"keys of shape \(2,\) must be one key or 1",
+            r"keys of shape \(2,\) must be one key, or one per row",
         ),
         ([[1]], {"stop_ids": 5}, "stop_ids=5 must be a list of ids"),
         ([[1]], {"stop_ids": None}, "stop_ids=None must be a list of ids"),
-        ([[1]], {"stop_ids": [257]}, "stop id 257 must be an id from 0 to 256"),
+        ([[1]], {"stop_ids": [257]}, "stop id 257 must be an id, from 0 to 256"),
         ([[1]], {"stop_ids": [True]}, "stop id True must be an id"),
         ([[1]], {"dtype": "int8"}, "dtype='int8' must be float32"),
     ],

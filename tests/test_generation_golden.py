@@ -1,5 +1,7 @@
 """What `generate` and `stream` write, to the last id, compiled as users compile."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -8,9 +10,9 @@ from hypothesis import strategies as st
 
 import flaxgpt
 import golden
-from flaxgpt.generation import decoding
-from flaxgpt.generation.batch import _prepare
-from flaxgpt.generation.decoding import Plan
+from flaxgpt.generation import Sampling, programs
+from flaxgpt.generation.prompts import prepare
+from flaxgpt.platform import Platform
 
 MODELS = ["book-small", "book-qkv-bias", "hf-small"]
 
@@ -60,15 +62,14 @@ def test_a_prompt_longer_than_the_context_is_cropped_as_in_the_book():
     assert out[0] == out[1]
 
 
-@pytest.mark.parametrize("merged", [True, False])
-def test_both_cache_layouts_give_the_same_ids(merged):
+@pytest.mark.parametrize("layout", ["merged", "separate"])
+def test_both_cache_layouts_give_the_same_ids(layout):
     cfg, params, expected = golden.model("book-small")
     ids, full = expected["input_ids"], expected["greedy_ids"]
-    plan, request, state = _prepare(
-        cfg, params, ids, full.shape[1] - ids.shape[1], 0.0, None, None, None, (), "float32"
-    )
-    plan = Plan(plan.prompt_width, plan.width, plan.slides, merged, plan.dtype)
-    out = jax.jit(decoding.decode, static_argnums=(0, 1))(cfg, plan, params, request, *state)
+    new = full.shape[1] - ids.shape[1]
+    program, *arrays = prepare(cfg, params, ids, new, Sampling(), "float32")
+    program = dataclasses.replace(program, platform=Platform(cache_layout=layout))
+    out = jax.jit(programs.decode, static_argnums=0)(program, *arrays)
     np.testing.assert_array_equal(out[:, : full.shape[1]], full)
 
 

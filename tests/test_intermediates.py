@@ -233,30 +233,30 @@ def test_the_lens_looks_at_a_patched_model():
     [
         (
             lambda *a: flaxgpt.activations(*a, select=["trf_blocks_0/att/wieghts"]),
-            "no intermediate 'trf_blocks_0/att/wieghts' in a model of 3 blocks: did you mean "
-            "trf_blocks_0/att/weights",
+            "unknown intermediate 'trf_blocks_0/att/wieghts': did you mean "
+            "'trf_blocks_0/att/weights'",
         ),
-        (lambda *a: flaxgpt.activations(*a, select=["trf_blocks_3"]), "did you mean trf_blocks_"),
-        (lambda *a: flaxgpt.activations(*a, select="logits"), r"even of one: \['logits'\]"),
-        (lambda *a: flaxgpt.patch(*a, {"hidden_9": abs}), "did you mean hidden_"),
+        (lambda *a: flaxgpt.activations(*a, select=["trf_blocks_3"]), "did you mean 'trf_blocks_"),
+        (lambda *a: flaxgpt.activations(*a, select="logits"), r"for one name, use \['logits'\]"),
+        (lambda *a: flaxgpt.patch(*a, {"hidden_9": abs}), "did you mean 'hidden_"),
         (lambda *a: flaxgpt.patch(*a, {"logits": 0.0}), "must be a function of the value there"),
         (lambda *a: flaxgpt.patch(*a, ["logits"]), "patches must be a dict of name: function"),
         (
             lambda *a: flaxgpt.patch(*a, {"hidden_0": abs, "embeddings": abs}),
-            "embeddings is embeddings, which has a patch already|hidden_0 is",
+            "embeddings is embeddings, which already has a patch|hidden_0 is",
         ),
-        (lambda *a: flaxgpt.patch(*a, {"att": lambda _: None}), "did you mean"),
+        (lambda *a: flaxgpt.patch(*a, {"att": lambda _: None}), "unknown intermediate 'att'"),
         (
             lambda *a: flaxgpt.patch(*a, {"embeddings": lambda _: None}),
             "embeddings returned NoneType",
         ),
         (
             lambda *a: flaxgpt.patch(*a, {"embeddings": lambda x: x.astype("complex64")}),
-            "give real numbers",
+            "expected real numbers",
         ),
         (lambda *a: flaxgpt.activations(*a, select=[0]), "has 0, which is not the name"),
-        (lambda *a: flaxgpt.activations(*a, select=["LOGITS"]), "did you mean logits"),
-        (lambda *a: flaxgpt.logit_lens(*a, patches={"logits": abs}), "takes no patch of logits"),
+        (lambda *a: flaxgpt.activations(*a, select=["LOGITS"]), "did you mean 'logits'"),
+        (lambda *a: flaxgpt.logit_lens(*a, patches={"logits": abs}), "logits cannot be patched"),
         (
             lambda *a: flaxgpt.patch(*a, {"final_norm": lambda x: x[0]}),
             r"the patch of final_norm returned shape \(24, 64\) instead of \(4, 24, 64\)",

@@ -9,10 +9,12 @@ import pytest
 
 import flaxgpt
 from flaxgpt import GPTConfig
-from flaxgpt.generation import decoding
+from flaxgpt.generation import programs
 from flaxgpt.generation.decoding import Plan, Request
+from flaxgpt.generation.programs import Program
 from flaxgpt.inspection import LargestBatch, largest_batch
 from flaxgpt.model import param_shapes
+from flaxgpt.platform import PLATFORMS
 from flaxgpt.training import TrainConfig, init_state, loss, make_optimizer, train_step
 
 WIDE = GPTConfig(vocab_size=65, context_length=64, emb_dim=128, n_heads=4, n_layers=4, drop_rate=0)
@@ -66,7 +68,8 @@ def test_the_training_estimate_agrees_with_xla(cfg, batch, length):
 def xla_generating(cfg, batch):
     """Return the bytes that XLA reports for generation with a prompt of the context length."""
     length = cfg.context_length
-    plan = Plan(length, length, False, True, jnp.dtype("float32"))
+    plan = Plan(length, length, length, exceeds_context=False)
+    program = Program(cfg, plan, PLATFORMS["cpu"], jnp.dtype("float32"))
     scalar = partial(jax.ShapeDtypeStruct, ())
     request = Request(
         key=jax.eval_shape(lambda: jax.random.key(0)),
@@ -79,7 +82,8 @@ def xla_generating(cfg, batch):
     )
     ids = jax.ShapeDtypeStruct((batch, length), jnp.int32)
     start = jax.ShapeDtypeStruct((batch,), jnp.int32)
-    call = decoding.decode_jitted.lower(cfg, plan, param_shapes(cfg), request, ids, start)
+    decode = programs.compiled_decode(program.platform.decode_options)
+    call = decode.lower(program, param_shapes(cfg), request, ids, start)
     found = call.compile().memory_analysis()
     return found.argument_size_in_bytes + found.temp_size_in_bytes + found.output_size_in_bytes
 

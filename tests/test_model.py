@@ -291,7 +291,7 @@ def test_a_plain_dict_is_not_a_configuration(params, ids):
         lambda: flaxgpt.generate(book, params, [[1]], 1),
         lambda: flaxgpt.book_params(book),
     ):
-        with pytest.raises(ValueError, match=r"got dict: GPTConfig.from_dict makes one"):
+        with pytest.raises(ValueError, match=r"got dict; convert it with GPTConfig.from_dict"):
             call()
 
 
@@ -305,7 +305,7 @@ def test_a_plain_dict_is_not_a_configuration(params, ids):
         (np.zeros((1, 4), np.float32), "float32 must be integers"),
         (jnp.zeros((1, 4), bool), "bool must be integers"),
         ([[1, 2], [3]], "all rows equally long"),
-        (np.zeros((1, 17), int), "17 ids a row exceed context_length=16"),
+        (np.zeros((1, 17), int), "17 ids per row exceed context_length=16"),
     ],
 )
 def test_bad_ids_are_refused(ids, message, params):

@@ -1,7 +1,7 @@
-"""What pyproject.toml, the pinned lists and the shell scripts promise to who installs flaxgpt.
+"""Packaging: pyproject.toml, the pinned lists and the shell scripts.
 
-Nothing is downloaded: the scripts run in a copy of the repository with a stand-in for Python, which
-answers as Python and pip do and keeps a diary of what it was asked.
+Nothing is downloaded: the scripts run in a copy of the repository with a fake Python that answers
+as Python and pip do and logs each call.
 """
 
 import importlib.metadata
@@ -23,12 +23,14 @@ import flaxgpt
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+# What scripts/flaxgpt, scripts/test and scripts/docs install, each in addition to those before.
+INSTALLED = ("requirements.txt", "requirements-test.txt", "requirements-docs.txt")
 LISTS = sorted((ROOT / "scripts").glob("requirements*.txt"))
 PYTHONS = ("3.11", "3.12", "3.13")
 
 
 def pins(name: str, python: str) -> dict[str, Version]:
-    """Reads a pinned list of scripts/ as pip of that Python does: canonical name to version."""
+    """Read a pinned list in scripts/ as pip for that Python does: canonical name to version."""
     pinned = {}
     for line in (ROOT / "scripts" / name).read_text().splitlines():
         if line.startswith("#"):
@@ -43,16 +45,16 @@ def pins(name: str, python: str) -> dict[str, Version]:
     return pinned
 
 
-def test_the_version_is_written_in_the_package_alone() -> None:
+def test_only_the_package_states_the_version() -> None:
     assert PROJECT["dynamic"] == ["version"]
     assert flaxgpt.__version__ not in (ROOT / "pyproject.toml").read_text()
 
 
-def test_an_installed_flaxgpt_reports_the_version_of_its_source() -> None:
+def test_the_installed_version_is_that_of_the_source() -> None:
     try:
         installed = importlib.metadata.version("flaxgpt")
     except importlib.metadata.PackageNotFoundError:
-        pytest.skip("flaxgpt runs from its source here; scripts/test_matrix installs it")
+        pytest.skip("flaxgpt is not installed here; scripts/test_matrix installs it")
     assert installed == flaxgpt.__version__
 
 
@@ -69,11 +71,11 @@ def test_an_installed_flaxgpt_reports_the_version_of_its_source() -> None:
         "models/tales/README.md",
     ],
 )
-def test_types_vocabularies_and_a_model_travel_with_the_package(name: str) -> None:
+def test_the_package_includes_types_vocabularies_and_a_model(name: str) -> None:
     assert importlib.resources.files("flaxgpt").joinpath(name).is_file()
 
 
-def test_every_python_from_3_11_to_3_13_is_supported_and_none_older() -> None:
+def test_python_3_11_to_3_13_are_supported() -> None:
     supported = SpecifierSet(PROJECT["requires-python"])
     assert [python for python in ("3.10", *PYTHONS) if python in supported] == list(PYTHONS)
     classifiers = {f"Programming Language :: Python :: {python}" for python in PYTHONS}
@@ -81,11 +83,11 @@ def test_every_python_from_3_11_to_3_13_is_supported_and_none_older() -> None:
 
 
 @pytest.mark.parametrize("dependency", PROJECT["dependencies"])
-def test_a_runtime_dependency_has_a_floor_and_no_ceiling(dependency: str) -> None:
+def test_a_runtime_dependency_has_a_lower_bound_only(dependency: str) -> None:
     assert [bound.operator for bound in Requirement(dependency).specifier] == [">="]
 
 
-def test_installing_leaves_what_a_colab_tpu_runtime_has_as_it_is() -> None:
+def test_a_colab_tpu_runtime_satisfies_every_dependency() -> None:
     runtime = pins("requirements-floor.txt", "3.13")
     for dependency in map(Requirement, PROJECT["dependencies"]):
         key = canonicalize_name(dependency.name)
@@ -106,17 +108,18 @@ def test_a_pinned_list_holds_names_and_versions_only(path: Path) -> None:
 
 @pytest.mark.parametrize("python", PYTHONS)
 def test_every_dependency_is_pinned_to_a_version_it_allows(python: str) -> None:
-    run, test = pins("requirements.txt", python), pins("requirements-test.txt", python)
+    run, test, docs = (pins(name, python) for name in INSTALLED)
     extras = PROJECT["optional-dependencies"]
     for pinned, dependencies in (
         (run, [*PROJECT["dependencies"], *extras["train"], *extras["notebook"]]),
-        (test, [*extras["test"], *extras["dev"]]),
+        (run | test, [*extras["test"], *extras["dev"]]),
+        (run | test | docs, extras["docs"]),
     ):
         for dependency in map(Requirement, dependencies):
-            if dependency.name == "flaxgpt":  # its other extras, looked at by themselves
+            if dependency.name == "flaxgpt":  # refers to other extras, which are checked themselves
                 continue
             assert pinned[canonicalize_name(dependency.name)] in dependency.specifier
-    assert run.keys().isdisjoint(test)
+    assert len(run | test | docs) == len(run) + len(test) + len(docs), "a package is pinned twice"
 
 
 @pytest.mark.parametrize(
@@ -124,6 +127,7 @@ def test_every_dependency_is_pinned_to_a_version_it_allows(python: str) -> None:
     [
         ("sh", "scripts/flaxgpt"),
         ("sh", "scripts/build_tales"),
+        ("sh", "scripts/docs"),
         ("sh", "scripts/test"),
         ("sh", "scripts/test_matrix"),
         ("bash", ".ci/run"),
@@ -134,42 +138,46 @@ def test_a_script_is_executable_and_parses(shell: str, name: str) -> None:
     subprocess.run([shell, "-n", ROOT / name], check=True)
 
 
-# Asked for its path, it prints it; asked for a venv, it puts itself there. $DIARY gets a line for
-# each venv made and each list installed. An installation fails while $DIARY.offline exists.
-STAND_IN = """#!/bin/sh
+# Prints its path when run with -c, and copies itself into a venv that it is told to make. $LOG gets
+# a line for each venv and each installed list. An installation fails while $LOG.offline exists.
+FAKE_PYTHON = """#!/bin/sh
 case "$*" in
     -c*) echo "$0" ;;
     "-m venv "*)
         mkdir -p "$3/bin"
         cp "$0" "$3/bin/python"
-        echo venv >>"$DIARY" ;;
+        echo venv >>"$LOG" ;;
     "-m pip install "*)
-        if [ -e "$DIARY.offline" ]; then echo "pip: no network" >&2; exit 1; fi
-        for word in "$@"; do case $word in *.txt) echo "$word" >>"$DIARY" ;; esac; done ;;
+        if [ -e "$LOG.offline" ]; then echo "pip: no network" >&2; exit 1; fi
+        for word in "$@"; do case $word in *.txt) echo "$word" >>"$LOG" ;; esac; done ;;
     "-P -m flaxgpt "*)
         shift 3
         printf '%s|' "$PWD" "$PYTHONPATH" "$@"
         exit 7 ;;
-    "-m pytest") pwd ;;
+    "-m pytest"*)
+        pwd
+        shift 2
+        printf "%s\\n" "$*" ;;
+    "-m mkdocs"*) printf "%s\\n" "$*" ;;
 esac
 """
 
 
 class Clone:
-    """A copy of the scripts in a folder with a space in its name, and a stand-in for Python."""
+    """A copy of the scripts in a folder with a space in its name, and a fake Python."""
 
     def __init__(self, folder: Path) -> None:
         self.root = folder / "a clone"
         shutil.copytree(ROOT / "scripts", self.root / "scripts")
-        self.diary = folder / "diary"
+        self.log = folder / "log"
         self.elsewhere = folder / "elsewhere"
         self.elsewhere.mkdir()
         self.commands = folder / "commands"
         self.commands.mkdir()
-        # A pyenv shim of a Python that is not active; a uv that does not run.
+        # A pyenv shim for an inactive Python, and a uv that does not run.
         for name in ("python3.13", "uv"):
             self.command(name, "#!/bin/sh\necho no such version >&2\nexit 127\n")
-        self.command("python3.12", STAND_IN)
+        self.command("python3.12", FAKE_PYTHON)
 
     def command(self, name: str, text: str) -> None:
         (self.commands / name).write_text(text)
@@ -178,20 +186,20 @@ class Clone:
     def run(
         self, script: str, *arguments: str, **environment: str
     ) -> subprocess.CompletedProcess[str]:
-        """Runs a script from another folder, with few variables in its environment."""
+        """Run a script from another folder, with few environment variables."""
         path = f"{self.commands}:{os.environ['PATH']}"
         return subprocess.run(
             [self.root / "scripts" / script, *arguments],
             cwd=self.elsewhere,
-            env={"PATH": path, "DIARY": str(self.diary), **environment},
+            env={"PATH": path, "LOG": str(self.log), **environment},
             capture_output=True,
             text=True,
         )
 
-    def done(self) -> list[str]:
-        """Returns what Python was asked to make since the last call."""
-        lines = self.diary.read_text().split() if self.diary.exists() else []
-        self.diary.unlink(missing_ok=True)
+    def calls(self) -> list[str]:
+        """Return what was made and installed since the last call."""
+        lines = self.log.read_text().split() if self.log.exists() else []
+        self.log.unlink(missing_ok=True)
         return lines
 
 
@@ -200,14 +208,14 @@ def clone(tmp_path: Path) -> Clone:
     return Clone(tmp_path)
 
 
-def test_the_first_run_makes_the_environment_with_the_first_python_that_works(clone: Clone) -> None:
+def test_the_first_run_uses_the_first_python_that_works(clone: Clone) -> None:
     result = clone.run("flaxgpt", "generate")
-    assert clone.done() == ["venv", "requirements.txt"]
+    assert clone.calls() == ["venv", "requirements.txt"]
     assert len(result.stderr.splitlines()) == 1
     assert f"with pip and {clone.commands / 'python3.12'}" in result.stderr
 
 
-def test_arguments_working_directory_and_exit_code_pass_through(clone: Clone) -> None:
+def test_arguments_working_directory_and_exit_code_are_passed_through(clone: Clone) -> None:
     result = clone.run("flaxgpt", "generate", "two words", "*", PYTHONPATH="/theirs")
     expected = [clone.elsewhere, f"{clone.root}:/theirs", "generate", "two words", "*"]
     assert result.stdout == "".join(f"{word}|" for word in expected)
@@ -216,65 +224,95 @@ def test_arguments_working_directory_and_exit_code_pass_through(clone: Clone) ->
 
 def test_a_second_run_is_quiet_and_installs_nothing(clone: Clone) -> None:
     clone.run("flaxgpt", "generate")
-    clone.done()
+    clone.calls()
     assert clone.run("flaxgpt", "generate").stderr == ""
-    assert clone.done() == []
+    assert clone.calls() == []
 
 
-def test_a_failed_installation_is_told_and_started_afresh_by_the_next_run(clone: Clone) -> None:
-    offline = clone.diary.with_suffix(".offline")
+def test_a_failed_installation_is_reported_and_repeated_by_the_next_run(clone: Clone) -> None:
+    offline = clone.log.with_suffix(".offline")
     offline.touch()
     result = clone.run("flaxgpt", "generate")
     assert (result.returncode, result.stdout) == (1, "")
     assert result.stderr.splitlines()[1:] == [
         "pip: no network",
-        "flaxgpt: the installation failed, as told above; run the command again to repeat it",
+        "flaxgpt: the installation failed with the error above; run the command again to retry",
     ]
     offline.unlink()
     assert clone.run("flaxgpt", "generate").returncode == 7
-    assert clone.done() == ["venv", "venv", "requirements.txt"]
+    assert clone.calls() == ["venv", "venv", "requirements.txt"]
 
 
-def test_another_version_of_the_pinned_list_remakes_the_environment(clone: Clone) -> None:
+def test_a_changed_pinned_list_rebuilds_the_environment(clone: Clone) -> None:
     clone.run("flaxgpt", "generate")
     with (clone.root / "scripts" / "requirements.txt").open("a") as pinned:
         pinned.write("another==1.0\n")
-    clone.done()
+    clone.calls()
     clone.run("flaxgpt", "generate")
-    assert clone.done() == ["venv", "requirements.txt"]
+    assert clone.calls() == ["venv", "requirements.txt"]
 
 
-def test_the_tests_add_their_list_to_the_environment_and_run_in_the_repository(
-    clone: Clone,
-) -> None:
+def test_further_lists_are_added_to_the_environment(clone: Clone) -> None:
     clone.run("flaxgpt", "generate")
-    clone.done()
-    result = clone.run("test")
-    assert result.stdout == f"{clone.root}\n"
-    assert clone.done() == ["requirements.txt", "requirements-test.txt"]
-    clone.run("flaxgpt", "generate")
+    assert clone.calls() == ["venv", "requirements.txt"]
     clone.run("test")
-    assert clone.done() == []
+    assert clone.calls() == [*INSTALLED[:2]]
+    clone.run("docs")
+    assert clone.calls() == [*INSTALLED]
 
 
-def test_naming_another_python_remakes_the_environment_with_it(clone: Clone) -> None:
+def test_a_script_that_needs_fewer_lists_keeps_the_environment(clone: Clone) -> None:
+    clone.run("docs")
+    assert clone.calls() == ["venv", *INSTALLED]
+    for script in ("flaxgpt", "test", "docs"):
+        clone.run(script)
+    assert clone.calls() == []
+
+
+PARALLEL = "-n auto --dist loadfile --no-loadscope-reorder"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], PARALLEL),
+        (["-m", "slow"], f"{PARALLEL} -m slow"),
+        (["tests/test_a.py", "tests/test_b.py"], f"{PARALLEL} tests/test_a.py tests/test_b.py"),
+        (["tests/test_a.py", "-k", "preset"], "tests/test_a.py -k preset"),
+        (["tests/test_a.py::test_it"], "tests/test_a.py::test_it"),
+        (["-n", "3", "-x"], "-n 3 -x"),
+        (["-x"], f"{PARALLEL} -x"),
+        (["--pdb"], "--pdb"),
+    ],
+)
+def test_the_tests_run_on_all_cores_unless_told_otherwise(
+    clone: Clone, arguments: list[str], expected: str
+) -> None:
+    assert clone.run("test", *arguments).stdout.splitlines() == [str(clone.root), expected]
+
+
+def test_the_documentation_is_built_strictly(clone: Clone) -> None:
+    assert clone.run("docs").stdout == "-m mkdocs build --strict\n"
+
+
+def test_setting_another_python_rebuilds_the_environment(clone: Clone) -> None:
     clone.run("flaxgpt", "generate")
-    clone.command("other", STAND_IN)
-    clone.done()
+    clone.command("other", FAKE_PYTHON)
+    clone.calls()
     clone.run("flaxgpt", "generate", FLAXGPT_PYTHON=str(clone.commands / "other"))
     clone.run("flaxgpt", "generate")
-    assert clone.done() == ["venv", "requirements.txt"]
+    assert clone.calls() == ["venv", "requirements.txt"]
 
 
-def test_a_named_python_that_does_not_run_is_one_clear_line(clone: Clone) -> None:
+def test_a_python_that_does_not_run_is_a_one_line_error(clone: Clone) -> None:
     result = clone.run("flaxgpt", "generate", FLAXGPT_PYTHON="/no/such/python")
-    assert (result.returncode, result.stdout, clone.done()) == (1, "", [])
+    assert (result.returncode, result.stdout, clone.calls()) == (1, "", [])
     assert re.fullmatch(r"flaxgpt: FLAXGPT_PYTHON is '/no/such/python', .*\n", result.stderr)
 
 
-def test_no_python_that_fits_is_one_clear_line(clone: Clone) -> None:
+def test_no_suitable_python_is_a_one_line_error(clone: Clone) -> None:
     for name in ("python3.12", "python3.11", "python3"):
         clone.command(name, "#!/bin/sh\nexit 1\n")
     result = clone.run("flaxgpt", "generate")
-    assert (result.returncode, result.stdout, clone.done()) == (1, "", [])
+    assert (result.returncode, result.stdout, clone.calls()) == (1, "", [])
     assert re.fullmatch(r"flaxgpt: found no Python 3\.11 or later .*\n", result.stderr)

@@ -14,8 +14,8 @@ import pytest
 import flaxgpt
 import golden
 from command import ENVIRONMENT, call, run
-from flaxgpt.evaluation import measure
-from flaxgpt.training import preset
+from flaxgpt.evaluation import evaluate_text
+from flaxgpt.training import recipe
 
 FOLDER = Path(flaxgpt.__file__).parent / "models" / "tales"
 VALIDATION = Path(os.environ.get("FLAXGPT_SHARED", "../shared")) / "data" / "tales" / "val.txt"
@@ -28,7 +28,7 @@ def tales():
 
 def test_it_has_the_configuration_and_tokenizer_of_its_recipe(tales):
     cfg, params, tokenizer = tales
-    assert cfg == preset("tales")[0]
+    assert cfg == recipe("tales")[0]
     assert {p.dtype for p in jax.tree.leaves(params)} == {np.dtype("float32")}
     ours = flaxgpt.load_tokenizer("tales")
     assert tokenizer.encode("Once upon a time") == ours.encode("Once upon a time")
@@ -43,7 +43,7 @@ def test_weights_and_vocabulary_take_at_most_12_megabytes():
 def test_it_takes_precedence_over_a_folder_of_its_name(tmp_path, monkeypatch):
     (tmp_path / "tales").mkdir()
     monkeypatch.chdir(tmp_path)
-    assert flaxgpt.load("tales")[0] == preset("tales")[0]
+    assert flaxgpt.load("tales")[0] == recipe("tales")[0]
     with pytest.raises(FileNotFoundError, match=r"config\.json|model\.safetensors"):
         flaxgpt.load("./tales")
 
@@ -51,7 +51,7 @@ def test_it_takes_precedence_over_a_folder_of_its_name(tmp_path, monkeypatch):
 def bits_per_byte(tales, text):
     cfg, params, tokenizer = tales
     ids = np.array(tokenizer.encode(text))
-    return measure(cfg, params, ids, tokenizer=tokenizer).bits_per_byte
+    return evaluate_text(cfg, params, ids, tokenizer=tokenizer).bits_per_byte
 
 
 def test_it_predicts_an_unseen_story_better_than_gzip_compresses_it(tales):

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 import flaxgpt
 from flaxgpt import GPTConfig
-from flaxgpt.generation.text import spoken, stream_text
+from flaxgpt.generation.text import drop_stop_tokens
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -35,33 +35,35 @@ def test_streamed_pieces_join_to_the_generated_text(params, seed):
     options = {"temperature": 2.0, "key": jax.random.key(seed)}
     (whole,) = flaxgpt.generate_text(CFG, params, TOKENIZER, ["é"], 12, **options)
     ids = flaxgpt.stream(CFG, params, TOKENIZER.encode("é"), 12, **options)
-    pieces = list(stream_text(TOKENIZER, ids))
+    pieces = list(TOKENIZER.decode_stream(ids))
     assert "".join(pieces) == whole
     assert all(piece.encode("utf-8") for piece in pieces)
 
 
 def test_a_special_token_that_stops_a_row_is_not_text():
-    assert list(spoken(TOKENIZER, [1, 2, END], [END])) == [1, 2]
+    assert list(drop_stop_tokens(TOKENIZER, [1, 2, END], [END])) == [1, 2]
 
 
 def test_a_word_that_stops_a_row_is_text():
-    assert list(spoken(TOKENIZER, [1, 2], [2])) == [1, 2]
+    assert list(drop_stop_tokens(TOKENIZER, [1, 2], [2])) == [1, 2]
 
 
 def test_a_special_token_that_stops_nothing_is_shown():
-    assert list(spoken(TOKENIZER, [1, END, 2], [])) == [1, END, 2]
+    assert list(drop_stop_tokens(TOKENIZER, [1, END, 2], [])) == [1, END, 2]
 
 
 def test_an_iterator_of_stop_ids_is_read_once(params):
     always = flaxgpt.generate(CFG, params, [TOKENIZER.encode("A")], 1)[0][0]
     special = SimpleNamespace(
-        encode=TOKENIZER.encode, decode=TOKENIZER.decode, special_tokens={"first": always}
+        encode=TOKENIZER.encode,
+        decode_stream=TOKENIZER.decode_stream,
+        special_tokens={"first": always},
     )
     assert flaxgpt.generate_text(CFG, params, special, ["A"], 5, stop_ids=iter([always])) == [""]
 
 
 def test_a_lone_string_is_not_a_list_of_prompts(params):
-    with pytest.raises(ValueError, match=r"for one, \['Hello'\]"):
+    with pytest.raises(ValueError, match=r"for one text, use \['Hello'\]"):
         flaxgpt.generate_text(CFG, params, TOKENIZER, "Hello", 5)
 
 

@@ -119,7 +119,7 @@ def test_the_text_is_split_by_characters(done):
     text = VERDICT.read_text(encoding="utf-8")
     tokenizer = flaxgpt.load(out)[2]
     train_ids, val_ids = (
-        flaxgpt.data.read_ids(out / "data" / f"{name}.ids").ids for name in ("train", "val")
+        flaxgpt.data.read_ids(out / "data" / f"{name}.npy").ids for name in ("train", "val")
     )
     assert tokenizer.decode(train_ids) == text[: int(0.9 * len(text))]
     assert tokenizer.decode(val_ids) == text[int(0.9 * len(text)) :]
@@ -255,7 +255,7 @@ def test_fine_tuning_killed_in_its_first_checkpoint_starts_from_the_model_again(
 
     prepare(CFG, dataclasses.replace(RECIPE, **changes), out, lambda line: None)
     (out / "checkpoints" / ".8.0123.tmp").mkdir(parents=True)
-    (out / "data" / ".train.ids.0123.tmp").touch()
+    (out / "data" / ".train.npy.0123.tmp").touch()
     outcome, _ = run(out, **changes | {"init_from": str(out)})
     assert_the_same(outcome, whole)
     assert not list((out / "data").glob(".*.tmp"))
@@ -352,7 +352,7 @@ def test_a_long_tokenizing_tells_how_far_it_is(tmp_path, monkeypatch):
     monkeypatch.setattr(texts, "time", clock)
     told = []
     prepare(CFG, RECIPE, tmp_path / "run", told.append)
-    path = tmp_path / "run" / "data" / "train.ids"
+    path = tmp_path / "run" / "data" / "train.npy"
     assert told[0] == f"tokenizing into {path}"
     assert told[1].startswith(f"tokenizing into {path}: ") and told[1].endswith(" %")
 
@@ -388,8 +388,8 @@ def test_bad_input_is_found_before_anything_is_made(tmp_path, changes, message):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "is empty; give a file that holds text"),
-        (b"tiny", "ids do not fill one window: a context of 16 takes 17"),
+        (b"", "is empty; pass a file that contains text"),
+        (b"tiny", "ids do not fill one window; a context of 16 needs 17"),
         (b"good \xff bad" * 30, "is not UTF-8: byte 0xff at position 5"),
     ],
 )

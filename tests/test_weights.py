@@ -774,7 +774,7 @@ def test_a_preset_is_not_a_model() -> None:
 def test_an_unreadable_tokenizer_is_a_warning(tmp_path: Path) -> None:
     shutil.copytree(HF, tmp_path / "model")
     (tmp_path / "model" / "tokenizer.json").write_text('{"model": {"type": "WordPiece"}}')
-    with pytest.warns(UserWarning, match=r"no tokenizer: .*tokenizer.json: .*WordPiece"):
+    with pytest.warns(UserWarning, match=r"no tokenizer: .*tokenizer.json: .*missing field"):
         cfg, params, tokenizer = load(tmp_path / "model")
     assert tokenizer is None
     assert forward(cfg, params, [[1, 2]]).shape == (1, 2, cfg.vocab_size)

@@ -18,11 +18,11 @@ from flaxgpt.cli.evaluate import EvalCommand
 from flaxgpt.cli.generate import GenerateCommand
 from flaxgpt.cli.params import ParamsCommand
 from flaxgpt.cli.plot import PlotCommand
-from flaxgpt.cli.train import Train, defaults
+from flaxgpt.cli.train import TrainCommand, defaults
 
 _COMMANDS = {
     "generate": GenerateCommand,
-    "train": Train,
+    "train": TrainCommand,
     "eval": EvalCommand,
     "params": ParamsCommand,
     "plot": PlotCommand,
@@ -66,7 +66,7 @@ def _one_line(error: Exception) -> str:
 
 def _parse(argv: list[str]) -> Any:
     """Return the command, or raise ValueError with tyro's message in one line."""
-    defaults_of_train = defaults(argv[1:]) if argv[:1] == ["train"] else Train()
+    defaults_of_train = defaults(argv[1:]) if argv[:1] == ["train"] else TrainCommand()
     commands = [
         Annotated[
             command,

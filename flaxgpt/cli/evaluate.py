@@ -9,8 +9,8 @@ from typing import Literal
 
 from flaxgpt._checks import check_size
 from flaxgpt.cli.common import load_with_tokenizer, progress, say
-from flaxgpt.data import read_ids, survey, write_ids
-from flaxgpt.evaluation import measure
+from flaxgpt.data import read_ids, scan_texts, write_ids
+from flaxgpt.evaluation import evaluate_text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,14 +43,16 @@ class EvalCommand:
         if self.stride is not None:
             check_size("--stride", self.stride)
         with progress("reading") as advance:
-            text = survey([Path(path) for path in self.data], errors=self.errors, progress=advance)
+            text = scan_texts(
+                [Path(path) for path in self.data], errors=self.errors, progress=advance
+            )
         cfg, params, tokenizer = load_with_tokenizer(self.model)
         with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "text.ids"
+            path = Path(folder) / "text.npy"
             with progress("tokenizing") as advance:
                 write_ids(path, text, tokenizer, progress=advance)
             with progress("evaluating") as advance:
-                found = measure(
+                found = evaluate_text(
                     cfg,
                     params,
                     read_ids(path).ids,

@@ -13,7 +13,7 @@ import flaxgpt
 from flaxgpt._checks import check_sampling, check_size
 from flaxgpt.cli.common import load_with_tokenizer, say
 from flaxgpt.config import GPTConfig
-from flaxgpt.generation.text import spoken, stream_text
+from flaxgpt.generation.text import drop_stop_tokens
 from flaxgpt.tokenizer import Tokenizer
 
 
@@ -92,7 +92,8 @@ class GenerateCommand:
                 dtype=self.dtype,
             )
             say(("\n" if i else "") + (prompt if self.echo else ""))
-            for piece in stream_text(tokenizer, spoken(tokenizer, tokens, stop_ids)):
+            new_ids = drop_stop_tokens(tokenizer, tokens, stop_ids)
+            for piece in tokenizer.decode_stream(new_ids, after=ids):
                 say(piece)
             say("\n")
 

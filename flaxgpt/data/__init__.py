@@ -1,24 +1,25 @@
-"""From text to batches: `corpus` reads text files, `ids_file` tokenizes them, `windows` cuts.
+"""Training data: text files to ids to batches.
 
-Text is read once to be looked at (`survey`) and once more to become a file of ids (`write_ids`),
-a block at a time. Training maps that file into memory (`read_ids`) and takes windows out of it
-(`batches`, `evaluation_windows`), so neither text nor ids need fit in memory.
+`scan_texts` reads text files once to learn their size and characters, and `write_ids` reads them
+again to tokenize them into a file, block by block. `read_ids` maps that file into memory, and
+`batches` and `evaluation_windows` take windows from it. Neither the text nor the ids need to fit in
+memory.
 """
 
-from flaxgpt.data.corpus import Survey, TextFile, survey
-from flaxgpt.data.ids_file import IdsFile, check_same_source, read_ids, write_ids
+from flaxgpt.data.corpus import TextFile, TextScan, scan_texts
+from flaxgpt.data.token_file import TokenFile, check_same_source, read_ids, write_ids
 from flaxgpt.data.windows import BatchIterator, batches, count_windows, evaluation_windows
 
 __all__ = [
     "BatchIterator",
-    "IdsFile",
-    "Survey",
     "TextFile",
+    "TextScan",
+    "TokenFile",
     "batches",
     "check_same_source",
     "count_windows",
     "evaluation_windows",
     "read_ids",
-    "survey",
+    "scan_texts",
     "write_ids",
 ]

@@ -1,4 +1,4 @@
-"""Text files, read a block at a time: what they hold, and pieces that can be encoded alone."""
+"""Text files, read block by block and cut into pieces that can be encoded separately."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from flaxgpt.typing import Progress
 
 Errors = Literal["strict", "replace"]
 
-_BLOCK = 2**20  # bytes: tokenizers gain nothing from more, and their lists of ids stay small
+_BLOCK = 2**20  # bytes; larger blocks are no faster and give longer lists of ids
 _LONGEST = 2**19  # characters held back in search of a place to cut
 
-# The last place of either kind in a text. Only white space that every regex engine knows counts as
-# such after a cut; before it, whatever Python takes for white space is avoided.
+# The last place of either kind in a text. After a cut, only the white space that all regex engines
+# recognize counts; before a cut, anything that Python considers white space is avoided.
 _LAST_LONE_SPACE = re.compile(r"(?s).*\S(?= \S)")
 _LAST_END_OF_WORD = re.compile(r"(?s).*\S(?=[ \t\n\r])")
 
 
 @dataclass(frozen=True)
 class TextFile:
-    """One file of a `Survey`.
+    """One file of a `TextScan`.
 
     Attributes:
-        path: as it was given.
-        sha256: of its bytes, hexadecimal, as `sha256sum` prints it.
-        n_bytes: its size.
-        n_characters: Unicode characters, each replaced byte sequence counting as one.
+        path: the path passed to `scan_texts`.
+        sha256: of the file, hexadecimal, as printed by `sha256sum`.
+        n_bytes: size of the file.
+        n_characters: number of Unicode characters; a replaced byte sequence counts as one.
     """
 
     path: Path
@@ -42,13 +42,13 @@ class TextFile:
 
 
 @dataclass(frozen=True)
-class Survey:
-    """What some text files hold, taken as one text in the order given.
+class TextScan:
+    """Size, hash and characters of some text files, concatenated in the given order.
 
     Attributes:
-        files: one entry a file.
-        alphabet: every character of the text once, sorted by code point.
-        errors: "strict", or "replace" where bytes that are not UTF-8 are read as U+FFFD.
+        files: one entry per file.
+        alphabet: the distinct characters of the text, sorted by code point.
+        errors: "strict", or "replace" if bytes that are not UTF-8 are read as U+FFFD.
     """
 
     files: tuple[TextFile, ...]
@@ -57,53 +57,53 @@ class Survey:
 
     @property
     def n_bytes(self) -> int:
-        """Size of all files."""
+        """Size of all files together."""
         return sum(file.n_bytes for file in self.files)
 
     @property
     def n_characters(self) -> int:
-        """Length of the text."""
+        """Number of characters of all files together."""
         return sum(file.n_characters for file in self.files)
 
     @property
     def sha256(self) -> str:
-        """One file's own SHA-256; for several, the SHA-256 of theirs one after another."""
+        """SHA-256 of a single file; for several, the SHA-256 of their concatenated digests."""
         digests = [file.sha256 for file in self.files]
         if len(digests) == 1:
             return digests[0]
         return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
-def survey(
+def scan_texts(
     paths: Sequence[str | os.PathLike[str]],
     *,
     errors: Errors = "strict",
     progress: Progress | None = None,
-) -> Survey:
-    """Reads text files once, from end to end, in little memory.
+) -> TextScan:
+    """Read text files once, block by block.
 
     Args:
         paths: files of UTF-8 text.
-        errors: what to do about bytes that are not UTF-8: "strict" refuses the file, "replace"
-            reads them as U+FFFD.
-        progress: called with the bytes read so far and those there are.
+        errors: how to handle bytes that are not UTF-8: "strict" raises an error, "replace" reads
+            them as U+FFFD.
+        progress: called with (bytes read, bytes in total).
 
     Returns:
         Hash, size and characters of the files.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: no paths, or a path to a folder, to an empty file, or to one that is not UTF-8;
-            says which, where in it, and what to do.
+        FileNotFoundError: a file does not exist.
+        ValueError: there are no paths, or a path is a folder, an empty file, or a file that is not
+            UTF-8; the message says which one and where.
         OSError: a file cannot be read.
     """
     if isinstance(paths, (str, os.PathLike)):
-        raise ValueError(f"paths must be a list of files: for one, [{os.fspath(paths)!r}]")
+        raise ValueError(f"paths must be a list; for one file, pass [{os.fspath(paths)!r}]")
     if errors not in ("strict", "replace"):
-        raise ValueError(f"errors={errors!r} must be 'strict' or 'replace'")
+        raise ValueError(f"errors={errors!r} is not valid; expected 'strict' or 'replace'")
     total = sum(_text_size(Path(path)) for path in paths)
     if not total:
-        raise ValueError("paths is empty: give at least one file of text")
+        raise ValueError("paths is empty; pass at least one text file")
     files, alphabet, done = [], set[str](), 0
     for path in map(Path, paths):
         digest, n_bytes, n_characters = hashlib.sha256(), 0, 0
@@ -116,26 +116,26 @@ def survey(
                 progress(done + n_bytes, total)
         done += n_bytes
         files.append(TextFile(path, digest.hexdigest(), n_bytes, n_characters))
-    return Survey(tuple(files), "".join(sorted(alphabet)), errors)
+    return TextScan(tuple(files), "".join(sorted(alphabet)), errors)
 
 
 def _text_size(path: Path) -> int:
     if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist; give the path of a file of UTF-8 text")
+        raise FileNotFoundError(f"{path} does not exist; pass the path of a UTF-8 text file")
     if path.is_dir():
-        raise ValueError(f"{path} is a folder; give the files of text in it one by one")
+        raise ValueError(f"{path} is a folder; pass the text files in it one by one")
     if not path.is_file():
-        raise ValueError(f"{path} is a pipe or device, which cannot be read twice; use a file")
+        raise ValueError(f"{path} is a pipe or device, which cannot be read twice; pass a file")
     if not (size := path.stat().st_size):
-        raise ValueError(f"{path} is empty; give a file that holds text")
+        raise ValueError(f"{path} is empty; pass a file that contains text")
     return size
 
 
 def read_blocks(path: Path, errors: Errors) -> Iterator[tuple[bytes, str]]:
-    """Yields a file's bytes, block by block, and the text that they complete.
+    """Yield the bytes of a file block by block, with the text that each block completes.
 
     Raises:
-        ValueError: bytes that are not UTF-8, unless `errors` is "replace".
+        ValueError: the file is not UTF-8, unless `errors` is "replace".
     """
     decoder = codecs.getincrementaldecoder("utf-8")(errors)
     read = 0
@@ -143,18 +143,18 @@ def read_blocks(path: Path, errors: Errors) -> Iterator[tuple[bytes, str]]:
         while True:
             try:
                 block = file.read(_BLOCK)
-            except OSError as error:  # which, unlike that of opening, names no file
+            except OSError as error:  # unlike an error of opening, it does not name the file
                 raise OSError(error.errno, error.strerror, str(path)) from error
             read += len(block)
             try:
                 text = decoder.decode(block, final=not block)
             except UnicodeDecodeError as error:
-                # error.object is the block behind what the decoder had kept of the one before.
+                # error.object is what the decoder kept of the block before, and this block.
                 place = read - len(error.object) + error.start
                 raise ValueError(
                     f"{path} is not UTF-8: byte 0x{error.object[error.start]:02x} at position "
-                    f"{place} ({error.reason}); save the file as UTF-8, or have such bytes "
-                    'replaced by U+FFFD with --errors replace (in Python, errors="replace")'
+                    f"{place} ({error.reason}); save the file as UTF-8, or replace such bytes by "
+                    'U+FFFD with --errors replace (in Python, errors="replace")'
                 ) from None
             if block or text:
                 yield block, text
@@ -162,11 +162,11 @@ def read_blocks(path: Path, errors: Errors) -> Iterator[tuple[bytes, str]]:
                 return
 
 
-def read_texts(source: Survey, start: int, stop: int) -> Iterator[Iterator[str]]:
-    """Yields one iterator of text a file, for those that have some of characters [start, stop).
+def read_texts(source: TextScan, start: int, stop: int) -> Iterator[Iterator[str]]:
+    """Yield an iterator over the text of each file that contains characters of [start, stop).
 
     Raises:
-        ValueError: a file is no longer what was surveyed.
+        ValueError: a file has changed since it was scanned.
     """
     begin = 0
     for file in source.files:
@@ -186,18 +186,18 @@ def _clipped(file: TextFile, errors: Errors, start: int, stop: int) -> Iterator[
         if begin >= stop:
             break
     if begin < stop or file.path.stat().st_size != file.n_bytes:
-        raise ValueError(f"{file.path} changed while it was being read; start again")
+        raise ValueError(f"{file.path} has changed since it was scanned; start again")
 
 
 def pieces(texts: Iterable[str]) -> Iterator[str]:
-    """Joins a text and cuts it where a tokenizer cuts too, so that pieces can be encoded alone.
+    """Concatenate blocks of text and cut them where tokenizers do, for encoding piece by piece.
 
-    A piece ends before a lone space between two words, or, where a block of text has none, before
-    other white space that follows a word. GPT-2's pattern never matches across either, and looks
-    at nothing before a match, so the pieces' ids are those of the text. Other tiktoken patterns
-    likewise leave a lone space to the word behind it, but some take newlines with the word before.
-    After half a million characters (`_LONGEST`) without such a place the piece ends anyhow, where
-    the whole text might have had one longer token.
+    A piece ends before a single space between two words or, if a block of text has none, before
+    other white space that follows a word. GPT-2's pattern never matches across such a place, so the
+    ids of the pieces are those of the whole text. Other patterns, too, put a single space in one
+    token with the word after it, but some put a newline with the word before it. A piece that
+    reaches `_LONGEST` characters without such a place is cut at its end, where the whole text might
+    have a longer token.
     """
     pending = ""
     for text in texts:

@@ -1,12 +1,12 @@
-"""Windows of ids: shuffled into batches without end for training, in order for evaluation.
+"""Windows of ids: endless shuffled batches for training, and ordered windows for evaluation.
 
-A window is T + 1 ids, T the context length: its first T are inputs, its last T their targets.
+A window is T + 1 ids, where T is the context length: the first T are the inputs, the last T their
+targets.
 """
 
 from __future__ import annotations
 
 import functools
-import operator
 import sys
 from collections.abc import Iterator
 from types import ModuleType
@@ -18,34 +18,37 @@ from flaxgpt._checks import check_size
 
 
 class BatchIterator(Protocol):
-    """What `batches` returns: a `grain.DatasetIterator`, whose state belongs in checkpoints."""
+    """The type that `batches` returns, a `grain.DatasetIterator`; checkpoints store its state."""
 
     def __iter__(self) -> Iterator[np.ndarray]: ...
 
     def __next__(self) -> np.ndarray: ...
 
     def get_state(self) -> dict[str, Any]:
-        """Returns where the iterator stands, as an object that JSON can hold."""
+        """Return the position of the iterator as a JSON object."""
         ...
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Goes to where an iterator of the same arguments stood, in this process or another."""
+        """Restore the position of an iterator that was created with the same arguments."""
         ...
 
     def close(self) -> None:
-        """Ends the thread that prefetches, if there is one."""
+        """Stop the prefetching thread, if there is one."""
         ...
 
 
 def count_windows(n_ids: int, length: int) -> int:
-    """How many windows some ids hold side by side, each beginning with the last id of the former.
+    """Return how many windows fit side by side, each starting at the last id of the one before.
 
     Args:
-        n_ids: how many ids there are.
+        n_ids: number of ids.
         length: T, the context length.
 
+    Returns:
+        The number of windows, 1 or more.
+
     Raises:
-        ValueError: the ids do not fill one window.
+        ValueError: there are fewer ids than one window needs.
 
     Example:
         >>> count_windows(129, 64)
@@ -54,8 +57,8 @@ def count_windows(n_ids: int, length: int) -> int:
     length = check_size("length", length)
     if n_ids <= length:
         raise ValueError(
-            f"{n_ids} ids do not fill one window: a context of {length} takes {length + 1} (the "
-            "last is only a target); give more text, or choose a shorter context"
+            f"{n_ids} ids do not fill one window; a context of {length} needs {length + 1} (the "
+            "last is only a target): provide more text, or choose a shorter context"
         )
     return (n_ids - 1) // length
 
@@ -72,33 +75,33 @@ def batches(
     process_count: int = 1,
     prefetch: int = 0,
 ) -> BatchIterator:
-    """Returns batches without end, in which each epoch meets every window once.
+    """Return an endless iterator over batches that visits every window once per epoch.
 
-    Window i of an epoch begins at id i * length plus an offset below `length` that the epoch draws,
-    so that epochs cut the text in different places; the last window moves back where it would pass
-    the end. A batch that ends an epoch is filled up from the next. All of it depends on the
-    arguments and the batch's number alone, so the iterator's state is that number.
+    Window i of an epoch starts at id `i * length` plus a random offset below `length`, so each
+    epoch cuts the text in different places; the last window is moved back if it would exceed the
+    ids. The last batch of an epoch is completed with windows of the next. A batch depends only on
+    the arguments and its number, so that number is the state of the iterator.
 
     Args:
-        ids: integer [n], such as `IdsFile.ids`. Only the windows in use are read.
+        ids: integer [n], such as `TokenFile.ids`. Only the windows in use are read.
         length: T, the context length.
-        batch_size: B, windows a batch, in all processes together.
-        seed: 0 or more; with the epoch's number it decides order and offset.
-        shuffle: whether each epoch has an order of its own; else the text's.
-        shift: whether each epoch draws an offset; else it is 0, as in the book's data loader with a
-            stride of the context length.
-        process_index: which process this is, 0 to process_count - 1. It gets consecutive rows:
-            joined in the order of the processes they are the batch of a single process.
-        process_count: how many processes share the work.
-        prefetch: batches that a thread makes ahead, for ids on a slow disk. With 0 there is no
-            thread, which costs less where the ids are in memory or the page cache.
+        batch_size: B, windows per batch, across all processes.
+        seed: 0 or more; together with the epoch it determines order and offset.
+        shuffle: whether to shuffle the windows of each epoch.
+        shift: whether to draw an offset for each epoch. Without it the offset is 0, as in the
+            book's data loader with a stride of the context length.
+        process_index: index of this process, 0 to `process_count - 1`. Each process gets
+            consecutive rows; concatenated in process order they are the batch of a single process.
+        process_count: number of processes.
+        prefetch: number of batches that a thread prepares ahead, for ids on a slow disk. With 0
+            there is no thread, which is faster if the ids are in memory or in the page cache.
 
     Returns:
-        An iterator of int32 [batch_size // process_count, length + 1].
+        An iterator over int32 [batch_size // process_count, length + 1].
 
     Raises:
-        ValueError: fewer ids than one window takes, fewer windows than rows of a batch, rows that
-            do not divide among the processes, or an argument out of its range.
+        ValueError: there are fewer ids than one window needs or fewer windows than `batch_size`,
+            `batch_size` is not divisible by `process_count`, or an argument is out of range.
         ModuleNotFoundError: grain is not installed.
     """
     ids = _flat(ids)
@@ -108,24 +111,26 @@ def batches(
     if batch_size > windows:
         raise ValueError(
             f"batch_size={batch_size} exceeds the data: {len(ids)} ids are {windows} windows of "
-            f"{length + 1}; choose a smaller batch or context, or give more text"
+            f"{length + 1}; choose a smaller batch or context, or provide more text"
         )
     if batch_size % process_count:
         raise ValueError(
-            f"batch_size={batch_size} must be a multiple of the {process_count} processes, "
-            f"such as {-(-batch_size // process_count) * process_count}"
+            f"batch_size={batch_size} is not a multiple of the {process_count} processes; "
+            f"choose one such as {-(-batch_size // process_count) * process_count}"
         )
     if not 0 <= process_index < process_count:
-        raise ValueError(f"process_index={process_index} must be 0 to {process_count - 1}")
-    seed, prefetch = _not_negative("seed", seed), _not_negative("prefetch", prefetch)
+        raise ValueError(
+            f"process_index={process_index} is out of range; expected 0 to {process_count - 1}"
+        )
+    seed, prefetch = check_size("seed", seed, 0), check_size("prefetch", prefetch, 0)
     grain = _grain()
     rows = batch_size // process_count
     every_window = np.lib.stride_tricks.sliding_window_view(ids, length + 1)
 
-    @functools.lru_cache(maxsize=2)  # a batch lies in one epoch or two
+    @functools.lru_cache(maxsize=2)  # a batch spans one or two epochs
     def window_starts(epoch: int) -> np.ndarray:
-        # RandomState, for NumPy promises that its numbers never change (NEP 19): a run goes on as
-        # it began even after an upgrade.
+        # NumPy guarantees that the numbers of RandomState never change (NEP 19), so a run can be
+        # resumed after an upgrade.
         random = np.random.RandomState(np.random.MT19937(np.random.SeedSequence((seed, epoch))))
         offset = random.randint(length) if shift else 0
         order = random.permutation(windows) if shuffle else np.arange(windows)
@@ -144,18 +149,18 @@ def batches(
 
 
 def evaluation_windows(ids: np.ndarray, length: int, limit: int | None = None) -> np.ndarray:
-    """Returns windows side by side from the first id on, the same each time.
+    """Return windows side by side, starting at the first id.
 
     Args:
         ids: integer [n].
         length: T, the context length.
-        limit: the most windows to return, spread evenly over the ids; None is all there are.
+        limit: the maximum number of windows, spread evenly over the ids; None means all.
 
     Returns:
-        int32 [windows, length + 1]. What does not fill a window at the end is left out.
+        int32 [windows, length + 1]. Ids at the end that do not fill a window are left out.
 
     Raises:
-        ValueError: fewer ids than one window takes, or an argument out of its range.
+        ValueError: there are fewer ids than one window needs, or an argument is out of range.
     """
     ids = _flat(ids)
     windows = count_windows(len(ids), length)
@@ -165,22 +170,13 @@ def evaluation_windows(ids: np.ndarray, length: int, limit: int | None = None) -
 
 
 def _flat(ids: np.ndarray) -> np.ndarray:
-    ids = np.asarray(ids)  # of a memmap the same memory, without the cost of its subclass
+    ids = np.asarray(ids)  # a view of a memmap, without the overhead of the subclass
     if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
         raise ValueError(
-            f"ids of shape {ids.shape} and dtype {ids.dtype} must be a flat array of integers"
+            f"ids has shape {ids.shape} and dtype {ids.dtype}; expected a one-dimensional array of "
+            "integers"
         )
     return ids
-
-
-def _not_negative(name: str, value: int) -> int:
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = -1
-    if number < 0:
-        raise ValueError(f"{name}={value!r} must be a whole number, 0 or more")
-    return number
 
 
 def _grain() -> ModuleType:
@@ -188,6 +184,6 @@ def _grain() -> ModuleType:
         import grain
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "batches needs grain: pip install 'flaxgpt[train]'", name="grain"
+            "batches needs grain; install it with pip install 'flaxgpt[train]'", name="grain"
         ) from error
     return grain

@@ -1,6 +1,17 @@
-"""Generation: prompts to new token ids or text."""
+"""Generation: prompts to new token ids or text.
 
-from flaxgpt.generation.batch import generate, stream
+sampling     logits to ids
+decoding     the loop, with the model injected
+programs     the loop with the GPT put in, compiled
+prompts      prompts and options to arrays
+batch        `generate`
+streaming    `stream`
+text         `generate_text`
+"""
+
+from flaxgpt.generation.batch import generate
+from flaxgpt.generation.sampling import Sampling
+from flaxgpt.generation.streaming import stream
 from flaxgpt.generation.text import generate_text
 
-__all__ = ["generate", "generate_text", "stream"]
+__all__ = ["Sampling", "generate", "generate_text", "stream"]

@@ -1,20 +1,87 @@
 """From logits and keys to ids: greedy, temperature, top-k, top-p. Knows no model.
 
-Temperature, k and p are traced, so changing them compiles nothing. With k traced, `lax.top_k` is
-out, and a full sort of GPT-2's vocabulary takes half as long as a decoding step on CPU (11 ms a row
-against 20). So the cut is found by bisection over the bit patterns of the logits: at most 32 passes
-over the row, 1 ms.
+Temperature, k and p are traced, so changing them compiles nothing. `lax.top_k` needs a static k,
+and a full sort of GPT-2's vocabulary takes half as long as a decoding step on CPU (11 ms per row
+against 20 ms). So the cutoff is found by bisection over the bit patterns of the logits: at most 32
+passes over the row, 1 ms.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-NOT_A_NUMBER = -1  # the "id" drawn from a row of logits that holds NaN
+from flaxgpt._checks import check_sampling, check_stop_ids
+
+NOT_A_NUMBER = -1  # stands for the id of a row whose logits hold NaN
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Sampling:
+    """How new ids are chosen, and what ends a row. Validates itself.
+
+    Attributes:
+        temperature: 0 chooses the most likely id; otherwise logits are divided by it before
+            sampling.
+        top_k: sample from the k most likely ids only; None for all.
+        top_p: sample from the most likely ids that together reach this probability; None for all.
+        key: a JAX random key, from which row i uses `fold_in(key, i)`, or one key per row. Each id
+            folds in the number of ids chosen before it. Required if temperature > 0.
+        stop_ids: ids that end a row.
+
+    Raises:
+        ValueError: a value is out of range, or sampling has no key.
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    key: jax.Array | None = None
+    stop_ids: Sequence[int] = ()
+
+    def __post_init__(self) -> None:
+        check_sampling(self.temperature, self.top_k, self.top_p)
+        object.__setattr__(self, "stop_ids", tuple(check_stop_ids(self.stop_ids)))
+        if self.key is not None:
+            object.__setattr__(self, "key", _typed_key(self.key))
+        elif self.temperature > 0:
+            raise ValueError(
+                f"temperature={self.temperature} samples at random and needs a key, such as "
+                "key=jax.random.key(0); temperature=0 needs none"
+            )
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Raise ValueError if `top_k` or a stop id does not fit the vocabulary."""
+        check_sampling(self.temperature, self.top_k, self.top_p, vocab_size)
+        check_stop_ids(self.stop_ids, vocab_size)
+
+    def keys_for(self, batch: int) -> jax.Array:
+        """Return the key, or one key per row; a fixed key if nothing is random.
+
+        Raises:
+            ValueError: the keys are neither one nor as many as rows.
+        """
+        key = jax.random.key(0) if self.key is None else self.key
+        if key.shape not in ((), (batch,)):
+            raise ValueError(
+                f"keys of shape {key.shape} must be one key, or one per row: ({batch},)"
+            )
+        return key
+
+
+def _typed_key(key: jax.Array) -> jax.Array:
+    if isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        return key
+    try:
+        return jax.random.wrap_key_data(jnp.asarray(key))  # from jax.random.PRNGKey
+    except TypeError as error:
+        raise ValueError(
+            f"key={key!r} must be a JAX random key, such as jax.random.key(0)"
+        ) from error
 
 
 def sample(
@@ -24,7 +91,7 @@ def sample(
     top_k: jax.Array,
     top_p: jax.Array,
 ) -> jax.Array:
-    """Draws one id a row: the most likely one at temperature 0, else at random.
+    """Choose one id per row: the most likely one at temperature 0, otherwise at random.
 
     Args:
         logits: float32 [B, V].
@@ -40,27 +107,31 @@ def sample(
     def greedy() -> jax.Array:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
-    def drawn() -> jax.Array:
-        # Relative to the largest: however small the temperature, that one stays finite.
+    def random() -> jax.Array:
+        # Relative to the largest logit, which stays finite however small the temperature.
         relative = (logits - logits.max(axis=-1, keepdims=True)) / temperature
         kept = keep_likely(relative, top_k, top_p)
         return jax.vmap(jax.random.categorical)(keys, kept).astype(jnp.int32)
 
-    ids = lax.cond(temperature > 0, drawn, greedy)
+    ids = lax.cond(temperature > 0, random, greedy)
     return jnp.where(jnp.isnan(logits).any(axis=-1), NOT_A_NUMBER, ids)
 
 
 def keep_likely(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
-    """Returns the logits with unlikely ones at -inf: first top-k, then top-p of what is left.
+    """Return the logits with unlikely ones set to -inf: first top-k, then top-p of the rest.
 
-    Order and meaning are those of Hugging Face's `TopKLogitsWarper` and `TopPLogitsWarper`. Equal
-    logits are kept or dropped together (there, top-p splits them by sorting order).
+    Order and meaning are those of Hugging Face's `TopKLogitsWarper` and `TopPLogitsWarper`, except
+    that equal logits are kept or dropped together (there, top-p splits them in sorting order).
 
     Args:
         logits: float32 [B, V], already divided by the temperature.
-        top_k: int32 []; the k-th largest logit and all not below it stay; V or more keeps all.
-        top_p: float32 []; an id stays if the ids likelier than it have less than this probability
-            together, so the likeliest always stays; 1 or more keeps all.
+        top_k: int32 []; keeps the k-th largest logit and all that are not below it; V or more keeps
+            all.
+        top_p: float32 []; keeps an id if the more likely ids have less than this probability
+            together, so the most likely id always stays; 1 or more keeps all.
+
+    Returns:
+        float32 [B, V].
     """
     size = logits.shape[-1]
     rank = _ordered(logits)
@@ -79,8 +150,8 @@ def keep_likely(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Ar
 
 
 def _ordered(x: jax.Array) -> jax.Array:
-    """Returns int32 that compare as the floats do (IEEE 754: flip the magnitude of negatives)."""
-    x = jnp.where(x == 0, 0.0, x)  # -0.0 has other bits than 0.0
+    """Return int32 that compare as the floats do (IEEE 754: flip the magnitude of negatives)."""
+    x = jnp.where(x == 0, 0.0, x)  # -0.0 and 0.0 have different bits
     bits = lax.bitcast_convert_type(x, jnp.int32)
     return jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
@@ -88,9 +159,9 @@ def _ordered(x: jax.Array) -> jax.Array:
 def _highest(
     holds: Callable[[jax.Array], jax.Array], rank: jax.Array, skip: jax.Array
 ) -> jax.Array:
-    """Returns the highest cut [B, 1] at which `holds`, by bisection over all int32.
+    """Return the highest cutoff [B, 1] for which `holds`, by bisection over all int32.
 
-    `holds` must be true of low cuts and false of high ones. Where `skip`, returns the lowest int32.
+    `holds` must be true for low cutoffs and false for high ones. `skip` returns the lowest int32.
     """
     shape = (*rank.shape[:-1], 1)
     info = jnp.iinfo(jnp.int32)
@@ -98,7 +169,7 @@ def _highest(
     high = jnp.where(skip, low, jnp.full(shape, info.max, jnp.int32))
 
     def middle(low: jax.Array, high: jax.Array) -> jax.Array:
-        return (low & high) + ((low ^ high) >> 1)  # their mean rounded down, without overflow
+        return (low & high) + ((low ^ high) >> 1)  # the mean, rounded down, without overflow
 
     def narrow(bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         low, high = bounds
@@ -106,7 +177,7 @@ def _highest(
         true = holds(cut)
         return jnp.where(true, cut, low), jnp.where(true, high, cut)
 
-    def open_(bounds: tuple[jax.Array, jax.Array]) -> jax.Array:
+    def is_open(bounds: tuple[jax.Array, jax.Array]) -> jax.Array:
         return (middle(*bounds) > bounds[0]).any()
 
-    return lax.while_loop(open_, narrow, (low, high))[0]
+    return lax.while_loop(is_open, narrow, (low, high))[0]

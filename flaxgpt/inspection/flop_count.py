@@ -7,7 +7,7 @@ from typing import Any
 
 from flaxgpt._checks import check_context, check_positive, check_size
 from flaxgpt.config import GPTConfig, check_config
-from flaxgpt.model.attention import query_blocks
+from flaxgpt.model.attend import query_blocks
 
 
 @dataclasses.dataclass(frozen=True)

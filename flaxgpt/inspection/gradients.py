@@ -1,4 +1,4 @@
-"""How far the loss reaches back through the blocks, with shortcuts and without (section 4.4)."""
+"""Gradient norms per block, with and without shortcut connections (section 4.4)."""
 
 from __future__ import annotations
 
@@ -11,31 +11,32 @@ from jax.typing import ArrayLike
 from flaxgpt.config import GPTConfig, check_config
 from flaxgpt.inspection.intermediates import Intervention, patch
 from flaxgpt.model.gpt import check_inputs
+from flaxgpt.model.log_probs import token_log_probs
 from flaxgpt.typing import Params
 
 
 def gradient_norms(
     cfg: GPTConfig, params: Params, ids: ArrayLike, *, shortcuts: bool = True
 ) -> jax.Array:
-    """Returns the norm of the loss's gradient with respect to each block's parameters.
+    """Return the norm of the gradient of the loss with respect to each block's parameters.
 
     Args:
         cfg: the architecture.
         params: its parameters.
-        ids: int [B, T], T of 2 at least: each id but the first is to be predicted.
-        shortcuts: whether the blocks have theirs. Without, each passes on only what attention and
-            then feed-forward make of the stream.
+        ids: int [B, T], T at least 2: each id except the first is a target.
+        shortcuts: whether to keep the shortcut connections. Without them, each block passes on only
+            the result of attention and then feed-forward.
 
     Returns:
         float32 [L].
 
     Raises:
-        ValueError: as for `patch`; or too few ids.
+        ValueError: as for `patch`, or too few ids.
     """
     checked = check_inputs(cfg, params, ids)
     if checked.shape[1] < 2:
         raise ValueError(
-            f"ids of shape {checked.shape} leave nothing to predict: give 2 or more a row"
+            f"ids of shape {checked.shape} leave nothing to predict: pass 2 or more per row"
         )
     return _norms(cfg, params, checked, shortcuts)
 
@@ -45,19 +46,18 @@ def _norms(cfg: GPTConfig, params: Params, ids: jax.Array, shortcuts: bool) -> j
     def loss(params: Params) -> jax.Array:
         patches = {} if shortcuts else without_shortcuts(cfg)
         logits = patch(cfg, params, ids, patches)
-        log_probs = jax.nn.log_softmax(logits[:, :-1])
-        return -jnp.take_along_axis(log_probs, ids[:, 1:, None], axis=-1).mean()
+        return -token_log_probs(logits[:, :-1], ids[:, 1:]).mean()
 
     def norm(tree: Params) -> jax.Array:
         squares = (jnp.square(leaf.astype(jnp.float32)).sum() for leaf in jax.tree.leaves(tree))
         return jnp.sqrt(sum(squares))
 
     gradient = jax.grad(loss)(params)
-    return jnp.stack([norm(gradient[f"trf_blocks_{i}"]) for i in range(cfg.n_layers)])
+    return jnp.stack([norm(gradient[block]) for block in cfg.block_names])
 
 
 def without_shortcuts(cfg: GPTConfig) -> dict[str, Intervention]:
-    """Returns patches that take the shortcuts out of a model; for one call of `patch`."""
+    """Return patches that remove the shortcut connections, for a single call of `patch`."""
     check_config(cfg)
     added: list[jax.Array] = []
 
@@ -66,8 +66,7 @@ def without_shortcuts(cfg: GPTConfig) -> dict[str, Intervention]:
         return x
 
     patches: dict[str, Intervention] = {}
-    for i in range(cfg.n_layers):
-        block = f"trf_blocks_{i}"
+    for block in cfg.block_names:
         patches |= {
             f"{block}/att": hold,
             f"{block}/middle": lambda _: added.pop(),

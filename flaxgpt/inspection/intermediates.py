@@ -1,34 +1,33 @@
-"""Everything that a model computes on its way, by name: to look at, and to put something else in.
+"""Intermediate values of the forward pass, by name: to read, and to replace.
 
-The names follow the modules, as those of the parameters do:
+The names follow the modules, like those of the parameters:
 
     tok_emb                          [B, T, D]
     pos_emb                          [1, T, D]
-    embeddings                       [B, T, D]     their sum, where the residual stream begins
+    embeddings                       [B, T, D]     their sum, the start of the residual stream
     trf_blocks_0/norm1               [B, T, D]
     trf_blocks_0/att/query           [B, N, T, H]  and key, value
     trf_blocks_0/att/weights         [B, N, T, S]  after the softmax, S = T; a row sums to 1
-    trf_blocks_0/att/heads           [B, N, T, H]  what each head makes of them
+    trf_blocks_0/att/heads           [B, N, T, H]  the weighted values of each head
     trf_blocks_0/att                 [B, T, D]     what attention adds to the stream
     trf_blocks_0/middle              [B, T, D]     the stream between attention and feed-forward
     trf_blocks_0/norm2               [B, T, D]
     trf_blocks_0/ff/wide             [B, T, F]     before GELU
     trf_blocks_0/ff/active           [B, T, F]     after it
     trf_blocks_0/ff                  [B, T, D]     what feed-forward adds to the stream
-    trf_blocks_0                     [B, T, D]     the stream after the block; and so on for each
+    trf_blocks_0                     [B, T, D]     the stream after the block; and so on
     final_norm                       [B, T, D]
     logits                           [B, T, V]
 
-Hugging Face's hidden states have their names too: `hidden_0` is `embeddings`, `hidden_1` is
-`trf_blocks_0`, and so on to `hidden_L`, which is `final_norm`.
+Hugging Face's hidden states have names as well: `hidden_0` is `embeddings`, `hidden_1` is
+`trf_blocks_0`, and so on up to `hidden_L`, which is `final_norm`.
 
-Nothing in the model knows of this: linen's `intercept_methods` sees each module called, and its
-`sow` keeps what was asked for.
+The model contains no hooks. Linen's `intercept_methods` wraps the call of each module, and `sow`
+stores the requested values.
 """
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
@@ -39,11 +38,11 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import ArrayLike, DTypeLike
 
-from flaxgpt._checks import check_dtype, listed
-from flaxgpt.config import GPTConfig, check_config
-from flaxgpt.model import GPT
-from flaxgpt.model.attention import attention_weights, mean_of_values
-from flaxgpt.model.gpt import check_inputs
+from flaxgpt._checks import check_dtype, unknown_name
+from flaxgpt.config import GPTConfig, block_index, check_config
+from flaxgpt.model.attend import attention_weights, mean_of_values
+from flaxgpt.model.gpt import check_inputs, make_model
+from flaxgpt.model.visibility import Visibility
 from flaxgpt.typing import Params
 
 Intervention = Callable[[jax.Array], ArrayLike]
@@ -65,14 +64,16 @@ _OF_A_BLOCK = (
 
 
 def activation_names(cfg: GPTConfig) -> tuple[str, ...]:
-    """Returns the names of all intermediates, in the order in which they are computed.
+    """Return the names of all intermediates, in the order in which they are computed.
 
     Args:
         cfg: the architecture.
+
+    Returns:
+        The names, without the aliases `hidden_i`.
     """
     check_config(cfg)
-    blocks = (f"trf_blocks_{i}" for i in range(cfg.n_layers))
-    within = [f"{block}/{name}" for block in blocks for name in (*_OF_A_BLOCK, "")]
+    within = [f"{block}/{name}" for block in cfg.block_names for name in (*_OF_A_BLOCK, "")]
     names = ["tok_emb", "pos_emb", "embeddings", *within, "final_norm", "logits"]
     return tuple(name.removesuffix("/") for name in names)
 
@@ -86,26 +87,26 @@ def activations(
     patches: Mapping[str, Intervention] | None = None,
     dtype: DTypeLike = jnp.float32,
 ) -> dict[str, jax.Array]:
-    """Returns what the model computes on its way to the logits, by name.
+    """Return intermediate values of the forward pass, by name.
 
-    Pure, and transparent to `jit`, `grad` and `vmap`; compiles itself when called outside of them
-    without patches.
+    Pure, and compatible with `jit`, `grad` and `vmap`. Compiled on its own when called outside of
+    them without patches.
 
     Args:
         cfg: the architecture, static.
         params: its parameters.
         ids: int [B, T], T at most `cfg.context_length`.
-        select: names to return; all of `activation_names(cfg)` and the `hidden_i` unless given.
-            `*` stands for any characters: `trf_blocks_*/att/weights`, `hidden_*`. What is left out
-            takes no memory.
-        patches: interventions, as for `patch`, under which to look.
-        dtype: what is computed in.
+        select: names to return; by default all of `activation_names(cfg)` and the `hidden_i`. `*`
+            matches any characters: `trf_blocks_*/att/weights`, `hidden_*`. Values that are not
+            selected take no memory.
+        patches: interventions to apply, as for `patch`.
+        dtype: dtype to compute in.
 
     Returns:
         Arrays by name, in the order in which they are computed.
 
     Raises:
-        ValueError: bad ids, params or names; an unknown name lists the nearest.
+        ValueError: bad ids, params or names; for an unknown name the message lists similar ones.
     """
     checked, dtype = check_inputs(cfg, params, ids), check_dtype(dtype)
     chosen = _chosen(cfg, select)
@@ -124,10 +125,10 @@ def patch(
     *,
     dtype: DTypeLike = jnp.float32,
 ) -> jax.Array:
-    """Returns the logits of a model in which some intermediates are replaced by others.
+    """Return the logits of the model with some intermediates replaced.
 
-    Pure and differentiable. Outside of `jit` it runs operation by operation, as its functions may
-    be other ones each time: compile it yourself where one is called often.
+    Pure and differentiable. Outside `jit` it runs operation by operation, because the functions may
+    differ in every call; wrap it in `jit` if you call it often.
 
     >>> import flaxgpt, jax
     >>> cfg = flaxgpt.GPTConfig(emb_dim=8, n_heads=2, n_layers=1)
@@ -141,16 +142,16 @@ def patch(
         cfg: the architecture, static.
         params: its parameters.
         ids: int [B, T], T at most `cfg.context_length`.
-        patches: for each name of `activation_names(cfg)` (or `hidden_i`) a function of the value
-            computed there, which returns the one to go on with, of the same shape. Another prompt's
-            comes from `activations`: `{name: lambda _: other[name]}`.
-        dtype: what is computed in.
+        patches: a function for each name in `activation_names(cfg)` (or `hidden_i`) to replace. It
+            takes the computed value and returns its replacement, of the same shape. To insert a
+            value from another prompt, take it from `activations`: `{name: lambda _: other[name]}`.
+        dtype: dtype to compute in.
 
     Returns:
         float32 [B, T, V].
 
     Raises:
-        ValueError: bad ids or params; an unknown name, with the nearest; what is no function, or
+        ValueError: bad ids or params, an unknown name, or a patch that is not a function or
             returns another shape.
     """
     checked, dtype = check_inputs(cfg, params, ids), check_dtype(dtype)
@@ -158,9 +159,9 @@ def patch(
 
 
 def _places(cfg: GPTConfig) -> dict[str, str]:
-    """Returns the intermediate that each name stands for."""
+    """Return the intermediate that each name or alias stands for."""
     places = {name: name for name in activation_names(cfg)}
-    hidden = ["embeddings", *(f"trf_blocks_{i}" for i in range(cfg.n_layers - 1)), "final_norm"]
+    hidden = ["embeddings", *cfg.block_names[:-1], "final_norm"]
     return places | {f"hidden_{i}": place for i, place in enumerate(hidden)}
 
 
@@ -169,7 +170,9 @@ def _chosen(cfg: GPTConfig, select: Iterable[str] | None) -> dict[str, str]:
     if select is None:
         return places
     if isinstance(select, str):
-        raise ValueError(f"select={select!r} must be a list of names, even of one: [{select!r}]")
+        raise ValueError(
+            f"select={select!r} must be a list of names; for one name, use [{select!r}]"
+        )
     if not isinstance(select, Iterable):
         raise ValueError(f"select={select!r} must be a list of names")
     wanted: set[str] = set()
@@ -190,22 +193,20 @@ def _functions(cfg: GPTConfig, patches: Mapping[str, Intervention]) -> dict[str,
         if not callable(function):
             raise ValueError(
                 f"the patch of {name} must be a function of the value there, got "
-                f"{type(function).__name__}: lambda _: value puts a value in its place"
+                f"{type(function).__name__}: to insert a fixed value, use lambda _: value"
             )
         if place in functions:
-            raise ValueError(f"{name} is {place}, which has a patch already: make them one")
+            raise ValueError(
+                f"{name} is {place}, which already has a patch: combine the two functions"
+            )
         functions[place] = function
     return functions
 
 
 def _known(cfg: GPTConfig, name: str) -> str:
-    places = _places(cfg)
-    if name not in places:
-        near = difflib.get_close_matches(str(name).lower(), places, n=4, cutoff=0.0)
-        raise ValueError(
-            f"there is no intermediate {name!r} in a model of {cfg.n_layers} blocks: did you mean "
-            f"{listed(near)}? flaxgpt.activation_names(cfg) has all"
-        )
+    if name not in (places := _places(cfg)):
+        advice = f"flaxgpt.activation_names(cfg) lists those of the {cfg.n_layers} blocks"
+        raise unknown_name("intermediate", name, places, advice)
     return name
 
 
@@ -224,12 +225,12 @@ def _recorded(
     functions: Mapping[str, Any],
     dtype: Any,
 ) -> dict[str, jax.Array]:
-    """Runs the model under interventions; returns the intermediates wanted as they then were."""
-    params = jax.tree.map(jnp.asarray, params)  # linen's modules take no NumPy arrays
+    """Run the model with interventions and return the requested intermediates."""
+    params = jax.tree.map(jnp.asarray, params)  # linen does not accept NumPy arrays
     replaced = {name: partial(_replaced, name, function) for name, function in functions.items()}
     with nn.intercept_methods(_Visits(cfg, replaced, wanted)):
         variables = {"params": params}
-        _, sown = GPT(cfg, dtype, parent=None).apply(variables, ids, mutable=["intermediates"])
+        _, sown = make_model(cfg, dtype).apply(variables, ids, mutable=["intermediates"])
     leaves = jax.tree_util.tree_flatten_with_path(sown)[0]
     return {path[-2].key: value for path, value in leaves}  # {module: {name: (value,)}}
 
@@ -241,24 +242,25 @@ def _replaced(name: str, function: Intervention, value: jax.Array) -> jax.Array:
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"the patch of {name} returned {type(given).__name__}, not an array"
-            + (": does its function end in return?" if given is None else "")
+            + ("; does the function return its result?" if given is None else "")
         ) from error
     if jnp.iscomplexobj(new):
-        raise ValueError(f"the patch of {name} returned {new.dtype}: give real numbers")
+        raise ValueError(f"the patch of {name} returned {new.dtype}; expected real numbers")
     if new.shape != value.shape:
         raise ValueError(
-            f"the patch of {name} returned shape {new.shape} instead of {value.shape}: what "
-            "follows takes no other"
+            f"the patch of {name} returned shape {new.shape}; expected {value.shape}, the shape of "
+            "the value it replaces"
         )
     return new.astype(value.dtype)
 
 
 class _Visits:
-    """An interceptor of linen's that visits each intermediate as it is computed.
+    """A linen interceptor that visits each intermediate as it is computed.
 
-    To visit is to put in its place what its function makes of it, and to sow it if it is wanted.
-    Most intermediates are results of a module; others are made of what a module is given:
-    attention's weights and heads before `out_proj`, the stream's middle before `norm2`.
+    Visiting an intermediate replaces it with the result of its patch, if any, and sows it if it was
+    requested. Most intermediates are the result of a module. The others come from a module's
+    input: attention weights and heads from that of `out_proj`, the middle of the stream from that
+    of `norm2`.
     """
 
     def __init__(
@@ -270,8 +272,8 @@ class _Visits:
         self.cfg = cfg
         self.functions = functions
         self.wanted = wanted
-        self.held: dict[str, jax.Array] = {}  # of the block under way, what later visits need
-        self.root: Any = None  # scope of the model visited
+        self.held: dict[str, jax.Array] = {}  # values of the current block that later visits need
+        self.root: Any = None  # scope of the visited model
 
     def __call__(
         self, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any], context: Any
@@ -281,14 +283,14 @@ class _Visits:
         if module.scope.root is not self.root:  # a model that a patch runs inside this one
             return call(*args, **kwargs)
         visit = partial(self._visit, module)
-        if method == "head":
+        if method == "logits":
             return visit("logits", call(*args))
         if method != "__call__" or not module.path:
             return call(*args, **kwargs)
         x = args[0]
         block, name = module.path[0], "/".join(module.path)
         match module.path[1:]:
-            case () if block.startswith("trf_blocks"):
+            case () if block_index(block) is not None:
                 self.held = {}
                 x, cache = call(*args, **kwargs)
                 if "middle" in self.held:
@@ -332,8 +334,8 @@ class _Visits:
     ) -> jax.Array:
         if f"{att}/weights" in {*self.wanted, *self.functions}:
             query, keys, values = (self.held[role] for role in ("query", "key", "value"))
-            causal = jnp.tril(jnp.ones((query.shape[-2],) * 2, bool))
-            weights = attention_weights(query, keys, causal)
+            every = range(query.shape[-2])
+            weights = attention_weights(query, keys, Visibility().mask(every, every))
             if (patched := visit(f"{att}/weights", weights)) is not weights:
                 heads = mean_of_values(patched, values)
         return visit(f"{att}/heads", heads)

@@ -1,4 +1,4 @@
-"""The logit lens: what the model would say if it ended after each block (nostalgebraist 2020)."""
+"""The logit lens: the logits if the model ended after each block (nostalgebraist 2020)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from flaxgpt.config import GPTConfig
 from flaxgpt.inspection.intermediates import Intervention, activations
-from flaxgpt.model import GPT
+from flaxgpt.model.gpt import make_model
 from flaxgpt.typing import Params
 
 
@@ -24,30 +24,30 @@ def logit_lens(
     patches: Mapping[str, Intervention] | None = None,
     dtype: DTypeLike = jnp.float32,
 ) -> jax.Array:
-    """Returns the logits of the residual stream at its beginning and after each block.
+    """Return the logits of the residual stream at its start and after each block.
 
-    The last norm and the head read the stream where it stands; the last entry is what `forward`
-    returns.
+    The final norm and the output head are applied to each state of the stream. The last entry
+    equals the result of `forward`.
 
     Args:
         cfg: the architecture, static.
         params: its parameters.
         ids: int [B, T], T at most `cfg.context_length`.
-        patches: interventions, as for `patch`, under which to look; none behind the last block.
-        dtype: what is computed in.
+        patches: interventions to apply, as for `patch`, none of them after the last block.
+        dtype: dtype to compute in.
 
     Returns:
-        float32 [L + 1, B, T, V]: with GPT-2's vocabulary 0.2 MB a layer and id.
+        float32 [L + 1, B, T, V]; with GPT-2's vocabulary, 0.2 MB per layer and id.
 
     Raises:
         ValueError: as for `activations`.
     """
-    streams = ["embeddings", *(f"trf_blocks_{i}" for i in range(cfg.n_layers))]
+    streams = ["embeddings", *cfg.block_names]
     for name in ("final_norm", f"hidden_{cfg.n_layers}", "logits"):
         if name in (patches or {}):
             raise ValueError(
-                f"the lens reads the stream by the last norm and the head, so it takes no patch of "
-                f"{name}: change its result instead"
+                f"{name} cannot be patched: the lens applies the final norm and the head itself. "
+                "Change its result instead"
             )
     found = activations(cfg, params, ids, select=streams, patches=patches, dtype=dtype)
     return _read(cfg, params, jnp.stack(list(found.values())), jnp.dtype(dtype))
@@ -55,5 +55,7 @@ def logit_lens(
 
 @partial(jax.jit, static_argnums=(0, 3))
 def _read(cfg: GPTConfig, params: Params, streams: jax.Array, dtype: DTypeLike) -> jax.Array:
-    model: Any = GPT(cfg, dtype, parent=None)
-    return model.apply({"params": params}, streams, method=lambda m, x: m.head(m.final_norm(x)))
+    def read(model: Any, x: jax.Array) -> jax.Array:
+        return model.logits(model.final_norm(x))
+
+    return make_model(cfg, dtype).apply({"params": params}, streams, method=read)

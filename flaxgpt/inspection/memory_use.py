@@ -13,7 +13,7 @@ and agree with it within 15 %. Their unit is one residual stream, B x T x D numb
     temporaries of one block               13
     logits                                 2 x, for the loss and its gradient
     temporaries of one block in a prefill  9, or 2 and all attention weights if that is more; with
-                                           4,096 ids or more, 23, or 18 and all attention weights
+                                           4,096 ids or more, 23, or 20 and all attention weights
                                            (jax 0.7 needs the smaller amount)
 
 Activations and gradients do not add up: the activations are freed by the time the gradients are
@@ -37,7 +37,7 @@ from jax.typing import DTypeLike
 from flaxgpt._checks import check_context, check_dtype, check_positive, check_size
 from flaxgpt.config import GPTConfig, check_config
 from flaxgpt.inspection.parameters import count_params
-from flaxgpt.model.attention import query_blocks
+from flaxgpt.model.attend import query_blocks
 
 _KEPT = 22
 _KEPT_WEIGHTS = 1.25
@@ -45,7 +45,7 @@ _DROPOUT = 5
 _DROPOUT_WEIGHTS = 2
 _TEMPORARY = 13
 _PREFILL = 9
-_MANY_IDS, _LARGE_PREFILL, _LARGE_PREFILL_BESIDE_WEIGHTS = 4096, 23, 18
+_MANY_IDS, _LARGE_PREFILL, _LARGE_PREFILL_BESIDE_WEIGHTS = 4096, 23, 20
 
 
 @dataclasses.dataclass(frozen=True)

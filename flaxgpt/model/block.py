@@ -1,4 +1,6 @@
-"""The transformer block: attention and feed-forward, each behind a norm and beside a shortcut."""
+"""The transformer block: attention and feed-forward, each with a norm before and a shortcut."""
+
+from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,7 @@ from flaxgpt.cache import LayerCache
 from flaxgpt.config import GPTConfig
 from flaxgpt.model.attention import MultiHeadAttention
 from flaxgpt.model.layers import FeedForward, LayerNorm
+from flaxgpt.model.visibility import Visibility
 
 
 class TransformerBlock(nn.Module):
@@ -16,10 +19,11 @@ class TransformerBlock(nn.Module):
 
     cfg: GPTConfig
     dtype: DTypeLike = jnp.float32
+    attention: str = "plain"
 
     def setup(self) -> None:
         self.norm1 = LayerNorm(dtype=self.dtype)
-        self.att = MultiHeadAttention(self.cfg, self.dtype)
+        self.att = MultiHeadAttention(self.cfg, self.dtype, self.attention)
         self.norm2 = LayerNorm(dtype=self.dtype)
         self.ff = FeedForward(self.cfg, self.dtype)
         self.drop_shortcut = nn.Dropout(self.cfg.drop_rates.shortcut)
@@ -27,11 +31,11 @@ class TransformerBlock(nn.Module):
     def __call__(
         self,
         x: jax.Array,  # [B, T, D]
-        mask: jax.Array,  # bool [B or 1, 1, T, S]
+        visibility: Visibility,
         cache: LayerCache | None = None,
         deterministic: bool = True,
     ) -> tuple[jax.Array, LayerCache | None]:  # [B, T, D], the cache with T more slots filled
-        attended, cache = self.att(self.norm1(x), mask, cache, deterministic)
+        attended, cache = self.att(self.norm1(x), visibility, cache, deterministic)
         x = x + self.drop_shortcut(attended, deterministic=deterministic)
         x = x + self.drop_shortcut(self.ff(self.norm2(x)), deterministic=deterministic)
         return x, cache

@@ -1,4 +1,11 @@
-"""The GPT model (section 4.6) and its three pure functions: `init`, `forward`, `extend`."""
+"""The GPT model (section 4.6) and its pure functions.
+
+init      fresh parameters
+states    ids -> final states, before the output head
+logits    final states -> logits
+forward   ids -> logits
+extend    ids and a cache -> logits and the updated cache
+"""
 
 from __future__ import annotations
 
@@ -13,28 +20,34 @@ from flax import linen as nn
 from jax.typing import ArrayLike, DTypeLike
 
 from flaxgpt._checks import check_dtype, check_ids, check_params
-from flaxgpt.cache import KVCache, visible
-from flaxgpt.config import GPTConfig, check_config
+from flaxgpt.cache import KVCache, LayerCache
+from flaxgpt.config import GPTConfig, block_name, check_config
+from flaxgpt.model.attend import resolve_attention
 from flaxgpt.model.block import TransformerBlock
 from flaxgpt.model.layers import Embedding, LayerNorm, Linear
+from flaxgpt.model.visibility import Visibility
+from flaxgpt.platform import platform_of
 from flaxgpt.typing import Params
 
 
 class GPT(nn.Module):
-    """Embeddings, L blocks, a last norm, and logits over the vocabulary.
+    """Embeddings, L transformer blocks, a final norm, and logits over the vocabulary.
 
     `GPT(cfg).apply({"params": params}, ids)` is all it takes; `forward` and `extend` wrap it with
-    checks. A tied model has no `out_head`: the token embedding is its output head.
+    checks. A tied model has no `out_head`: its token embedding is the output head.
 
     Attributes:
         cfg: the architecture.
-        dtype: what is computed in; parameters stay as they are stored, logits are float32.
-        remat: whether a gradient computes each block's activations again instead of keeping them.
+        dtype: dtype to compute in; parameters keep their own, and logits are float32.
+        remat: whether the backward pass recomputes each block's activations instead of storing
+            them.
+        attention: the implementation in `flaxgpt.model.attend`.
     """
 
     cfg: GPTConfig
     dtype: DTypeLike = jnp.float32
     remat: bool = False
+    attention: str = "plain"
 
     def setup(self) -> None:
         cfg = self.cfg
@@ -44,7 +57,7 @@ class GPT(nn.Module):
         block: Any = TransformerBlock
         if self.remat:
             block = nn.remat(block, static_argnums=4)  # `deterministic`, counting `self`
-        self.trf_blocks = [block(cfg, self.dtype) for _ in range(cfg.n_layers)]
+        self.trf_blocks = [block(cfg, self.dtype, self.attention) for _ in range(cfg.n_layers)]
         self.final_norm = LayerNorm(dtype=self.dtype)
         if not cfg.tie_embeddings:
             self.out_head = Linear(
@@ -52,55 +65,70 @@ class GPT(nn.Module):
             )
 
     def __call__(self, ids: jax.Array, deterministic: bool = True) -> jax.Array:
-        """Returns the logits float32 [B, T, V] that follow each of the ids, int [B, T]."""
-        positions = jnp.arange(ids.shape[1])[None]  # [1, T]
-        causal = jnp.tril(jnp.ones((ids.shape[1], ids.shape[1]), bool))[None, None]
-        x = self._embed(ids, positions, deterministic)
-        for block in self.trf_blocks:
-            x, _ = block(x, causal, None, deterministic)
-        return self.head(self.final_norm(x))
+        """Return the logits float32 [B, T, V] that follow each of the ids, int [B, T]."""
+        states, _ = self.states(ids, None, deterministic)
+        return self.logits(states)
 
-    def trunk(self, ids: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
-        """Returns what the head needs, [B, T, D], and the cache with T more slots filled."""
+    def states(
+        self, ids: jax.Array, cache: KVCache | None = None, deterministic: bool = True
+    ) -> tuple[jax.Array, KVCache | None]:
+        """Return the final states [B, T, D], and the cache with T more slots filled."""
         queries = ids.shape[1]
-        positions = cache.length + jnp.arange(queries) - cache.start[:, None]  # [B, T]
-        positions = jnp.maximum(positions, 0)  # padding, which nothing looks at
-        # A write past the end would be moved back over older slots: answer with NaN instead.
-        overflow = cache.length + queries > cache.size
-        positions = jnp.where(overflow, self.cfg.context_length, positions)
-        mask = visible(cache, queries)
-        x = self._embed(ids, positions, deterministic=True)
-        layers = []
-        for block, layer in zip(self.trf_blocks, cache.layers(), strict=True):
-            x, filled = block(x, mask, layer)
-            assert filled is not None  # as it was given a layer
-            layers.append(filled)
-        return self.final_norm(x), cache.advanced(layers, queries)
-
-    def head(self, x: jax.Array) -> jax.Array:
-        """Returns logits, float32 [..., V], of final states [..., D].
-
-        Logits of -100 in bfloat16 would be half a unit apart, and many of them equal.
-        """
-        return self.tok_emb.attend(x) if self.cfg.tie_embeddings else self.out_head(x)
-
-    def _embed(self, ids: jax.Array, positions: jax.Array, deterministic: bool) -> jax.Array:
+        positions = jnp.arange(queries)[None]  # [1, T]
+        visibility = Visibility()
+        layers: list[LayerCache | None] = [None] * self.cfg.n_layers
+        if cache is not None:
+            positions = cache.length + positions - cache.start[:, None]  # [B, T]
+            positions = jnp.maximum(positions, 0)  # padding, which no query sees
+            # A write past the end would overwrite earlier slots; return NaN instead.
+            overflow = cache.length + queries > cache.size
+            positions = jnp.where(overflow, self.cfg.context_length, positions)
+            visibility, layers = Visibility(cache.start, cache.length), [*cache.layers()]
         x = self.tok_emb(ids) + self.pos_emb(positions)  # [B, T, D]
-        return self.drop_emb(x, deterministic=deterministic)
+        x = self.drop_emb(x, deterministic=deterministic)
+        updated: list[LayerCache] = []
+        for block, layer in zip(self.trf_blocks, layers, strict=True):
+            x, layer = block(x, visibility, layer, deterministic)
+            updated.append(layer)
+        return self.final_norm(x), None if cache is None else cache.advance(updated, queries)
+
+    def logits(self, states: jax.Array) -> jax.Array:
+        """Return the logits, float32 [..., V], for final states [..., D].
+
+        They are float32 whatever `dtype` is: in bfloat16, logits near -100 would be half a unit
+        apart, and many of them equal.
+        """
+        if self.cfg.tie_embeddings:
+            return self.tok_emb.project(states)
+        return self.out_head(states)
+
+
+def make_model(
+    cfg: GPTConfig,
+    dtype: DTypeLike = jnp.float32,
+    *,
+    remat: bool = False,
+    attention: str = "plain",
+) -> Any:
+    """Return the linen module that belongs to no other, even if called inside another module."""
+    return GPT(cfg, dtype, remat, attention, parent=None)
 
 
 def init(cfg: GPTConfig, key: jax.Array) -> Params:
-    """Returns fresh parameters as GPT-2 starts them: a nested dict of float32 arrays.
+    """Return freshly initialized parameters, as GPT-2 starts training: nested float32 arrays.
 
-    Weights are normal with deviation 0.02, those added to the residual stream scaled by
-    1/sqrt(2 L), biases zero, norms the identity (Radford et al. 2019, section 2.3).
+    Weights are normal with standard deviation 0.02, scaled by 1/sqrt(2 L) where they are added to
+    the residual stream; biases are zero and norms the identity (Radford et al. 2019, section 2.3).
 
     Args:
         cfg: the configuration.
         key: a JAX random key.
 
+    Returns:
+        A nested dict of float32 arrays.
+
     Raises:
-        ValueError: `cfg` is no GPTConfig.
+        ValueError: `cfg` is not a GPTConfig.
     """
     check_config(cfg)
     return _init(cfg, key)
@@ -108,33 +136,32 @@ def init(cfg: GPTConfig, key: jax.Array) -> Params:
 
 @partial(jax.jit, static_argnums=0)
 def _init(cfg: GPTConfig, key: jax.Array) -> Params:
-    return GPT(cfg, parent=None).init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+    return make_model(cfg).init(key, jnp.zeros((1, 1), jnp.int32))["params"]
 
 
 def param_shapes(cfg: GPTConfig) -> Params:
-    """Returns the parameters' shapes and dtypes without allocating any (do not modify it)."""
+    """Return the shapes and dtypes of the parameters without allocating them (do not modify)."""
     check_config(cfg)
     return _param_shapes(cfg)
 
 
 @lru_cache(maxsize=64)
 def _param_shapes(cfg: GPTConfig) -> Params:
-    # Blocks are alike, and tracing each takes longer than all else about loading a small model.
+    # All blocks have the same shapes, and tracing each of them would dominate loading a small
+    # model.
     one = dataclasses.replace(cfg, n_layers=1)
     shapes = jax.eval_shape(partial(_init, one), jax.eval_shape(lambda: jax.random.key(0)))
-    block = shapes.pop("trf_blocks_0")
-    return dict(
-        sorted({**shapes, **{f"trf_blocks_{i}": block for i in range(cfg.n_layers)}}.items())
-    )
+    block = shapes.pop(block_name(0))
+    return dict(sorted({**shapes, **dict.fromkeys(cfg.block_names, block)}.items()))
 
 
 def check_inputs(cfg: GPTConfig, params: Params, ids: ArrayLike) -> Any:
-    """Returns ids as an array [B, T], or raises ValueError unless a model can compute them."""
+    """Return ids as an array [B, T], or raise ValueError unless the model can process them."""
     check_params(param_shapes(cfg), params)
     checked = check_ids(cfg.vocab_size, ids)
     if checked.shape[1] > cfg.context_length:
         raise ValueError(
-            f"{checked.shape[1]} ids a row exceed context_length={cfg.context_length}: give at "
+            f"{checked.shape[1]} ids per row exceed context_length={cfg.context_length}: pass at "
             f"most the last {cfg.context_length}, as ids[:, -{cfg.context_length}:]"
         )
     return checked
@@ -148,65 +175,155 @@ def forward(
     dropout_key: jax.Array | None = None,
     dtype: DTypeLike = jnp.float32,
     remat: bool = False,
+    attention: str = "auto",
 ) -> jax.Array:
-    """Returns the logits that follow each id, given the ids before it.
+    """Return the logits that follow each id, given the ids before it.
 
-    Pure, and transparent to `jit`, `grad`, `vmap`, `eval_shape` and `jax.export`; it compiles
-    itself when called outside of them.
+    Pure, and compatible with `jit`, `grad`, `vmap`, `eval_shape` and `jax.export`. Compiled on its
+    own when called outside of them.
 
     Args:
         cfg: the configuration, static.
         params: parameters of that configuration.
         ids: int [B, T], T at most `cfg.context_length`.
-        dropout_key: a key turns dropout on, None leaves it off.
-        dtype: what is computed in: float32, bfloat16 or float16.
-        remat: whether a gradient computes each block's activations again instead of keeping them:
-            about a third slower, and memory for one block instead of L.
+        dropout_key: a random key enables dropout; None disables it.
+        dtype: dtype to compute in: float32, bfloat16 or float16.
+        remat: whether the backward pass recomputes each block's activations instead of storing
+            them: about a third slower, with memory for one block instead of L.
+        attention: the attention implementation, "plain" or "dot_product"; "auto" selects the best
+            one for the platform.
 
     Returns:
-        float32 [B, T, V]. Under `jit`, where ids cannot be looked at, one outside the vocabulary
+        float32 [B, T, V]. Under `jit`, where ids cannot be checked, an id outside the vocabulary
         makes its row NaN.
 
     Raises:
-        ValueError: ids that are empty, not integers, too long or outside the vocabulary; params
-            that do not fit the configuration.
+        ValueError: `ids` are empty, not integers, too long or outside the vocabulary, or `params`
+            do not fit the configuration.
     """
     checked = check_inputs(cfg, params, ids)
-    return _forward(cfg, check_dtype(dtype), remat, params, checked, dropout_key)
+    setting = (check_dtype(dtype), remat, resolve_attention(attention, platform_of(params)))
+    return _forward(cfg, *setting, params, checked, dropout_key)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _forward(
     cfg: GPTConfig,
     dtype: Any,
     remat: bool,
+    attention: str,
     params: Params,
     ids: jax.Array,
     dropout_key: jax.Array | None,
 ) -> jax.Array:
+    states = _states(cfg, dtype, remat, attention, params, ids, dropout_key)
+    return apply_logits(cfg, params, states)
+
+
+def states(
+    cfg: GPTConfig,
+    params: Params,
+    ids: ArrayLike,
+    *,
+    dropout_key: jax.Array | None = None,
+    dtype: DTypeLike = jnp.float32,
+    remat: bool = False,
+    attention: str = "auto",
+) -> jax.Array:
+    """Return the final states of each position, before the output head.
+
+    `logits(cfg, params, states(cfg, params, ids))` is `forward(cfg, params, ids)`. Compute them
+    apart where the logits of all positions would be too large, or only some are needed.
+
+    Args:
+        cfg: the configuration, static.
+        params: parameters of that configuration.
+        ids: int [B, T], T at most `cfg.context_length`.
+        dropout_key: as in `forward`, like the other arguments.
+
+    Returns:
+        [B, T, D] in `dtype`, after the final norm.
+
+    Raises:
+        ValueError: as for `forward`.
+    """
+    checked = check_inputs(cfg, params, ids)
+    setting = (check_dtype(dtype), remat, resolve_attention(attention, platform_of(params)))
+    return _states(cfg, *setting, params, checked, dropout_key)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _states(
+    cfg: GPTConfig,
+    dtype: Any,
+    remat: bool,
+    attention: str,
+    params: Params,
+    ids: jax.Array,
+    dropout_key: jax.Array | None,
+) -> jax.Array:
+    model = make_model(cfg, dtype, remat=remat, attention=attention)
     rngs = None if dropout_key is None else {"dropout": dropout_key}
-    model: Any = GPT(cfg, dtype, remat, parent=None)
-    return model.apply({"params": params}, ids, deterministic=dropout_key is None, rngs=rngs)
+    variables = {"params": params}
+    final, _ = model.apply(variables, ids, None, dropout_key is None, rngs=rngs, method="states")
+    return final
+
+
+def logits(cfg: GPTConfig, params: Params, states: jax.Array) -> jax.Array:
+    """Return the logits for final states.
+
+    Pure, and compatible with `jit`, `grad` and `vmap`.
+
+    Args:
+        cfg: the configuration, static.
+        params: parameters of that configuration.
+        states: [..., D], as `states` returns them; their dtype is what is computed in.
+
+    Returns:
+        float32 [..., V].
+
+    Raises:
+        ValueError: the states do not have `cfg.emb_dim` elements in the last axis, or `params` do
+            not fit the configuration.
+    """
+    check_params(param_shapes(cfg), params)
+    check_dtype(states.dtype)
+    if states.shape[-1:] != (cfg.emb_dim,):
+        raise ValueError(
+            f"states of shape {states.shape} must end in emb_dim={cfg.emb_dim}, as the function "
+            "`states` returns them"
+        )
+    return _logits(cfg, params, states)
+
+
+def apply_logits(cfg: GPTConfig, params: Params, states: jax.Array) -> jax.Array:
+    """Return the logits for final states, without checks, for use inside `jit`."""
+    return make_model(cfg, states.dtype).apply({"params": params}, states, method="logits")
+
+
+_logits = jax.jit(apply_logits, static_argnums=0)
 
 
 def extend(
-    cfg: GPTConfig, params: Params, ids: ArrayLike, cache: KVCache
+    cfg: GPTConfig, params: Params, ids: ArrayLike, cache: KVCache, *, attention: str = "auto"
 ) -> tuple[jax.Array, KVCache]:
-    """Returns the logits that follow each of the new ids, and the cache that includes them.
+    """Return the logits that follow each of the new ids, and the cache that includes them.
 
-    Prefill and decoding are this one function, with many ids or one. The cache given is not
-    changed; to let its memory be reused, jit it away:
+    Prefill and decoding are this one function, with many ids or one. The cache passed in is not
+    changed; to reuse its memory, donate it:
     `step = jax.jit(partial(extend, cfg), donate_argnums=2)`.
 
     Args:
         cfg: the configuration, static.
         params: parameters of that configuration.
-        ids: int [B, T], the ids after those in the cache.
+        ids: int [B, T], the ids that follow those in the cache.
         cache: from `init_cache` or an earlier call; its dtype is what is computed in.
+        attention: as in `forward`.
 
     Returns:
-        float32 [B, T, V] and the cache with `length` T further. Under `jit`, where `length` cannot
-        be looked at, ids beyond the cache's end or outside the vocabulary make their rows NaN.
+        float32 [B, T, V], and the cache with `length` increased by T. Under `jit`, where `length`
+        cannot be checked, ids past the end of the cache or outside the vocabulary make their rows
+        NaN.
 
     Raises:
         ValueError: bad ids, params that do not fit, or no room left in the cache.
@@ -214,33 +331,37 @@ def extend(
     check_params(param_shapes(cfg), params)
     checked = check_ids(cfg.vocab_size, ids)
     batch, queries = checked.shape
-    if batch != cache.start.shape[0]:
-        raise ValueError(f"ids have {batch} rows, the cache has {cache.start.shape[0]}")
+    if batch != cache.batch:
+        raise ValueError(f"ids have {batch} rows, but the cache has {cache.batch}")
     layer = cache.keys[0].shape
-    if (
-        len(cache.keys) != cfg.n_layers
-        or layer[-1] != cfg.head_dim
-        or (math.prod(layer[:-2]) != batch * cfg.n_heads)
-    ):
+    heads = math.prod(layer[:-2]) // batch
+    if (len(cache.keys), heads, layer[-1]) != (cfg.n_layers, cfg.n_heads, cfg.head_dim):
         raise ValueError(
-            f"the cache has {len(cache.keys)} layers of shape {layer}, which is not this model's: "
-            f"make it with init_cache of the same configuration ({cfg.n_layers} layers, "
-            f"{cfg.n_heads} heads of {cfg.head_dim})"
+            f"the cache has {len(cache.keys)} layers of shape {layer}, but the model has "
+            f"{cfg.n_layers} layers and {cfg.n_heads} heads of {cfg.head_dim}: create it with "
+            "init_cache and the same configuration"
         )
     filled = 0 if isinstance(cache.length, jax.core.Tracer) else int(cache.length)
     if filled + queries > cache.size:
         raise ValueError(
-            f"{queries} more ids do not fit: the cache has {cache.size} slots, {filled} of them "
-            f"taken. Make a longer one with init_cache (up to context_length="
-            f"{cfg.context_length}), or let `generate` slide the window"
+            f"{queries} more ids do not fit: {filled} of the cache's {cache.size} slots are "
+            f"filled. Create a longer one with init_cache (up to context_length="
+            f"{cfg.context_length}), or use `generate`, which moves the window"
         )
-    return _extend(cfg, params, checked, cache)
+    return _extend(cfg, resolve_attention(attention, platform_of(params)), params, checked, cache)
 
 
-@partial(jax.jit, static_argnums=0)
-def _extend(
-    cfg: GPTConfig, params: Params, ids: jax.Array, cache: KVCache
+def apply_states(
+    cfg: GPTConfig, attention: str, params: Params, ids: jax.Array, cache: KVCache
 ) -> tuple[jax.Array, KVCache]:
-    model: Any = GPT(cfg, cache.keys[0].dtype, parent=None)
-    x, cache = model.apply({"params": params}, ids, cache, method=GPT.trunk)
-    return model.apply({"params": params}, x, method=GPT.head), cache
+    """Return the final states and the updated cache, without checks, for use inside `jit`."""
+    model = make_model(cfg, cache.keys[0].dtype, attention=attention)
+    return model.apply({"params": params}, ids, cache, method="states")
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _extend(
+    cfg: GPTConfig, attention: str, params: Params, ids: jax.Array, cache: KVCache
+) -> tuple[jax.Array, KVCache]:
+    final, cache = apply_states(cfg, attention, params, ids, cache)
+    return apply_logits(cfg, params, final), cache

@@ -25,7 +25,7 @@ from flaxgpt.runs.checkpoints import Checkpoints
 from flaxgpt.runs.report import Report
 from flaxgpt.runs.run import Run, prepare, resumes, sole
 from flaxgpt.training.config import TrainConfig
-from flaxgpt.training.losses import evaluate
+from flaxgpt.training.losses import mean_loss
 from flaxgpt.training.step import TrainState, init_state, train_steps
 from flaxgpt.typing import Params
 from flaxgpt.weights import save
@@ -141,7 +141,7 @@ def _go_on(
 
     def validated() -> float:
         assert run.val_windows is not None
-        loss = evaluate(
+        loss = mean_loss(
             run.cfg,
             state.params,
             run.val_windows,

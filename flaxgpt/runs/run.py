@@ -2,7 +2,7 @@
 
 RUN/config.json              the two configurations, and the hash of the text
 RUN/flaxgpt_tokenizer.json   the tokenizer
-RUN/data/*.ids               the text, tokenized
+RUN/data/*.npy, *.json       the text, tokenized
 RUN/checkpoints/             see `flaxgpt.runs.checkpoints`
 RUN/metrics.jsonl, loss.png, samples.txt    see `flaxgpt.runs.report`
 RUN/model/                   the best model so far, as `flaxgpt.save` writes it
@@ -25,7 +25,7 @@ import numpy as np
 from flaxgpt._checks import listed
 from flaxgpt._files import write_file_atomically
 from flaxgpt.config import GPTConfig, check_config
-from flaxgpt.data import Survey
+from flaxgpt.data import TextScan
 from flaxgpt.runs.texts import surveyed, tokenized
 from flaxgpt.tokenizer import TOKENIZER_NAMES, CharTokenizer, Tokenizer, load_tokenizer
 from flaxgpt.tokenizer.folder import read_tokenizer, save_tokenizer
@@ -189,7 +189,7 @@ def _resume(asked_cfg: GPTConfig, asked: TrainConfig, out: Path, say: Callable[[
 
 
 def _beginning(
-    cfg: GPTConfig, train_cfg: TrainConfig, text: Survey | None
+    cfg: GPTConfig, train_cfg: TrainConfig, text: TextScan | None
 ) -> tuple[Params | None, Tokenizer]:
     """Returns the parameters to start from, None for fresh ones, and the tokenizer."""
     params, tokenizer = _source(cfg, train_cfg)
@@ -237,7 +237,7 @@ def tokenizer_of(train_cfg: TrainConfig) -> Tokenizer:
     return _tokenizer(train_cfg.tokenizer or "gpt2", text)
 
 
-def _tokenizer(name: str, text: Survey | None) -> Tokenizer:
+def _tokenizer(name: str, text: TextScan | None) -> Tokenizer:
     if name in TOKENIZER_NAMES:
         return load_tokenizer(name)
     if name == "characters":
@@ -253,7 +253,7 @@ def _tokenizer(name: str, text: Survey | None) -> Tokenizer:
     return tokenizer
 
 
-def _hashes(text: Survey | None, validation: Survey | None) -> tuple[str | None, str | None]:
+def _hashes(text: TextScan | None, validation: TextScan | None) -> tuple[str | None, str | None]:
     return (text.sha256 if text else None, validation.sha256 if validation else None)
 
 

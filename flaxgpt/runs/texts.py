@@ -10,24 +10,24 @@ import numpy as np
 
 from flaxgpt.config import GPTConfig
 from flaxgpt.data import (
-    Survey,
+    TextScan,
     check_same_source,
     count_windows,
     evaluation_windows,
     read_ids,
-    survey,
+    scan_texts,
     write_ids,
 )
 from flaxgpt.tokenizer import Tokenizer
 from flaxgpt.training.config import TrainConfig
 from flaxgpt.typing import Progress
 
-_TRAIN, _VALIDATION = Path("data", "train.ids"), Path("data", "val.ids")
+_TRAIN, _VALIDATION = Path("data", "train.npy"), Path("data", "val.npy")
 
 
-def surveyed(paths: tuple[str, ...], train_cfg: TrainConfig) -> Survey | None:
+def surveyed(paths: tuple[str, ...], train_cfg: TrainConfig) -> TextScan | None:
     """Returns what is to be known of text files before they are tokenized; None of no files."""
-    return survey([Path(path) for path in paths], errors=train_cfg.errors) if paths else None
+    return scan_texts([Path(path) for path in paths], errors=train_cfg.errors) if paths else None
 
 
 def tokenized(
@@ -35,8 +35,8 @@ def tokenized(
     train_cfg: TrainConfig,
     out: Path,
     tokenizer: Tokenizer,
-    text: Survey | None,
-    validation: Survey | None,
+    text: TextScan | None,
+    validation: TextScan | None,
     say: Callable[[str], None],
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Returns training ids and validation windows, from files that are made where missing.

@@ -1,19 +1,22 @@
-"""Text to token ids and back, and tokenizers in model folders."""
+"""Tokenizers: text to token ids and back.
 
-from flaxgpt.tokenizer.base import (
-    GPT2_PATTERN,
-    TOKENIZER_NAMES,
-    BPETokenizer,
-    CharTokenizer,
-    Tokenizer,
-    load_tokenizer,
-)
+GPT-2's and flaxgpt's own vocabularies are computed by tiktoken (`bpe`), those in Hugging Face's
+files by the `tokenizers` library (`huggingface`); `characters` assigns one id per character.
+"""
+
+from flaxgpt.tokenizer.bpe import GPT2_PATTERN, BPETokenizer
+from flaxgpt.tokenizer.characters import CharTokenizer
+from flaxgpt.tokenizer.folder import load_tokenizer
+from flaxgpt.tokenizer.huggingface import HuggingFaceTokenizer
+from flaxgpt.tokenizer.protocol import Tokenizer
+from flaxgpt.tokenizer.shipped import TOKENIZER_NAMES
 
 __all__ = [
     "GPT2_PATTERN",
     "TOKENIZER_NAMES",
     "BPETokenizer",
     "CharTokenizer",
+    "HuggingFaceTokenizer",
     "Tokenizer",
     "load_tokenizer",
 ]

@@ -1,18 +1,23 @@
-"""The pure pieces of training: configuration, loss, optimizer, and the update step."""
+"""The pure parts of training: configuration, recipes, losses, optimizer and training step."""
 
-from flaxgpt.training.config import TrainConfig, preset
-from flaxgpt.training.losses import evaluate, loss
+from flaxgpt.training.batch import Batch
+from flaxgpt.training.config import TrainConfig
+from flaxgpt.training.losses import LossFn, loss, mean_loss, token_loss
 from flaxgpt.training.optimizer import make_optimizer
+from flaxgpt.training.recipes import recipe
 from flaxgpt.training.step import TrainState, init_state, train_step, train_steps
 
 __all__ = [
+    "Batch",
+    "LossFn",
     "TrainConfig",
     "TrainState",
-    "evaluate",
     "init_state",
     "loss",
     "make_optimizer",
-    "preset",
+    "mean_loss",
+    "recipe",
+    "token_loss",
     "train_step",
     "train_steps",
 ]

@@ -1,83 +1,178 @@
-"""Cross-entropy of the next id: what training makes small."""
+"""Loss functions: a weighted sum of per-token losses, and the sum of the weights."""
 
 from __future__ import annotations
+
+from functools import partial
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.typing import ArrayLike, DTypeLike
 
 from flaxgpt._checks import check_ids
 from flaxgpt.config import GPTConfig
 from flaxgpt.model.gpt import forward
+from flaxgpt.model.log_probs import token_log_probs
+from flaxgpt.training.batch import Batch, as_batch
 from flaxgpt.typing import Params
+
+
+class LossFn(Protocol):
+    """A pure function that training minimizes, such as `token_loss`.
+
+    It returns a weighted sum and the sum of the weights rather than their quotient, so that the
+    batches of an evaluation and the pieces of gradient accumulation add up to the exact mean.
+    """
+
+    def __call__(
+        self,
+        cfg: GPTConfig,
+        params: Params,
+        batch: Batch,
+        dropout_key: jax.Array | None,
+        *,
+        dtype: DTypeLike,
+        remat: bool,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Return (weighted sum of the losses, sum of the weights), both float32 [].
+
+        The sum of the weights must not depend on the parameters.
+        """
+
+
+def token_loss(
+    cfg: GPTConfig,
+    params: Params,
+    batch: Batch,
+    dropout_key: jax.Array | None = None,
+    *,
+    dtype: DTypeLike = jnp.float32,
+    remat: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    """Return the summed cross-entropy of the next token, and the sum of the weights.
+
+    Args:
+        cfg: the architecture.
+        params: its parameters.
+        batch: ids [B, T + 1], T at most `cfg.context_length`, and weights [B, T] or None.
+        dropout_key: a random key enables dropout; None disables it.
+        dtype: dtype to compute in; the cross-entropy is always float32.
+        remat: whether to recompute activations in the backward pass, as in `forward`.
+
+    Returns:
+        The weighted sum of the targets' negative log-probabilities in nats, and the sum of the
+        weights (the number of targets if they are None), both float32 []. Under `jit`, where ids
+        cannot be checked, one outside the vocabulary makes the first NaN, whatever its weight.
+
+    Raises:
+        ValueError: the ids are invalid (see `forward`) or fewer than 2 per row, or the weights are
+            negative, not finite or of the wrong shape. Under `jit`, only shapes are checked.
+    """
+    ids = check_ids(cfg.vocab_size, batch.ids)
+    if ids.shape[1] < 2:
+        raise ValueError(f"ids of shape {ids.shape} have no targets: give at least 2 ids per row")
+    inputs, targets = ids[:, :-1], jnp.asarray(ids[:, 1:])
+    weights = None if batch.weights is None else _checked_weights(batch.weights, targets.shape)
+    logits = forward(cfg, params, inputs, dropout_key=dropout_key, dtype=dtype, remat=remat)
+    losses = -token_log_probs(logits, targets)
+    if weights is None:
+        return losses.sum(), jnp.float32(losses.size)
+    return (weights * losses).sum(), weights.sum()
+
+
+def _checked_weights(weights: ArrayLike, shape: tuple[int, ...]) -> jax.Array:
+    if jnp.shape(weights) != shape:
+        raise ValueError(f"weights of shape {jnp.shape(weights)} must be {shape}: one per target")
+    if not isinstance(weights, jax.core.Tracer):
+        values = np.asarray(weights, np.float32)
+        faulty = values[~(np.isfinite(values) & (values >= 0))]
+        if faulty.size:
+            raise ValueError(f"weight {faulty[0]} must be a finite number, 0 or more")
+    return jnp.asarray(weights, jnp.float32)
+
+
+def mean(total: jax.Array, weight: jax.Array) -> jax.Array:
+    """Return the mean loss from what a `LossFn` returns, float32 [].
+
+    A batch in which no target counts has the mean 0, and so a gradient of 0 instead of NaN.
+    """
+    return total / jnp.where(weight == 0, 1.0, weight)
 
 
 def loss(
     cfg: GPTConfig,
     params: Params,
-    batch: ArrayLike,
+    batch: Batch | ArrayLike,
     dropout_key: jax.Array | None = None,
     *,
     dtype: DTypeLike = jnp.float32,
     remat: bool = False,
 ) -> jax.Array:
-    """Returns the mean negative log-probability, in nats, of each id given those before it.
+    """Return the mean cross-entropy of the next token, in nats.
 
-    Pure, and transparent to `jit`, `grad` and `vmap`, as `forward` is.
+    Pure; works under `jit`, `grad` and `vmap`.
 
     Args:
-        cfg: the configuration, static.
-        params: parameters of that configuration.
-        batch: int [B, T + 1]: the first T of a row are inputs, the last T their targets; T at
-            most `cfg.context_length`.
-        dropout_key: a key turns dropout on, None leaves it off.
-        dtype: what the model computes in; the cross-entropy is float32.
-        remat: as in `forward`.
+        cfg: the architecture, static under `jit`.
+        params: its parameters.
+        batch: a `Batch`, or int [B, T + 1] with T at most `cfg.context_length`.
+        dropout_key: a random key enables dropout; None disables it.
+        dtype: dtype to compute in; the cross-entropy is always float32.
+        remat: whether to recompute activations in the backward pass, as in `forward`.
 
     Returns:
-        float32 []. Under `jit`, where ids cannot be looked at, one outside the vocabulary makes
-        it NaN.
+        float32 []: the weighted mean. Under `jit`, it is 0 if all weights are 0, and NaN if an id
+        is outside the vocabulary.
 
     Raises:
-        ValueError: a batch that `forward` would refuse, or of rows of one id.
+        ValueError: the batch is invalid (see `token_loss`), or all its weights are 0.
     """
-    ids = check_ids(cfg.vocab_size, batch)
-    if ids.shape[1] < 2:
-        raise ValueError(f"batch of shape {ids.shape} has no targets: give at least 2 ids a row")
-    inputs, targets = ids[:, :-1], jnp.asarray(ids[:, 1:])
-    logits = forward(cfg, params, inputs, dropout_key=dropout_key, dtype=dtype, remat=remat)
-    # A gather counts negative indices from the end: -1 must be NaN like any other bad id.
-    targets = jnp.where(targets < 0, cfg.vocab_size, targets.astype(jnp.int32))
-    return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
+    batch = as_batch(batch)
+    total, weight = token_loss(cfg, params, batch, dropout_key, dtype=dtype, remat=remat)
+    if not isinstance(weight, jax.core.Tracer) and weight == 0:
+        raise ValueError(_NO_WEIGHT)
+    return mean(total, weight)
 
 
-def evaluate(
+def mean_loss(
     cfg: GPTConfig,
     params: Params,
-    windows: np.ndarray,
+    windows: Batch | ArrayLike,
     *,
     batch_size: int = 12,
     dtype: DTypeLike = jnp.float32,
+    loss_fn: LossFn = token_loss,
 ) -> float:
-    """Returns the mean `loss` of windows, without dropout.
+    """Return the mean loss over many windows, without dropout.
 
     Args:
-        cfg: the configuration.
-        params: parameters of that configuration.
-        windows: int [n, T + 1], n at least 1.
-        batch_size: windows computed together; the figure does not depend on it.
-        dtype: what the model computes in.
+        cfg: the architecture.
+        params: its parameters.
+        windows: a `Batch`, or int [n, T + 1], with n at least 1.
+        batch_size: windows per forward pass; the result does not depend on it.
+        dtype: dtype to compute in.
+        loss_fn: the loss, which is compiled once per function object.
 
     Raises:
-        ValueError: windows that `loss` would refuse.
+        ValueError: the windows have an invalid shape, or all their weights are 0.
     """
-    total = 0.0
-    for start in range(0, len(windows), batch_size):
-        rows = windows[start : start + batch_size]
-        total += len(rows) * float(_loss(cfg, params, rows, dtype=dtype))
-    return total / len(windows)
+    windows = as_batch(windows)
+    total = weight = 0.0
+    for start in range(0, len(windows.ids), batch_size):
+        rows = jax.tree.map(lambda x, i=start: x[i : i + batch_size], windows)
+        sums = _totals(loss_fn, cfg, params, rows, dtype=dtype)
+        total, weight = total + float(sums[0]), weight + float(sums[1])
+    if weight == 0:
+        raise ValueError(_NO_WEIGHT)
+    return total / weight
 
 
-_loss = jax.jit(loss, static_argnames=("cfg", "dtype"))
+_NO_WEIGHT = "all weights are 0, so there is no mean loss: at least one target must count"
+
+
+@partial(jax.jit, static_argnums=(0, 1), static_argnames="dtype")
+def _totals(
+    loss_fn: LossFn, cfg: GPTConfig, params: Params, batch: Batch, dtype: DTypeLike
+) -> tuple[jax.Array, jax.Array]:
+    return loss_fn(cfg, params, batch, None, dtype=dtype, remat=False)

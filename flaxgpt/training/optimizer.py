@@ -1,4 +1,4 @@
-"""The optimiser, as nanoGPT sets it: clipping, AdamW, warm-up, cosine (all of them optax's)."""
+"""The optimizer: gradient clipping, then AdamW or Muon with warm-up and cosine decay."""
 
 from __future__ import annotations
 
@@ -8,29 +8,26 @@ import jax
 import optax
 from optax import contrib
 
+from flaxgpt.config import block_index
 from flaxgpt.training.config import TrainConfig
 from flaxgpt.typing import Params
 
 
 def learning_rate(train_cfg: TrainConfig) -> optax.Schedule:
-    """Returns the rate of each update: a line up to the highest, then a cosine to the lowest.
+    """Return the learning-rate schedule: linear warm-up, then a cosine down to the minimum.
 
-    Update s of the warm-up has (s + 1) / (warmup_steps + 1) of the highest rate, as in nanoGPT's
-    `get_lr`, so that the first one is not lost.
+    Step s of the warm-up, counted from 0, has (s + 1) / (warm-up steps + 1) of the peak, as in
+    nanoGPT's `get_lr`, so the first step is not wasted.
     """
-    high, low = train_cfg.learning_rate, train_cfg.min_learning_rate
-    warmup = train_cfg.warmup_steps
-    line = optax.linear_schedule(high / (warmup + 1), high, warmup)
-    cosine = optax.cosine_decay_schedule(high, train_cfg.steps - warmup, low / high)
-    return optax.join_schedules([line, cosine], [warmup])
+    peak, minimum = train_cfg.learning_rate, train_cfg.resolved_min_learning_rate
+    steps = train_cfg.resolved_warmup_steps
+    warmup = optax.linear_schedule(peak / (steps + 1), peak, steps)
+    cosine = optax.cosine_decay_schedule(peak, train_cfg.steps - steps, minimum / peak)
+    return optax.join_schedules([warmup, cosine], [steps])
 
 
 def make_optimizer(train_cfg: TrainConfig) -> optax.GradientTransformation:
-    """Returns clipping by the global norm, then the optimiser that `train_cfg` names.
-
-    Args:
-        train_cfg: the recipe.
-    """
+    """Return clipping by the global norm followed by the optimizer that `train_cfg` names."""
     rate = learning_rate(train_cfg)
 
     def decayed(params: Params) -> Params:
@@ -51,20 +48,24 @@ def make_optimizer(train_cfg: TrainConfig) -> optax.GradientTransformation:
             consistent_rms=_ADAMW_RMS,
             muon_weight_dimension_numbers=contrib.MuonDimensionNumbers(1, 0),  # [out, in]
         )
-        optimizer = optax.partition({"muon": muon, "adamw": optimizer}, _shares)
+        optimizer = optax.partition({"muon": muon, "adamw": optimizer}, _optimizer_names)
     clip = (
         optax.clip_by_global_norm(train_cfg.grad_clip) if train_cfg.grad_clip else optax.identity()
     )
     return optax.chain(clip, optimizer)
 
 
-_ADAMW_RMS = 0.2  # of AdamW's updates, which Muon's are scaled to (Liu et al. 2025, section 2.2)
+# Root mean square of AdamW's updates, to which Muon's are scaled (Liu et al. 2025, section 2.2).
+_ADAMW_RMS = 0.2
 
 
-def _shares(params: Params) -> Params:
-    """Returns who updates what: embeddings and head do better with AdamW (Jordan et al. 2024)."""
+def _optimizer_names(params: Params) -> Params:
+    """Return the optimizer of each parameter: Muon for the matrices of the blocks.
 
-    def share(path: tuple[Any, ...], p: jax.Array) -> str:
-        return "muon" if path[0].key.startswith("trf_blocks") and p.ndim == 2 else "adamw"
+    Embeddings and output head train better with AdamW (Jordan et al. 2024).
+    """
 
-    return jax.tree_util.tree_map_with_path(share, params)
+    def name(path: tuple[Any, ...], p: jax.Array) -> str:
+        return "muon" if block_index(path[0].key) is not None and p.ndim == 2 else "adamw"
+
+    return jax.tree_util.tree_map_with_path(name, params)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import flaxgpt
 import golden
 from flaxgpt import GPTConfig
-from flaxgpt.evaluation import Measurement, measure, score
+from flaxgpt.evaluation import TextEvaluation, evaluate_text, score
 from flaxgpt.model import param_shapes
 from flaxgpt.tokenizer import CharTokenizer
 
@@ -169,7 +169,7 @@ def test_half_precision_scores_are_float32_and_near(params):
     ("ids", "words"),
     [
         ([[1]], "rows of 1 id have nothing to score"),
-        ([[0] * (FULL + 1)], r"10 ids a row exceed context_length \+ 1 = 9: `measure`"),
+        ([[0] * (FULL + 1)], r"10 ids per row exceed context_length \+ 1 = 9: use `evaluate_text`"),
         ([[1, 61]], r"id 61 at \[0, 1\] is outside the vocabulary"),
         ([[-1, 1]], r"id -1 at \[0, 0\] is outside the vocabulary"),
         ([1, 2], r"pass ids\[None\]"),
@@ -183,7 +183,7 @@ def test_rows_that_cannot_be_scored_are_refused(params, ids, words):
 
 def test_params_of_another_model_are_refused(params):
     other = dataclasses.replace(CFG, n_layers=2)
-    for function, ids in ((score, [[1, 2]]), (measure, [1, 2])):
+    for function, ids in ((score, [[1, 2]]), (evaluate_text, [1, 2])):
         with pytest.raises(ValueError, match="missing trf_blocks_1"):
             function(other, params, ids)
 
@@ -194,7 +194,7 @@ def test_params_of_another_model_are_refused(params):
 @pytest.mark.parametrize("stride", STRIDES)
 def test_the_loss_is_that_of_the_definition(params, stride):
     ids = text(2 * CFG.context_length + 5)
-    found = measure(CFG, params, ids, stride=stride, batch_size=3)
+    found = evaluate_text(CFG, params, ids, stride=stride, batch_size=3)
     assert found.loss == pytest.approx(reference_loss(params, ids, stride), abs=CLOSE)
     assert (found.tokens, found.stride) == (len(ids) - 1, stride)
 
@@ -203,28 +203,28 @@ def test_stride_1_gives_each_id_all_the_context_there_can_be(params):
     ids = text(21)
     contexts = [ids[max(0, place - CFG.context_length) : place] for place in range(1, 21)]
     scores = [log_prob(params, c, target) for c, target in zip(contexts, ids[1:], strict=True)]
-    found = measure(CFG, params, ids, stride=1, batch_size=3)
+    found = evaluate_text(CFG, params, ids, stride=1, batch_size=3)
     assert found.loss == pytest.approx(-np.mean(scores), abs=CLOSE)
 
 
 def test_a_stride_of_the_context_is_plain_chunks(params):
     ids = text(4 * CFG.context_length + 1)
     chunks = np.stack([ids[i : i + FULL] for i in range(0, len(ids) - 1, CFG.context_length)])
-    found = measure(CFG, params, ids, stride=CFG.context_length, batch_size=3)
+    found = evaluate_text(CFG, params, ids, stride=CFG.context_length, batch_size=3)
     assert found.loss == pytest.approx(mean_loss(score(CFG, params, chunks)), abs=CLOSE)
     assert found.windows == 4
 
 
 def test_the_stride_is_half_the_context_unless_given(params):
     ids = text(40)
-    assert measure(CFG, params, ids) == measure(CFG, params, ids, stride=4)
+    assert evaluate_text(CFG, params, ids) == evaluate_text(CFG, params, ids, stride=4)
 
 
 def test_a_context_of_one_id_has_stride_1():
     cfg = dataclasses.replace(CFG, context_length=1)
     params = random_params(cfg)
     ids = text(5)
-    found = measure(cfg, params, ids)
+    found = evaluate_text(cfg, params, ids)
     pairs = np.stack([ids[:-1], ids[1:]], axis=1)
     assert found.loss == pytest.approx(mean_loss(score(cfg, params, pairs)), abs=CLOSE)
     assert (found.stride, found.windows) == (1, 4)
@@ -233,7 +233,7 @@ def test_a_context_of_one_id_has_stride_1():
 @pytest.mark.parametrize("length", [2, FULL - 4, FULL])
 def test_a_text_within_one_window_is_one_row(params, length):
     ids = text(length)
-    found = measure(CFG, params, ids)
+    found = evaluate_text(CFG, params, ids)
     assert found.loss == pytest.approx(mean_loss(score(CFG, params, ids[None])), abs=CLOSE)
     assert (found.tokens, found.windows) == (length - 1, 1)
 
@@ -244,7 +244,7 @@ def test_every_id_but_the_first_is_counted_exactly_once(length, stride):
     # Every id occurs once and has a loss of its own, so a sum tells which were counted.
     params, log_probs = blind_model()
     ids = np.random.default_rng(length).permutation(CFG.vocab_size)[:length]
-    found = measure(CFG, params, ids, stride=stride, batch_size=3)
+    found = evaluate_text(CFG, params, ids, stride=stride, batch_size=3)
     assert found.tokens == length - 1
     assert found.loss * found.tokens == pytest.approx(-log_probs[ids[1:]].sum(), abs=1e-4)
     later = max(0, length - 1 - CFG.context_length)
@@ -254,7 +254,10 @@ def test_every_id_but_the_first_is_counted_exactly_once(length, stride):
 @pytest.mark.parametrize("batch_size", [1, 2, 7])
 def test_the_batch_size_does_not_change_the_result(params, batch_size):
     ids = text(50)
-    found, usual = measure(CFG, params, ids, batch_size=batch_size), measure(CFG, params, ids)
+    found, usual = (
+        evaluate_text(CFG, params, ids, batch_size=batch_size),
+        evaluate_text(CFG, params, ids),
+    )
     assert found.loss == pytest.approx(usual.loss, abs=1e-6)
     assert dataclasses.replace(found, loss=usual.loss) == usual
 
@@ -263,16 +266,16 @@ def test_ids_may_be_lists_device_arrays_or_files(params, tmp_path):
     ids = text(30)
     stored = np.memmap(tmp_path / "ids", np.uint16, "w+", shape=30)
     stored[:] = ids
-    wanted = measure(CFG, params, ids, batch_size=3)
+    wanted = evaluate_text(CFG, params, ids, batch_size=3)
     for given_ids in (ids.tolist(), jnp.asarray(ids), stored, ids.astype(np.uint64)):
-        assert measure(CFG, params, given_ids, batch_size=3) == wanted
+        assert evaluate_text(CFG, params, given_ids, batch_size=3) == wanted
 
 
 def test_texts_of_other_lengths_compile_nothing(params, compilations):
-    measure(CFG, params, text(100), batch_size=3)
+    evaluate_text(CFG, params, text(100), batch_size=3)
     del compilations[:]
     for length in (2, 30, 77, 1000):
-        measure(CFG, params, text(length), batch_size=3)
+        evaluate_text(CFG, params, text(length), batch_size=3)
     assert compilations == []
 
 
@@ -286,15 +289,15 @@ def test_rows_computed_together_are_bounded_for_a_large_vocabulary():
 
 def test_half_precision_measures_near(params):
     ids = text(30)
-    exact = measure(CFG, params, ids, batch_size=3)
-    found = measure(CFG, params, ids, batch_size=3, dtype=jnp.bfloat16)
+    exact = evaluate_text(CFG, params, ids, batch_size=3)
+    found = evaluate_text(CFG, params, ids, batch_size=3, dtype=jnp.bfloat16)
     assert found.loss != exact.loss
     assert found.loss == pytest.approx(exact.loss, abs=0.01)  # as above, and a mean
 
 
 def test_progress_counts_up_to_all_ids(params):
     calls = []
-    measure(CFG, params, text(30), batch_size=3, progress=lambda *call: calls.append(call))
+    evaluate_text(CFG, params, text(30), batch_size=3, progress=lambda *call: calls.append(call))
     assert calls == [(12, 29), (24, 29), (29, 29)]
 
 
@@ -302,23 +305,23 @@ def test_progress_counts_up_to_all_ids(params):
 
 
 def test_perplexity_and_bits_follow_from_the_loss():
-    found = Measurement(loss=math.log(8), tokens=10, bytes=15, windows=1, stride=4)
+    found = TextEvaluation(loss=math.log(8), tokens=10, bytes=15, windows=1, stride=4)
     assert found.perplexity == pytest.approx(8)
     assert found.bits_per_byte == pytest.approx(3 * 10 / 15)
 
 
 def test_a_huge_loss_has_infinite_perplexity():
-    assert Measurement(loss=1e4, tokens=1, bytes=1, windows=1, stride=1).perplexity == math.inf
+    assert TextEvaluation(loss=1e4, tokens=1, bytes=1, windows=1, stride=1).perplexity == math.inf
 
 
 def test_without_a_tokenizer_there_are_no_bytes(params):
-    found = measure(CFG, params, text(9))
+    found = evaluate_text(CFG, params, text(9))
     assert found.bytes is None and found.bits_per_byte is None
 
 
 def test_characters_of_several_bytes_count_all_of_them(params):
     tokenizer = CharTokenizer.from_text("aé€😀")
-    found = measure(CFG, params, tokenizer.encode("😀é€a😀"), tokenizer=tokenizer)
+    found = evaluate_text(CFG, params, tokenizer.encode("😀é€a😀"), tokenizer=tokenizer)
     assert found.bytes == len("é€a😀".encode())  # the first id is not predicted
     assert found.bits_per_byte == pytest.approx(found.loss * 4 / math.log(2) / 10)
 
@@ -329,7 +332,7 @@ def test_bytes_of_split_characters_add_up():
     tokenizer = flaxgpt.load_tokenizer("gpt2")
     ids = tokenizer.encode("A 🦜 speaks 日本語")
     assert any("�" in tokenizer.decode([id]) for id in ids)
-    found = measure(cfg, params, ids, tokenizer=tokenizer, batch_size=1)
+    found = evaluate_text(cfg, params, ids, tokenizer=tokenizer, batch_size=1)
     assert found.bytes == len(" 🦜 speaks 日本語".encode())
 
 
@@ -345,9 +348,9 @@ def test_special_tokens_count_as_tokens_but_not_as_text():
     tokenizer = flaxgpt.load_tokenizer("gpt2")
     end = tokenizer.special_tokens["<|endoftext|>"]
     ids = [end, *tokenizer.encode("Hello"), end]
-    found = measure(cfg, params, ids, tokenizer=tokenizer, batch_size=1)
+    found = evaluate_text(cfg, params, ids, tokenizer=tokenizer, batch_size=1)
     assert (found.tokens, found.bytes) == (2, 5)
-    only = measure(cfg, params, [end, end], tokenizer=tokenizer, batch_size=1)
+    only = evaluate_text(cfg, params, [end, end], tokenizer=tokenizer, batch_size=1)
     assert (only.bytes, only.bits_per_byte) == (0, None)
 
 
@@ -357,8 +360,8 @@ def test_special_tokens_count_as_tokens_but_not_as_text():
 @pytest.mark.parametrize(
     ("ids", "words"),
     [
-        ([], "a text of length 0 leaves nothing to predict: give 2 ids or more"),
-        ([5], "a text of length 1 leaves nothing to predict"),
+        ([], "a text of 0 ids leaves nothing to predict: pass 2 ids or more"),
+        ([5], "a text of 1 ids leaves nothing to predict"),
         ([[1, 2], [3, 4]], r"ids of shape \(2, 2\) must be the ids of one text"),
         ([1.0, 2.0], "float64 must be integers"),
         ([True, False], "bool must be integers"),
@@ -368,14 +371,14 @@ def test_special_tokens_count_as_tokens_but_not_as_text():
 )
 def test_texts_that_cannot_be_measured_are_refused(params, ids, words):
     with pytest.raises(ValueError, match=words):
-        measure(CFG, params, ids)
+        evaluate_text(CFG, params, ids)
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         ({"stride": 0}, "stride=0 must be a whole number, 1 or more"),
-        ({"stride": 9}, "stride=9 exceeds context_length=8: ids would be left out"),
+        ({"stride": 9}, "stride=9 exceeds context_length=8: it would skip ids"),
         ({"stride": 2.5}, "stride=2.5 must be a whole number"),
         ({"batch_size": 0}, "batch_size=0 must be a whole number, 1 or more"),
         ({"dtype": jnp.int32}, "must be float32, bfloat16 or float16"),
@@ -383,35 +386,35 @@ def test_texts_that_cannot_be_measured_are_refused(params, ids, words):
 )
 def test_arguments_out_of_range_are_refused(params, options, words):
     with pytest.raises(ValueError, match=words):
-        measure(CFG, params, text(20), **options)
+        evaluate_text(CFG, params, text(20), **options)
 
 
 def test_a_tokenizer_larger_than_the_model_is_found_out(params):
     tokenizer = flaxgpt.load_tokenizer("gpt2")
     with pytest.raises(ValueError, match=r"id 15496 at \[0\] .* this model's tokenizer\?"):
-        measure(CFG, params, tokenizer.encode("Hello there"), tokenizer=tokenizer)
+        evaluate_text(CFG, params, tokenizer.encode("Hello there"), tokenizer=tokenizer)
 
 
 def test_a_tokenizer_that_lacks_an_id_is_found_out(params):
     with pytest.raises(ValueError, match=r"another tokenizer: id 3 is not in the vocabulary"):
-        measure(CFG, params, [0, 3, 1], tokenizer=CharTokenizer("abc"))
+        evaluate_text(CFG, params, [0, 3, 1], tokenizer=CharTokenizer("abc"))
 
 
 def test_a_bad_id_is_found_beyond_millions_of_good_ones(params):
     ids = np.zeros(2**22 + 10, np.uint8)
     ids[-1] = 70
     with pytest.raises(ValueError, match=r"id 70 at \[4194313\] is outside the vocabulary"):
-        measure(CFG, params, ids)
+        evaluate_text(CFG, params, ids)
 
 
 def test_a_loss_that_is_no_number_names_the_first_id_without_one(params):
     broken = params | {"pos_emb": {"weight": params["pos_emb"]["weight"].at[5].set(jnp.nan)}}
     with pytest.raises(ValueError, match=r"id at \[1\] is nan: the parameters hold NaN"):
-        measure(CFG, broken, text(20))
+        evaluate_text(CFG, broken, text(20))
 
 
 def test_measuring_under_jit_is_refused(params):
     with pytest.raises(ValueError, match="not inside jit, grad or vmap: use `score`"):
-        jax.jit(lambda params: measure(CFG, params, [1, 2]).loss)(params)
+        jax.jit(lambda params: evaluate_text(CFG, params, [1, 2]).loss)(params)
     with pytest.raises(ValueError, match="not inside jit, grad or vmap: use `score`"):
-        jax.jit(lambda ids: measure(CFG, params, ids).loss)(text(9))
+        jax.jit(lambda ids: evaluate_text(CFG, params, ids).loss)(text(9))

@@ -1,0 +1,94 @@
+"""The decoding loop with the GPT put in, compiled: one program per phase."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from functools import partial
+from typing import Any
+
+import jax
+from jax import lax
+
+from flaxgpt.cache import KVCache, init_cache
+from flaxgpt.config import GPTConfig
+from flaxgpt.generation import decoding
+from flaxgpt.generation.decoding import DecodeState, Plan, Read, Request
+from flaxgpt.model.gpt import apply_logits, apply_states
+from flaxgpt.platform import Platform
+from flaxgpt.typing import Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """Everything that a compilation depends on besides the number of rows.
+
+    Attributes:
+        cfg: the architecture.
+        plan: the sizes of the loop.
+        platform: cache layout, attention implementation and compiler options.
+        dtype: dtype to compute in.
+    """
+
+    cfg: GPTConfig
+    plan: Plan
+    platform: Platform
+    dtype: Any
+
+    def read_with(self, params: Params) -> Read:
+        """Return the model's reading function."""
+
+        def read(ids: jax.Array, last: Any, cache: KVCache) -> tuple[jax.Array, KVCache]:
+            states, cache = apply_states(self.cfg, self.platform.attention, params, ids, cache)
+            final = lax.dynamic_index_in_dim(states, last, axis=1, keepdims=False)  # [B, D]
+            return apply_logits(self.cfg, params, final), cache
+
+        return read
+
+    def empty_cache(self, batch: int) -> KVCache:
+        """Return a cache for as many ids as the loop writes, or the context if that is less."""
+        length = min(self.plan.width, self.cfg.context_length)
+        layout = self.platform.cache_layout
+        return init_cache(self.cfg, batch, length, self.dtype, layout=layout)
+
+
+def decode(
+    program: Program, params: Params, request: Request, ids: jax.Array, start: jax.Array
+) -> jax.Array:
+    """Return what `flaxgpt.generation.decoding.decode` does, for a GPT. Pure, not compiled."""
+    cache = program.empty_cache(ids.shape[0])
+    return decoding.decode(program.read_with(params), program.plan, request, ids, start, cache)
+
+
+@functools.cache
+def compiled_decode(options: tuple[tuple[str, str], ...]) -> Any:
+    """Return `decode` under `jit`, its program static, with a platform's compiler options."""
+    return jax.jit(decode, static_argnums=0, compiler_options=dict(options) or None)
+
+
+@partial(jax.jit, static_argnums=0)
+def prefill(
+    program: Program, params: Params, request: Request, ids: jax.Array, start: jax.Array
+) -> tuple[DecodeState, jax.Array]:
+    """Return the state after the prompts, and the first new ids."""
+    cache = program.empty_cache(ids.shape[0])
+    return decoding.prefill(program.read_with(params), program.plan, request, ids, start, cache)
+
+
+@partial(jax.jit, static_argnums=0, donate_argnames="state")
+def extend_step(
+    program: Program, params: Params, request: Request, state: DecodeState
+) -> tuple[DecodeState, jax.Array]:
+    """Return the state with one more id within the context, and that id. Donates the state."""
+    return decoding.extend_step(program.read_with(params), program.plan, request, state)
+
+
+@partial(jax.jit, static_argnums=0, donate_argnames="state")
+def window_step(
+    program: Program, params: Params, request: Request, state: DecodeState
+) -> tuple[DecodeState, jax.Array]:
+    """Return the state with one more id past the context, and that id. Donates the state."""
+    return decoding.window_step(program.read_with(params), program.plan, request, state)
+
+
+keep_last_window = jax.jit(decoding.keep_last_window, static_argnums=0)

@@ -1,0 +1,115 @@
+"""From prompts and options to the arrays of the decoding loop, checked on the host.
+
+Sizes are rounded up to a few values (`bucket`) with the true lengths traced, so that calls of
+similar length share one compilation.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from flaxgpt._checks import check_dtype, check_params, check_prompts, check_size
+from flaxgpt.config import GPTConfig
+from flaxgpt.generation.decoding import Plan, Request
+from flaxgpt.generation.programs import Program
+from flaxgpt.generation.sampling import NOT_A_NUMBER, Sampling
+from flaxgpt.model import param_shapes
+from flaxgpt.platform import platform_of
+from flaxgpt.typing import Params
+
+
+class Prepared(NamedTuple):
+    """The arguments of a program in `flaxgpt.generation.programs`."""
+
+    program: Program
+    params: Params
+    request: Request
+    ids: np.ndarray  # int32 [B, prompt_width], padded on the left
+    start: np.ndarray  # int32 [B]
+
+
+def prepare(
+    cfg: GPTConfig,
+    params: Params,
+    prompts: Any,
+    max_new_tokens: int,
+    sampling: Sampling,
+    dtype: DTypeLike,
+) -> Prepared:
+    """Return the checked arguments of the decoding loop.
+
+    Raises:
+        ValueError: an argument is out of range; see `generate`.
+    """
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(params)):
+        raise ValueError(
+            "generate and stream return Python lists and cannot run inside jit, grad or vmap: jit "
+            "around `flaxgpt.extend` or `flaxgpt.generation.programs.decode`, which are pure"
+        )
+    check_params(param_shapes(cfg), params)
+    rows = check_prompts(cfg.vocab_size, prompts)
+    max_new_tokens = check_size("max_new_tokens", max_new_tokens)
+    if max_new_tokens >= 2**30:
+        raise ValueError(f"max_new_tokens={max_new_tokens} must be below 2**30, to fit int32")
+    sampling.check_vocabulary(cfg.vocab_size)
+
+    rows = [row[-cfg.context_length :] for row in rows]  # the model reads no further back
+    longest = max(map(len, rows))
+    prompt_width = min(bucket(longest), cfg.context_length)
+    # From the bucket, not the length, so that all lengths in it share one plan.
+    most = prompt_width + max_new_tokens
+    plan = Plan(
+        prompt_width=prompt_width,
+        width=bucket(most),
+        context_length=cfg.context_length,
+        exceeds_context=most > cfg.context_length + 1,  # the last id is never read
+    )
+    ids = np.zeros((len(rows), plan.prompt_width), np.int32)
+    start = np.array([longest - len(row) for row in rows], np.int32)
+    for i, row in enumerate(rows):
+        ids[i, start[i] : longest] = row
+    stops = np.full(max(8, 1 << (len(sampling.stop_ids) - 1).bit_length()), NOT_A_NUMBER, np.int32)
+    stops[: len(sampling.stop_ids)] = sampling.stop_ids
+    request = Request(
+        key=sampling.keys_for(len(rows)),
+        temperature=np.float32(sampling.temperature),
+        top_k=np.int32(cfg.vocab_size if sampling.top_k is None else sampling.top_k),
+        top_p=np.float32(1.0 if sampling.top_p is None else sampling.top_p),
+        stop_ids=stops,
+        prompt_length=np.int32(longest),
+        final_length=np.int32(longest + max_new_tokens),
+    )
+    dtype = check_dtype(dtype)
+    program = Program(cfg, plan, platform_of(params), dtype)
+    return Prepared(program, _compute_params(params, dtype), request, ids, start)
+
+
+def bucket(length: int) -> int:
+    """Return the size that arrays of this length get: 16, 24, 32, 48, 64, 96, 128, 192, ..."""
+    power = max(16, 1 << (length - 1).bit_length())
+    return power * 3 // 4 if length <= power * 3 // 4 and power > 16 else power
+
+
+def _compute_params(params: Params, dtype: Any) -> Params:
+    """Return params with matrices in `dtype`, converted once here instead of in each step."""
+    return params if dtype == jnp.float32 else _cast(params, dtype)
+
+
+@partial(jax.jit, static_argnums=1)
+def _cast(params: Params, dtype: Any) -> Params:
+    return jax.tree.map(lambda p: p.astype(dtype) if p.ndim > 1 else p, params)
+
+
+def check_number(token: int, row: int, place: int) -> None:
+    """Raise ValueError if a new id says that its logits were NaN."""
+    if token == NOT_A_NUMBER:
+        raise ValueError(
+            f"the logits of row {row} became NaN at new id {place}: the parameters hold NaN or "
+            "infinity, or overflow in this dtype; dtype=float32 may help"
+        )

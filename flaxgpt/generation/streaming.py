@@ -1,0 +1,81 @@
+"""`stream`: one prompt in, new ids out one at a time, as they are generated."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike, DTypeLike
+
+from flaxgpt.config import GPTConfig
+from flaxgpt.generation.programs import extend_step, keep_last_window, prefill, window_step
+from flaxgpt.generation.prompts import Prepared, bucket, check_number, prepare
+from flaxgpt.generation.sampling import Sampling
+from flaxgpt.typing import Params
+
+
+def stream(
+    cfg: GPTConfig,
+    params: Params,
+    prompt: ArrayLike | Sequence[int],
+    max_new_tokens: int,
+    *,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    key: jax.Array | None = None,
+    stop_ids: Sequence[int] = (),
+    dtype: DTypeLike = jnp.float32,
+) -> Iterator[int]:
+    """Continue one prompt and yield each new id as it is generated.
+
+    The ids are those of `generate(cfg, params, [prompt], ...)` with the same arguments; see there
+    for the ones not listed here. Arguments are checked at the call, before the first id is
+    requested. Memory stays that of one context, however many ids are requested.
+
+    Args:
+        cfg: the configuration, static.
+        params: parameters of that configuration.
+        prompt: int [T], or a list of 1 or more ids.
+        max_new_tokens: new ids to yield at most, 1 or more.
+        key: a JAX random key, used as `generate` uses it for row 0, or an array of one key.
+
+    Yields:
+        At most `max_new_tokens` ids.
+
+    Raises:
+        ValueError: an argument is out of range, params do not fit, or, while iterating, the logits
+            become NaN.
+    """
+    if isinstance(prompt, str) or not isinstance(prompt, Iterable):
+        raise ValueError(f"stream takes the ids of one prompt, a flat list of ints, got {prompt!r}")
+    sampling = Sampling(temperature, top_k, top_p, key, stop_ids)
+    prepared = prepare(cfg, params, [prompt], max_new_tokens, sampling, dtype)
+    plan = prepared.program.plan
+    plan = dataclasses.replace(plan, width=min(plan.width, bucket(cfg.context_length + 1)))
+    program = dataclasses.replace(prepared.program, plan=plan)
+    return _stream(prepared._replace(program=program), frozenset(sampling.stop_ids))
+
+
+def _stream(prepared: Prepared, stop_ids: frozenset[int]) -> Iterator[int]:
+    program, params, request, ids, start = prepared
+    context_length = program.plan.context_length
+    prompt_length, final_length = int(request.prompt_length), int(request.final_length)
+    state, new = prefill(program, params, request, ids, start)
+    filled = prompt_length + 1  # columns of `state.ids` in use
+    for count in range(final_length - prompt_length):
+        if count:
+            if filled == program.plan.width:
+                state, request = keep_last_window(program.plan, request, state)
+                filled = context_length
+            fits = prompt_length + count <= context_length
+            step = extend_step if fits else window_step
+            state, new = step(program, params, request, state)
+            filled += 1
+        token = int(new[0])
+        check_number(token, 0, count)
+        yield token
+        if token in stop_ids:
+            return

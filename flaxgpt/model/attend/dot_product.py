@@ -1,0 +1,36 @@
+"""Attention by `jax.nn.dot_product_attention`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from flaxgpt.model.visibility import Visibility
+
+
+def dot_product_attend(
+    query: jax.Array,  # [B, N, T, H]
+    keys: jax.Array,  # [B, N, S, H]
+    values: jax.Array,  # [B, N, S, H]
+    visibility: Visibility,
+    dropout: Callable[..., Any] | None,
+) -> jax.Array:  # [B, N, T, H]
+    """Implement `flaxgpt.model.attend.attend`.
+
+    Raises:
+        ValueError: dropout on attention weights, which JAX's function does not have.
+    """
+    if dropout is not None:
+        raise ValueError(
+            'attention="dot_product" has no dropout on attention weights: use attention="plain", '
+            "or set drop_rate_attn=0.0"
+        )
+    context = jax.nn.dot_product_attention(
+        query.swapaxes(1, 2),
+        keys.swapaxes(1, 2),
+        values.swapaxes(1, 2),
+        mask=visibility.mask(range(query.shape[2]), range(keys.shape[2])),
+    )
+    return context.swapaxes(1, 2)

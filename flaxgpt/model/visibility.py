@@ -1,0 +1,43 @@
+"""Which keys a query may see, as a rule instead of a mask."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=("start", "offset"), meta_fields=("window",))
+@dataclasses.dataclass(frozen=True)
+class Visibility:
+    """The rule of causal attention. Each attention implementation builds what it needs from it.
+
+    Query t is at position `p = offset + t` among the keys. In row b it sees key s if
+
+        start[b] <= s <= p    and, with a window,    s > p - window
+
+    Attributes:
+        start: int32 [B], the first key that belongs to each row; None if all rows start at key 0.
+        offset: int32 [], the position of the first query; None if queries and keys start together,
+            which lets an implementation skip later keys at compile time.
+        window: how many keys a query sees at most, its own included; None for all. Static.
+    """
+
+    start: jax.Array | None = None
+    offset: jax.Array | None = None
+    window: int | None = None
+
+    def mask(self, queries: range, keys: range) -> jax.Array:
+        """Return the rule for some queries and keys as bool [B or 1, 1, T, S]."""
+        key = jnp.arange(keys.start, keys.stop)[None, None, None, :]
+        position = jnp.arange(queries.start, queries.stop)[None, None, :, None]
+        if self.offset is not None:
+            position = position + self.offset
+        mask = key <= position
+        if self.window is not None:
+            mask &= key > position - self.window
+        if self.start is not None:
+            mask &= key >= self.start[:, None, None, None]
+        return mask

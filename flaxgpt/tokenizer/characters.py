@@ -1,0 +1,96 @@
+"""One id per character."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from flaxgpt.tokenizer.protocol import (
+    check_decode_ids,
+    check_encode_arguments,
+    check_id,
+    decode_byte_stream,
+)
+
+
+@dataclass(frozen=True)
+class CharTokenizer:
+    """One id per character, in the order of `characters`; no other text can be encoded.
+
+    Args:
+        characters: the vocabulary, with each character once.
+
+    Raises:
+        ValueError: `characters` is empty, repeats a character or contains a lone surrogate.
+
+    Example:
+        >>> CharTokenizer.from_text("hello").encode("hole")
+        [1, 3, 2, 0]
+    """
+
+    characters: str
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.characters, str) or not self.characters:
+            raise ValueError(f"characters is {self.characters!r}; expected at least one character")
+        for id, character in enumerate(self.characters):
+            if self._ids[character] != id:
+                raise ValueError(
+                    f"character {character!r} is at positions {id} and {self._ids[character]}; "
+                    "expected each once; CharTokenizer.from_text accepts repetitions"
+                )
+            if "\ud800" <= character <= "\udfff":
+                raise ValueError(
+                    f"character {character!r} at position {id} is a lone surrogate, which UTF-8 "
+                    "cannot encode; remove it"
+                )
+
+    @classmethod
+    def from_text(cls, text: str) -> CharTokenizer:
+        """Return a tokenizer for the characters of `text`, sorted by code point."""
+        return cls("".join(sorted(set(text))))
+
+    @functools.cached_property
+    def _ids(self) -> dict[str, int]:
+        return {character: id for id, character in enumerate(self.characters)}
+
+    @property
+    def vocab_size(self) -> int:
+        """See `Tokenizer.vocab_size`."""
+        return len(self.characters)
+
+    @property
+    def special_tokens(self) -> dict[str, int]:
+        """Always empty: every id is a character."""
+        return {}
+
+    def encode(
+        self, text: str, *, allowed_special: Collection[str] | Literal["all"] = ()
+    ) -> list[int]:
+        """See `Tokenizer.encode`."""
+        check_encode_arguments(text, allowed_special, {})
+        try:
+            return [self._ids[character] for character in text]
+        except KeyError as error:
+            character = error.args[0]
+            raise ValueError(
+                f"character {character!r} (U+{ord(character):04X}) at position "
+                f"{text.index(character)} is not among this tokenizer's {self.vocab_size} "
+                "characters; remove it, or build the tokenizer from text that contains it"
+            ) from None
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """See `Tokenizer.decode`."""
+        known = check_decode_ids(ids, range(self.vocab_size), self.vocab_size)
+        return "".join(self.characters[id] for id in known)
+
+    def decode_stream(self, ids: Iterable[int], *, after: Sequence[int] = ()) -> Iterator[str]:
+        """See `Tokenizer.decode_stream`. The text does not depend on `after`."""
+        return decode_byte_stream(self.token_bytes, ids)
+
+    def token_bytes(self, id: int) -> bytes:
+        """See `Tokenizer.token_bytes`."""
+        known = check_id(id, range(self.vocab_size), self.vocab_size)
+        return self.characters[known].encode("utf-8")
