@@ -1,9 +1,10 @@
-"""Checks of what users pass in, made on the host before anything is computed."""
+"""Checks of arguments, made on the host before any computation, and the errors they raise."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import importlib
 import operator
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -15,7 +16,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 
 def check_size(name: str, value: Any, least: int = 1) -> int:
-    """Returns `value` as an int of `least` or more, or raises ValueError."""
+    """Return `value` as an int, or raise ValueError unless it is whole and at least `least`."""
     try:
         size = operator.index(value)
     except TypeError:
@@ -26,7 +27,7 @@ def check_size(name: str, value: Any, least: int = 1) -> int:
 
 
 def check_positive(name: str, value: Any) -> float:
-    """Returns `value` as a float above 0 and finite, or raises ValueError."""
+    """Return `value` as a float, or raise ValueError unless it is positive and finite."""
     if not 0.0 < _number(value) < float("inf"):
         raise ValueError(f"{name}={value!r} must be a positive number")
     return float(value)
@@ -52,19 +53,19 @@ def check_keys(kind: str, values: Iterable[str], cls: Any) -> None:
         raise ValueError(f"unknown {kind} {unknown}: expected some of {known}")
 
 
-def check_extent(context_length: int, batch: Any, length: Any) -> tuple[int, int]:
-    """Returns batch and length as ints, or raises ValueError unless a model can have them."""
-    batch, length = check_size("batch", batch), check_size("length", length)
+def check_context(context_length: int, length: Any) -> int:
+    """Return `length` as an int, or raise ValueError unless a sequence can be that long."""
+    length = check_size("length", length)
     if length > context_length:
         raise ValueError(
-            f"length={length} exceeds context_length={context_length}, for which alone the model "
-            "has positions"
+            f"length={length} exceeds context_length={context_length}, the longest sequence the "
+            "model supports"
         )
-    return batch, length
+    return length
 
 
 def check_dtype(dtype: DTypeLike) -> Any:
-    """Returns the NumPy dtype of a floating-point type to compute in, or raises ValueError."""
+    """Return the NumPy dtype to compute in, or raise ValueError unless it is a supported float."""
     try:
         resolved = jnp.dtype(dtype)
     except TypeError:
@@ -75,21 +76,23 @@ def check_dtype(dtype: DTypeLike) -> Any:
 
 
 def check_ids(vocab_size: int, ids: ArrayLike) -> Any:
-    """Returns ids as an array [B, T]; where their values are known, every one is looked at."""
+    """Return ids as an array [B, T], or raise ValueError; traced values cannot be checked."""
     ids = ids if isinstance(ids, jax.Array) else _integers(ids)
     if ids.ndim != 2:
-        raise ValueError(f"ids of shape {ids.shape} must be [batch, length]; one row is ids[None]")
+        raise ValueError(
+            f"ids of shape {ids.shape} must be [batch, length]; for a single row, pass ids[None]"
+        )
     if not jnp.issubdtype(ids.dtype, jnp.integer):
         raise ValueError(f"ids of dtype {ids.dtype} must be integers")
     if ids.shape[0] == 0 or ids.shape[1] == 0:
-        raise ValueError(f"ids of shape {ids.shape} are empty: give at least one row of one id")
+        raise ValueError(f"ids of shape {ids.shape} are empty: pass at least one row of one id")
     if not isinstance(ids, jax.core.Tracer):
         check_vocabulary(vocab_size, np.asarray(ids))
     return ids
 
 
 def check_vocabulary(vocab_size: int, ids: np.ndarray, row: int | None = None) -> None:
-    """Raises ValueError with the first id that lies outside the vocabulary, and its place."""
+    """Raise ValueError with the first id that is outside the vocabulary and its position."""
     outside = (ids < 0) | (ids >= vocab_size)
     if outside.any():
         place = np.argwhere(outside)[0].tolist()
@@ -105,7 +108,7 @@ def _integers(ids: Any) -> Any:
         array = np.asarray(ids)
     except ValueError as error:
         raise ValueError(
-            "ids must be an int array [batch, length], all rows equally long"
+            "ids must be an int array [batch, length] with all rows equally long"
         ) from error
     if array.size and not np.issubdtype(array.dtype, np.integer):
         raise ValueError(f"ids of dtype {array.dtype} must be integers")
@@ -113,11 +116,11 @@ def _integers(ids: Any) -> Any:
 
 
 def check_params(expected: Any, params: Any) -> None:
-    """Raises ValueError unless `params` has exactly the names and shapes of `expected`."""
+    """Raise ValueError unless `params` has exactly the names and shapes of `expected`."""
     if not isinstance(params, dict):
         raise ValueError(f"params must be a nested dict of arrays, got {type(params).__name__}")
     if params.keys() == {"params"}:
-        raise ValueError('params are inside a linen variables dict: pass variables["params"]')
+        raise ValueError('params are a linen variables dict: pass variables["params"]')
     wanted = jax.tree_util.tree_flatten_with_path(expected)[0]
     given, _ = jax.tree_util.tree_flatten_with_path(params)
     if [(path, leaf.shape) for path, leaf in wanted] == [
@@ -141,13 +144,14 @@ def _path(path: Any) -> str:
 
 
 def check_prompts(vocab_size: int, prompts: Any) -> list[np.ndarray]:
-    """Returns prompts as B arrays of int32 ids, or raises ValueError saying which one is bad."""
+    """Return prompts as B arrays of int32 ids, or raise ValueError for the first invalid one."""
     if isinstance(prompts, jax.core.Tracer):
         raise ValueError("prompts must be concrete: generate runs on the host, not inside jit")
+    not_rows = "prompts must be rows of ids, got {!r}: for one prompt, pass [prompt]"
     if not isinstance(prompts, Iterable):
-        raise ValueError(f"prompts must be rows of ids, got {prompts!r}: for one prompt, [prompt]")
-    # Once through: an iterator has no second time, and rows of a device array would be fetched and
-    # compiled for one by one.
+        raise ValueError(not_rows.format(prompts))
+    # An iterator can be read only once, and iterating over a device array would compile and fetch
+    # each row separately.
     prompts = np.asarray(prompts) if isinstance(prompts, jax.Array) else prompts
     prompts = prompts if isinstance(prompts, str) else list(prompts)
     if isinstance(prompts, str) or any(isinstance(row, str) for row in prompts):
@@ -156,25 +160,23 @@ def check_prompts(vocab_size: int, prompts: Any) -> list[np.ndarray]:
     for i, given in enumerate(prompts):
         row = _integers(given)
         if row.ndim == 0:
-            raise ValueError(
-                f"prompts must be rows of ids, got {given!r}: for one prompt, [prompt]"
-            )
+            raise ValueError(not_rows.format(given))
         if row.ndim != 1:
             raise ValueError(f"prompt {i} of shape {row.shape} must be a flat list of ids")
         if row.size == 0:
             raise ValueError(
-                f"prompt {i} is empty: there must be an id to continue from, such as the "
+                f"prompt {i} is empty: pass at least one id to continue from, such as the "
                 "tokenizer's end-of-text id"
             )
         check_vocabulary(vocab_size, row, row=i)
         rows.append(row.astype(np.int32))
     if not rows:
-        raise ValueError("no prompts: give at least one row of ids")
+        raise ValueError("no prompts: pass at least one row of ids")
     return rows
 
 
 def check_stop_ids(stop_ids: Any, vocab_size: int | None = None) -> list[int]:
-    """Return stop ids as ints, or raise ValueError for one that no row could ever contain."""
+    """Return stop ids as ints, or raise ValueError with one that is outside the vocabulary."""
     if isinstance(stop_ids, str) or not isinstance(stop_ids, Iterable):
         raise ValueError(f"stop_ids={stop_ids!r} must be a list of ids, such as (50256,)")
     ids = []
@@ -192,29 +194,29 @@ def check_stop_ids(stop_ids: Any, vocab_size: int | None = None) -> list[int]:
 def check_sampling(
     temperature: float, top_k: int | None, top_p: float | None, vocab_size: int | None = None
 ) -> None:
-    """Raises ValueError unless ids can be drawn so; None is "not given" or, of V, unknown."""
+    """Raise ValueError for an invalid sampling option; None means that it is not set or known."""
     if not 0.0 <= _number(temperature) < float("inf"):
         raise ValueError(
-            f"temperature={temperature!r} must be 0 (the likeliest id) or a positive number"
+            f"temperature={temperature!r} must be 0 (greedy decoding) or a positive number"
         )
     if top_k is not None and (top_k := check_size("top_k", top_k)) > (vocab_size or top_k):
         raise ValueError(
-            f"top_k={top_k} exceeds vocab_size={vocab_size}: leave it out to draw from all ids"
+            f"top_k={top_k} exceeds vocab_size={vocab_size}: omit it to sample from all ids"
         )
     if top_p is not None and not 0.0 < np.float32(_number(top_p)) <= 1.0:
         raise ValueError(
-            f"top_p={top_p!r} must be above 0 and at most 1; leave it out to draw from all ids"
+            f"top_p={top_p!r} must be above 0 and at most 1; omit it to sample from all ids"
         )
 
 
 def unknown_name(kind: str, name: Any, known: Iterable[str], advice: str = "") -> ValueError:
-    """Return the error for a name that does not exist, with the closest ones that do.
+    """Return the error for an unknown name, with the closest known ones.
 
     Args:
-        kind: what the name should stand for, such as "preset".
-        name: the name given.
-        known: the names that exist.
-        advice: what to add at the end; the list of known names unless given.
+        kind: what the name stands for, such as "preset".
+        name: the unknown name.
+        known: the known names.
+        advice: end of the message; the list of known names by default.
     """
     names = list(known)
     close = difflib.get_close_matches(str(name).lower(), names, n=3, cutoff=0.4)
@@ -222,8 +224,19 @@ def unknown_name(kind: str, name: Any, known: Iterable[str], advice: str = "") -
     return ValueError(f"unknown {kind} {name!r}: {hint}{advice or f'expected {listed(names)}'}")
 
 
+def require_extra(module: str, purpose: str, extra: str) -> Any:
+    """Import a module of an optional dependency, or raise ImportError with the extra to install."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(
+            f"{purpose} requires {module.partition('.')[0]} ({error}): "
+            f"pip install 'flaxgpt[{extra}]'"
+        ) from error
+
+
 def listed(items: Sequence[str], separator: str = ", ") -> str:
-    """Returns the first eight of some words, and how many more there are."""
+    """Join the first eight items, and say how many more there are."""
     rest = len(items) - 8
     return separator.join(items[:8]) + (f"{separator}and {rest} more" if rest > 0 else "")
 

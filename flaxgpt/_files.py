@@ -1,4 +1,4 @@
-"""Writes that a crash cannot leave half done: a file, or a whole folder, is the old or the new."""
+"""Atomic writes: after a crash, a file or folder has its old contents or the new ones."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ _NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM)  # kerne
 
 
 def write_file_atomically(path: Path, data: bytes) -> None:
-    """Writes a file that is never seen half written, not even after a power cut.
+    """Write a file so that it is never seen half written, even after a power failure.
 
     Args:
-        path: the file, new or to be replaced; its folder must be there.
+        path: a new file, or one to replace. Its folder must exist.
         data: the contents.
 
     Raises:
-        OSError: it cannot be written; what was there is untouched.
+        OSError: the file cannot be written. An existing file is unchanged.
     """
-    path = path.resolve()  # a link keeps pointing where it did
+    path = path.resolve()  # replace the target of a link, not the link
     temporary = _beside(path)
     try:
         with temporary.open("xb") as file:
@@ -47,26 +47,26 @@ def write_file_atomically(path: Path, data: bytes) -> None:
 
 @contextmanager
 def replacing_folder(target: Path, replaceable: Collection[str]) -> Iterator[Path]:
-    """Yields an empty folder that takes the place of `target` when the block ends well.
+    """Yield an empty folder that replaces `target` when the block ends without an exception.
 
-    It lies beside the target, hidden, is written to disk in full, and is then renamed. On Linux an
-    existing target changes place with it in one step. Where the system has no such step the old
-    folder is moved aside first: a crash in between leaves both, under hidden names, and no target.
-    A process that is killed leaves the hidden folder behind; an exception does not.
+    The new folder is hidden, next to the target. It is synced to disk and then renamed. Linux swaps
+    it with an existing target in one step. Other systems move the old folder aside first, and a
+    crash between the two steps leaves both under hidden names. A killed process leaves the hidden
+    folder behind; an exception does not.
 
     Args:
-        target: the folder, new or to be replaced. Parents are made.
+        target: a new folder, or one to replace. Missing parents are created.
         replaceable: patterns of file names. A folder that holds anything else is not replaced.
 
     Raises:
-        ValueError: `target` is a file, or a folder with foreign things in it; nothing is touched.
-        OSError: it cannot be written; the target is as it was.
+        ValueError: `target` is a file, or a folder with other contents. Nothing is changed.
+        OSError: the folder cannot be written. The target is unchanged.
     """
-    target = target.resolve()  # a link to a folder keeps pointing there
+    target = target.resolve()  # replace the target of a link, not the link
     if foreign := _foreign(target, replaceable):
         raise ValueError(
             f"{target} also holds {listed(foreign)}, which saving would delete: choose another "
-            "folder, or move them away first"
+            "folder, or move these files first"
         )
     temporary = _beside(target)
     try:
@@ -98,7 +98,7 @@ def _foreign(target: Path, replaceable: Collection[str]) -> list[str]:
     if not target.exists():
         return []
     if not target.is_dir():
-        raise ValueError(f"{target} is a file: give the name of a folder to save into")
+        raise ValueError(f"{target} is a file: give the path of a folder")
     return sorted(
         entry.name
         for entry in os.scandir(target)
@@ -117,7 +117,7 @@ def sync(path: Path) -> None:
 
 
 def _exchange(new: Path, old: Path) -> None:
-    """Lets two folders change names, in one step where the system can."""
+    """Swap two folders, in one step if the system supports it."""
     renameat2 = _renameat2()
     if renameat2 is not None:
         names = os.fsencode(new), os.fsencode(old)
@@ -148,13 +148,13 @@ def _renameat2() -> Callable[..., int] | None:
 
 
 def _remove(folder: Path, replaceable: Collection[str], target: Path) -> None:
-    # Looked at once more: a file put there since the first look is not ours to delete.
+    # Check again: a file added since the first check must not be deleted.
     try:
         if foreign := _foreign(folder, replaceable):
-            raise FileExistsError(f"it came to hold {', '.join(foreign)} meanwhile")
+            raise FileExistsError(f"{listed(foreign)} was added meanwhile")
         shutil.rmtree(folder)
     except OSError as error:
         raise OSError(
-            f"{target} is saved, but what it held before could not be removed and is now in "
+            f"{target} is saved, but its previous contents could not be removed and are now in "
             f"{folder}: {error}"
         ) from error

@@ -7,6 +7,8 @@ import io
 from collections.abc import Iterator
 from typing import Any
 
+from flaxgpt._checks import require_extra
+
 
 @contextlib.contextmanager
 def new_figure(width: float, height: float, dpi: int = 120) -> Iterator[Any]:
@@ -20,14 +22,9 @@ def new_figure(width: float, height: float, dpi: int = 120) -> Iterator[Any]:
     Raises:
         ImportError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            f"plotting requires matplotlib ({error}): pip install 'flaxgpt[plots]'"
-        ) from error
+    module = require_extra("matplotlib.figure", "plotting", "plots")
     with default_style():
-        yield Figure(figsize=(width, height), dpi=dpi, layout="constrained")
+        yield module.Figure(figsize=(width, height), dpi=dpi, layout="constrained")
 
 
 @contextlib.contextmanager

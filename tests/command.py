@@ -1,4 +1,4 @@
-"""The `flaxgpt` command as a process, for tests, and without one."""
+"""The `flaxgpt` command for tests, as a process and in this process."""
 
 import contextlib
 import io
@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from unittest import mock
 
+import pytest
+
 import flaxgpt
 from flaxgpt.cli import main
 
@@ -16,13 +18,13 @@ ENVIRONMENT = os.environ | {
     "JAX_DEFAULT_MATMUL_PRECISION": "highest",
     "PYTHONIOENCODING": "utf-8",
 }
-# Compiles in less time, as the fixture quick_compilation has it.
+# As in the fixture quick_compilation.
 QUICK = ENVIRONMENT | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 COMMAND = [sys.executable, "-m", "flaxgpt"]
 
 
 def run(*arguments, stdin="", environment=QUICK):
-    """Runs it to its end."""
+    """Run the command as a process."""
     return subprocess.run(
         [*COMMAND, *map(str, arguments)],
         input=stdin.encode(),
@@ -34,21 +36,28 @@ def run(*arguments, stdin="", environment=QUICK):
 
 
 def call(*arguments, stdin=""):
-    """Runs it to its end in this process, which takes 2 seconds less than to start one."""
-    printed, told = io.StringIO(), io.StringIO()
+    """Run the command in this process, which saves the seconds that starting one takes."""
+    output, errors = io.StringIO(), io.StringIO()
     with (
-        contextlib.redirect_stdout(printed),
-        contextlib.redirect_stderr(told),
+        contextlib.redirect_stdout(output),
+        contextlib.redirect_stderr(errors),
         mock.patch("sys.stdin", io.StringIO(stdin)),
     ):
-        code = main(list(map(str, arguments)))
+        try:
+            code = main(list(map(str, arguments)))
+        except SystemExit as stop:  # of tyro, after --help
+            code = stop.code or 0
     return subprocess.CompletedProcess(
-        arguments, code, printed.getvalue().encode(), told.getvalue().encode()
+        arguments, code, output.getvalue().encode(), errors.getvalue().encode()
     )
 
 
+# Runs a test in this process and, in the slow set, as a process too.
+both_ways = pytest.mark.parametrize("start", [call, pytest.param(run, marks=pytest.mark.slow)])
+
+
 def assert_refused(process, message):
-    """Asserts that bad input ended it: one line on standard error, exit code 2."""
+    """Assert that the command failed with exit code 2 and one line on standard error."""
     assert process.returncode == 2
     assert process.stdout == b""
     lines = process.stderr.decode().splitlines()

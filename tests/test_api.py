@@ -45,7 +45,7 @@ def test_every_public_name_explains_itself():
         assert len(text) > 60, name
         if inspect.isfunction(item) or hasattr(item, "__wrapped__"):
             assert "Args:" in text, name
-            assert "Returns" in text or "yields" in text or "Writes" in text, name
+            assert "Returns" in text or "yields" in text or "Write" in text, name
 
 
 def test_the_configuration_comes_first_so_that_it_can_be_bound():

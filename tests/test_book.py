@@ -1,4 +1,4 @@
-"""Every number that the book prints in chapter 4, and where chapter 5 starts from."""
+"""The numbers that the book prints in chapter 4 and before training in chapter 5."""
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ def short_model():
     return cfg, flaxgpt.book_params(cfg, seed=123)
 
 
-def test_section_4_2_layer_normalisation():
+def test_section_4_2_layer_normalization():
     values = golden.book_values()["layernorm_example"]
     layer = {"params": {"weight": jnp.array(values["W"]), "bias": jnp.array(values["b"])}}
     out = nn.relu(Linear(6).apply(layer, jnp.array(values["x"])))
@@ -57,16 +57,16 @@ def test_section_4_4_gradients_with_and_without_shortcuts(shortcut):
     np.testing.assert_allclose(means, expected, rtol=1e-5)  # float32 through five layers
 
 
-def test_the_124M_models_weights_are_pytorchs(model):
+def test_the_weights_of_the_124M_model_match_pytorch(model):
     _, params = model
     with np.load(golden.FOLDER / "book124M_seed123_ctx1024.npz") as expected:
         tok_emb, out_head = expected["tok_emb_first"], expected["out_head_last"]
-    # PyTorch's vectorised log and cos differ from NumPy's in the last place.
+    # PyTorch's vectorized log and cos differ from NumPy's in the last place.
     np.testing.assert_allclose(params["tok_emb"]["weight"][:2], tok_emb, atol=1e-6)
     np.testing.assert_array_equal(params["out_head"]["weight"][-2:], out_head)
 
 
-def test_the_124M_models_logits_are_pytorchs(model):
+def test_the_logits_of_the_124M_model_match_pytorch(model):
     cfg, params = model
     with np.load(golden.FOLDER / "book124M_seed123_ctx1024.npz") as file:
         expected = dict(file)
@@ -79,7 +79,7 @@ def test_the_124M_models_logits_are_pytorchs(model):
     np.testing.assert_allclose(logits.std(-1, ddof=1), expected["logits_std"], rtol=1e-5)
 
 
-def test_section_4_7_the_untrained_model_continues_as_printed(model):
+def test_section_4_7_output_of_the_untrained_model(model):
     values = golden.book_values()["greedy_124M_seed123_ctx1024"]
     cfg, params = model
     assert flaxgpt.generate(cfg, params, [values["prompt"]], 10) == [values["next10"]]
@@ -89,7 +89,7 @@ def test_section_4_7_the_untrained_model_continues_as_printed(model):
     assert "Hello, I am" + texts[0] == values["text"]
 
 
-def test_chapter_5_the_short_model_continues_as_printed(short_model):
+def test_chapter_5_output_of_the_untrained_model(short_model):
     values = golden.book_values()["ch05_ctx256_seed123"]
     cfg, params = short_model
     assert flaxgpt.generate(cfg, params, [values["prompt"]], 10) == [values["next10"]]
@@ -99,36 +99,30 @@ def test_chapter_5_target_probabilities_and_perplexity(short_model):
     values = golden.book_values()["ch05_ctx256_seed123"]
     logits = flaxgpt.forward(*short_model, np.array(values["inputs"]))
     np.testing.assert_array_equal(logits.argmax(-1), values["argmax"])
-    log_probs = jax.nn.log_softmax(logits)
-    targets = np.array(values["targets"])[..., None]
-    chosen = jnp.take_along_axis(log_probs, targets, axis=-1)[..., 0]
+    targets = np.array(values["targets"])
+    chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1)[..., 0]
     np.testing.assert_allclose(jnp.exp(chosen), values["target_probs"], rtol=1e-4)  # 5 digits
     np.testing.assert_allclose(-chosen.mean(), values["ce"], atol=5e-4)
     np.testing.assert_allclose(jnp.exp(-chosen.mean()), values["ppl"], rtol=1e-5)
 
 
-def test_chapter_5_losses_before_training(short_model):
+@pytest.mark.parametrize("split", ["val", pytest.param("train", marks=pytest.mark.slow)])
+def test_chapter_5_losses_before_training(split, short_model):
     values = golden.book_values()["ch05_ctx256_seed123"]
     cfg, params = short_model
     text = VERDICT.read_text(encoding="utf-8")
     cut = int(0.9 * len(text))
-
-    def loss(text):
-        ids = np.array(flaxgpt.load_tokenizer("gpt2").encode(text))
-        starts = range(0, len(ids) - 256, 256)
-        windows = np.stack([ids[s : s + 257] for s in starts])
-        losses = []
-        for pair in np.split(windows, len(windows) // 2):
-            log_probs = jax.nn.log_softmax(flaxgpt.forward(cfg, params, pair[:, :-1]))
-            losses.append(-jnp.take_along_axis(log_probs, pair[:, 1:, None], axis=-1).mean())
-        return np.mean(losses)
-
-    np.testing.assert_allclose(loss(text[:cut]), values["train_loss"], atol=2e-5)
-    np.testing.assert_allclose(loss(text[cut:]), values["val_loss"], atol=2e-5)
+    text = {"train": text[:cut], "val": text[cut:]}[split]
+    ids = np.array(flaxgpt.load_tokenizer("gpt2").encode(text))
+    windows = np.stack([ids[start : start + 257] for start in range(0, len(ids) - 256, 256)])
+    losses = [
+        -flaxgpt.score(cfg, params, pair).mean() for pair in np.split(windows, len(windows) // 2)
+    ]
+    np.testing.assert_allclose(np.mean(losses), values[f"{split}_loss"], atol=2e-5)
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_progress_counts_every_parameter_that_is_drawn(bias):
+def test_progress_counts_the_drawn_parameters(bias):
     cfg = GPTConfig(
         vocab_size=100, context_length=8, emb_dim=16, n_heads=2, n_layers=2, qkv_bias=bias
     )
@@ -141,9 +135,8 @@ def test_progress_counts_every_parameter_that_is_drawn(bias):
     assert seen[-1] == (total, total)
 
 
-def test_an_embedding_of_an_odd_size_ends_as_pytorchs():
-    # torch.manual_seed(7); nn.Embedding(37, 5), PyTorch 2.13: the last three of 185 values, which
-    # are no whole number of blocks of 16.
+def test_an_embedding_whose_size_is_not_a_multiple_of_16_matches_pytorch():
+    # torch.manual_seed(7); nn.Embedding(37, 5), PyTorch 2.13: the last three of 185 values.
     cfg = GPTConfig(vocab_size=37, context_length=4, emb_dim=5, n_heads=1, n_layers=1)
     params = flaxgpt.book_params(cfg, seed=7)
     last = params["tok_emb"]["weight"][-1, -3:]
@@ -151,19 +144,17 @@ def test_an_embedding_of_an_odd_size_ends_as_pytorchs():
 
 
 @pytest.mark.parametrize("seed", [-1, 2**32, 1.5, "x"])
-def test_a_seed_that_pytorch_does_not_have_is_refused(seed):
+def test_a_seed_that_pytorch_does_not_accept_is_an_error(seed):
     with pytest.raises(ValueError, match=f"seed={seed!r} must be a whole number"):
         flaxgpt.book_params(GPTConfig(), seed=seed)
 
 
-def test_a_tied_model_is_not_the_books():
-    with pytest.raises(
-        ValueError, match="tie_embeddings=True: the book's model has an output head"
-    ):
+def test_tied_embeddings_are_an_error():
+    with pytest.raises(ValueError, match="tie_embeddings=True: the book's model has a separate"):
         flaxgpt.book_params(GPTConfig.preset("gpt2"))
 
 
-def test_an_embedding_too_small_for_the_recipe_is_refused():
+def test_an_embedding_of_fewer_than_16_values_is_an_error():
     cfg = GPTConfig(vocab_size=3, context_length=4, emb_dim=5, n_heads=1, n_layers=1)
-    with pytest.raises(ValueError, match="embedding of 3 x 5 values cannot be rebuilt"):
+    with pytest.raises(ValueError, match="embedding of 3 x 5 values cannot be reproduced"):
         flaxgpt.book_params(cfg)

@@ -85,7 +85,7 @@ def test_eval_prints_the_evaluation_of_a_text(trained):
     assert math.isclose(float(perplexity.split()[1]), found.perplexity, abs_tol=1e-2)
     assert math.isclose(float(bits.split()[3]), found.bits_per_byte, abs_tol=1e-4)
     assert rest == (
-        f"of {found.tokens} tokens ({found.bytes} bytes) in {found.windows} windows of 16, stride 4"
+        f"{found.tokens} tokens ({found.bytes} bytes) in {found.windows} windows of 16, stride 4"
     )
 
 

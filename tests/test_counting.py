@@ -1,4 +1,4 @@
-"""How many parameters and operations: against the book's numbers, nanoGPT's and XLA's."""
+"""Numbers of parameters and operations, compared with the book, nanoGPT and XLA."""
 
 import dataclasses
 import json
@@ -50,7 +50,7 @@ def test_exercise_4_2_sizes_of_the_presets(name, untied, tied, mebibytes):
     assert shared.by_part["head"] == 0 and count.by_part["head"] == untied - tied
 
 
-def test_parts_and_blocks_add_up():
+def test_parts_and_blocks_add_up_to_the_total():
     count = flaxgpt.count_params(GPTConfig.preset("gpt2"))
     assert sum(count.by_part.values()) == count.total == 124_439_808
     for part in ("attention", "feed_forward"):
@@ -60,7 +60,7 @@ def test_parts_and_blocks_add_up():
     assert count.by_part["position_embedding"] == 1024 * 768
 
 
-def test_a_config_its_shapes_and_its_parameters_count_the_same():
+def test_config_shapes_and_parameters_have_the_same_count():
     params = flaxgpt.init(SMALL, jax.random.key(0))
     expected = flaxgpt.count_params(SMALL)
     for tree in (
@@ -73,7 +73,7 @@ def test_a_config_its_shapes_and_its_parameters_count_the_same():
         assert flaxgpt.count_params(tree) == expected
 
 
-def test_a_part_of_the_tree_is_counted_as_what_it_is():
+def test_a_part_of_the_tree_is_counted_by_part():
     params = flaxgpt.init(SMALL, jax.random.key(0))
     whole = flaxgpt.count_params(params)
     block = flaxgpt.count_params(params["trf_blocks_1"])
@@ -81,19 +81,19 @@ def test_a_part_of_the_tree_is_counted_as_what_it_is():
     assert parts == whole.blocks[1] and sum(parts.values()) == block.total
     attention = flaxgpt.count_params(params["trf_blocks_0"]["att"])
     assert attention.by_part["attention"] == attention.total == whole.blocks[0]["attention"]
-    assert block.tied == block.untied == block.total  # it has neither embedding nor head
+    assert block.tied == block.untied == block.total  # a block has no embedding and no head
     one = flaxgpt.count_params(params["trf_blocks_0"]["att"]["W_query"]["weight"])
     assert one.total == 16 * 16
 
 
-def test_blocks_of_two_models_in_one_tree_are_counted_apart():
+def test_blocks_of_two_models_in_one_tree_are_counted_separately():
     params = flaxgpt.init(SMALL, jax.random.key(0))
     count = flaxgpt.count_params({"student": params, "teacher": params})
     assert count.blocks == 2 * flaxgpt.count_params(params).blocks
 
 
 @pytest.mark.parametrize("array", [jax.numpy.asarray, np.asarray])
-def test_a_head_that_is_the_embeddings_array_is_counted_once(array):
+def test_a_head_that_shares_the_embedding_array_is_counted_once(array):
     params = jax.tree.map(array, flaxgpt.init(SMALL, jax.random.key(0)))
     alone = flaxgpt.count_params(params)
     shared = params | {"out_head": params["tok_emb"]}
@@ -102,7 +102,7 @@ def test_a_head_that_is_the_embeddings_array_is_counted_once(array):
     assert count.untied == alone.untied
 
 
-def test_bytes_are_told_by_dtype():
+def test_bytes_are_counted_by_dtype():
     params = flaxgpt.init(SMALL, jax.random.key(0))
     half = params | {"tok_emb": {"weight": params["tok_emb"]["weight"].astype(jnp.bfloat16)}}
     count = flaxgpt.count_params(half)
@@ -110,8 +110,8 @@ def test_bytes_are_told_by_dtype():
     assert count.bytes == 4 * count.total - 2 * 800
 
 
-def test_arrays_over_several_devices_are_counted_once():
-    # In a process of its own, where there are two devices.
+def test_sharded_arrays_are_counted_once():
+    # A new process can have two devices.
     program = """
 import jax, flaxgpt
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -126,7 +126,7 @@ for sharding in (cut, whole):
     subprocess.run([sys.executable, "-c", program], env=ENVIRONMENT | flags, check=True)
 
 
-def test_trees_that_are_not_flaxgpts_are_counted_as_other():
+def test_arrays_of_other_models_are_counted_as_other():
     tree = [np.ones((2, 3)), {"kernel": jnp.ones(4), "nothing": {}}]
     count = flaxgpt.count_params(tree)
     assert count.total == count.tied == count.untied == count.by_part["other"] == 10
@@ -140,17 +140,17 @@ def test_trees_that_are_not_flaxgpts_are_counted_as_other():
         ("gpt2", "the tree is str, not an array: expected a GPTConfig or a tree of parameters"),
         ({"a": {"b": None}}, "a/b is NoneType, not an array"),
         ({"a": [1.0, 2.0]}, "a/0 is float, not an array"),
-        ({"a": np.array(["x"])}, "a has dtype <U1, which is not of numbers"),
+        ({"a": np.array(["x"])}, "a has dtype <U1, which is not numeric"),
         (SimpleNamespace(shape=(3,)), "the tree is SimpleNamespace, not an array"),
-        ({"key": jax.random.key(0)}, "key is a random key.* give state.params"),
+        ({"key": jax.random.key(0)}, r"key is a random key.* pass state\.params"),
     ],
 )
-def test_what_is_no_array_is_named(tree, message):
+def test_a_leaf_that_is_not_a_numeric_array_is_an_error(tree, message):
     with pytest.raises(ValueError, match=message):
         flaxgpt.count_params(tree)
 
 
-def test_the_largest_preset_is_counted_in_a_second_and_50_megabytes():
+def test_counting_the_largest_preset_takes_under_a_second_and_50_megabytes():
     program = """
 import resource, time, jax, flaxgpt
 import jax.numpy
@@ -168,7 +168,7 @@ print(count.total, seconds, kilobytes / 1e3)
     assert float(printed[1]) < 1 and float(printed[2]) < 50
 
 
-def test_a_count_prints_and_goes_into_json():
+def test_a_count_can_be_printed_and_stored_as_json():
     count = flaxgpt.count_params(GPTConfig())
     for part in ("163,009,536", "621.83 MiB", "if tied", "124,412,160"):
         assert part in str(count)
@@ -188,55 +188,55 @@ def test_a_count_prints_and_goes_into_json():
         ("book-1558M", "6.4e+12"),
     ],
 )
-def test_flops_without_scores_are_the_books_table(name, printed):
+def test_flops_without_scores_match_the_table_of_the_book(name, printed):
     cfg = dataclasses.replace(GPTConfig.preset(name), qkv_bias=True)
     assert f"{flaxgpt.flops(cfg, 2, 1024).forward_without_scores:.1e}" == printed
 
 
-def test_flops_with_scores_are_nanogpts_sizing():
+def test_flops_with_scores_match_nanogpt():
     count = flaxgpt.flops(GPTConfig.preset("gpt2"), 1, 1024)
     assert count.forward == 291_648_307_200
     assert count.forward == count.forward_without_scores + count.scores
-    assert count.training == 3 * count.forward  # transformer_sizing.ipynb: backward is twice that
+    assert count.training == 3 * count.forward  # as in transformer_sizing.ipynb
 
 
-def test_a_tied_head_is_computed_like_any_other():
+def test_a_tied_head_has_the_flops_of_a_separate_one():
     gpt2 = GPTConfig.preset("gpt2")
     untied = dataclasses.replace(gpt2, tie_embeddings=False)
     assert flaxgpt.flops(gpt2, 1, 8) == flaxgpt.flops(untied, 1, 8)
 
 
 @pytest.mark.parametrize(("batch", "length"), [(2, 64), (1, 512)])
-def test_flops_are_what_xla_counts_of_the_compiled_forward(batch, length):
+def test_flops_of_the_forward_pass_agree_with_xla(batch, length):
     cfg = GPTConfig(vocab_size=5000, context_length=512, emb_dim=256, n_heads=4, n_layers=2)
     ids = jax.ShapeDtypeStruct((batch, length), jnp.int32)
     compiled = jax.jit(partial(flaxgpt.forward, cfg)).lower(param_shapes(cfg), ids).compile()
     count = flaxgpt.flops(cfg, batch, length)
     ours = count.forward_without_scores + count.scores_computed
-    # Norms, softmax and GELU, which XLA counts too, are 1 to 3 % of a model this narrow.
+    # XLA also counts norms, softmax and GELU: 1 to 3 % in a model this narrow.
     assert 1 <= compiled.cost_analysis()["flops"] / ours < 1.03
 
 
-def test_the_backward_pass_takes_twice_the_forward_passes_operations():
+def test_the_backward_pass_has_twice_the_flops_of_the_forward_pass():
     cfg = GPTConfig(vocab_size=5000, context_length=64, emb_dim=256, n_heads=4, n_layers=2)
     ids = jax.ShapeDtypeStruct((2, 64), jnp.int32)
     gradient = jax.jit(jax.grad(partial(loss, cfg)))
     counted = gradient.lower(param_shapes(cfg), ids).compile().cost_analysis()["flops"]
     count = flaxgpt.flops(cfg, 2, 64)
-    assert abs(counted / count.training - 1) < 0.03  # at 64 ids no score is left out
+    assert abs(counted / count.training - 1) < 0.03  # at 64 ids no scores are skipped
 
 
-def test_only_scores_of_later_keys_are_left_out():
+def test_only_scores_of_later_keys_are_skipped():
     cfg = GPTConfig()
     short, long = flaxgpt.flops(cfg, 1, 128), flaxgpt.flops(cfg, 1, 1024)
     assert short.scores_computed == short.scores
     assert long.scores_computed == long.scores * 10 // 16  # 1 + 2 + 3 + 4 of 4 x 4 blocks
-    assert long.scores_computed > long.scores / 2  # all that causality needs
+    assert long.scores_computed > long.scores / 2  # the causal minimum
 
 
-def test_mfu_is_the_share_of_the_peak():
+def test_mfu_is_the_share_of_the_peak_flops():
     gpt2 = GPTConfig.preset("gpt2")
-    # One training step of 1,024 ids a second is 3 x 291,648,307,200 operations a second.
+    # One training step of 1,024 ids per second is 3 x 291,648,307,200 operations per second.
     assert np.isclose(flaxgpt.mfu(gpt2, 1024, 3 * 291_648_307_200, length=1024), 1)
     assert np.isclose(flaxgpt.mfu(gpt2, 1024, 291_648_307_200, length=1024, training=False), 1)
     without = flaxgpt.mfu(gpt2, 1024, 3 * 291_648_307_200, length=1024, scores=False)
@@ -255,12 +255,12 @@ def test_mfu_is_the_share_of_the_peak():
         (lambda: flaxgpt.mfu(SMALL, 1.0, np.ones(2), length=8), r"peak_flops=array\(.* must be"),
     ],
 )
-def test_sizes_that_no_model_has_are_refused(call, message):
+def test_invalid_sizes_are_errors(call, message):
     with pytest.raises(ValueError, match=message):
         call()
 
 
-def test_golden_models_weigh_what_their_files_do():
+def test_golden_models_have_the_parameters_of_their_config():
     for name in ("book-small", "hf-small"):
         cfg, params, _ = golden.model(name)
         assert flaxgpt.count_params(params) == flaxgpt.count_params(cfg)

@@ -172,7 +172,7 @@ def test_half_precision_scores_are_float32_and_near(params):
         ([[0] * (FULL + 1)], r"10 ids per row exceed context_length \+ 1 = 9: use `evaluate_text`"),
         ([[1, 61]], r"id 61 at \[0, 1\] is outside the vocabulary"),
         ([[-1, 1]], r"id -1 at \[0, 0\] is outside the vocabulary"),
-        ([1, 2], r"one row is ids\[None\]"),
+        ([1, 2], r"pass ids\[None\]"),
         ([[1.0, 2.0]], "float64 must be integers"),
     ],
 )

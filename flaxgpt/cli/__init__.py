@@ -1,4 +1,4 @@
-"""The `flaxgpt` command: arguments to one library call, results alone on standard output."""
+"""The `flaxgpt` command: a thin layer over the library, with only results on standard output."""
 
 from __future__ import annotations
 
@@ -8,25 +8,31 @@ import io
 import os
 import re
 import sys
-from typing import Annotated
+from typing import Annotated, Any, Union
 
 import jax
 import tyro
 
 import flaxgpt
-from flaxgpt.cli.evaluate import Eval
-from flaxgpt.cli.generate import Generate
-from flaxgpt.cli.params import Params
-from flaxgpt.cli.plot import Plot
+from flaxgpt.cli.evaluate import EvalCommand
+from flaxgpt.cli.generate import GenerateCommand
+from flaxgpt.cli.params import ParamsCommand
+from flaxgpt.cli.plot import PlotCommand
 from flaxgpt.cli.train import TrainCommand, defaults
 
-Command = Generate | TrainCommand | Eval | Params | Plot
+_COMMANDS = {
+    "generate": GenerateCommand,
+    "train": TrainCommand,
+    "eval": EvalCommand,
+    "params": ParamsCommand,
+    "plot": PlotCommand,
+}
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command line and returns its exit code.
+    """Run the command line, and return its exit code.
 
-    0 on success, 1 where the device fails or training diverges, 2 on bad input, 130 on Ctrl-C.
+    0 on success, 1 if the device fails or training diverges, 2 for invalid input, 130 after Ctrl-C.
     """
     argv = sys.argv[1:] if argv is None else argv
     if argv == ["--version"]:
@@ -37,20 +43,17 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        # Whoever read us has enough. What is still buffered must not fail again at exit.
+        # The reader closed the pipe. Flushing the buffered output at exit must not fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, ArithmeticError) as error:
         print(f"flaxgpt: {_one_line(error)}", file=sys.stderr)
-        return 2
-    except ArithmeticError as error:
-        print(f"flaxgpt: {_one_line(error)}", file=sys.stderr)
-        return 1
+        return 1 if isinstance(error, ArithmeticError) else 2
     except jax.errors.JaxRuntimeError as error:
         print(
-            f"flaxgpt: the device could not do it ({_one_line(error)[:200]}): a smaller model, "
-            "--dtype bfloat16, a shorter text or, in training, a smaller --batch-size or a higher "
-            "--accumulate needs less memory",
+            f"flaxgpt: the device failed ({_one_line(error)[:200]}): if it is out of memory, use a "
+            "smaller model, --dtype bfloat16, a shorter text or, in training, a smaller "
+            "--batch-size or a larger --accumulate",
             file=sys.stderr,
         )
         return 1
@@ -61,29 +64,30 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def _parse(argv: list[str]) -> Command:
-    """Returns the command; on bad arguments raises ValueError with tyro's words in one line."""
-    train = defaults(argv[1:]) if argv[:1] == ["train"] else TrainCommand()
-    # The docstrings by hand: what tyro takes of them by itself ends before their examples.
-    about = inspect.getdoc
-    commands = (
-        Annotated[Generate, tyro.conf.subcommand("generate", description=about(Generate))]
-        | Annotated[
-            TrainCommand,
-            tyro.conf.subcommand("train", default=train, description=about(TrainCommand)),
+def _parse(argv: list[str]) -> Any:
+    """Return the command, or raise ValueError with tyro's message in one line."""
+    defaults_of_train = defaults(argv[1:]) if argv[:1] == ["train"] else TrainCommand()
+    commands = [
+        Annotated[
+            command,
+            tyro.conf.subcommand(
+                name,
+                # By itself, tyro uses the docstring only up to the examples.
+                description=inspect.getdoc(command),
+                default=defaults_of_train if name == "train" else tyro.MISSING_NONPROP,
+            ),
         ]
-        | Annotated[Eval, tyro.conf.subcommand("eval", description=about(Eval))]
-        | Annotated[Params, tyro.conf.subcommand("params", description=about(Params))]
-        | Annotated[Plot, tyro.conf.subcommand("plot", description=about(Plot))]
-    )
+        for name, command in _COMMANDS.items()
+    ]
+    union: Any = Union[tuple(commands)]  # noqa: UP007 (built at run time)
     panel = io.StringIO()
     try:
         with contextlib.redirect_stderr(panel):
-            return tyro.cli(commands, prog="flaxgpt", description=flaxgpt.__doc__, args=argv)
+            return tyro.cli(union, prog="flaxgpt", description=flaxgpt.__doc__, args=argv)
     except SystemExit as stopped:
         if not stopped.code:
             raise
         lines = [line.strip("│ ") for line in panel.getvalue().splitlines()]
         reason = " ".join(line for line in lines if re.match(r"[^╭─╰]", line))
         reason = reason.partition(" For full helptext")[0].removesuffix(".")
-        raise ValueError(f"{reason}; flaxgpt --help lists what there is") from None
+        raise ValueError(f"{reason}; see flaxgpt --help") from None

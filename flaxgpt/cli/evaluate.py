@@ -14,32 +14,32 @@ from flaxgpt.evaluation import evaluate_text
 
 
 @dataclasses.dataclass(frozen=True)
-class Eval:
-    """Measure how well a model predicts text: loss, perplexity, bits per byte.
+class EvalCommand:
+    """Evaluate a model on text: loss, perplexity and bits per byte.
 
-    Windows of the model's context overlap, so that what is counted has at least half a context
-    before it.
+    The text is split into overlapping windows of the context length. With the default stride, each
+    token is predicted from at least half a context window, except at the start of the text.
 
     Example: flaxgpt eval --data book.txt
     """
 
     data: tuple[str, ...]
-    """Text files, UTF-8, taken as one text."""
+    """Text files in UTF-8, evaluated as one text."""
 
     model: str = "tales"
-    """As for generate: "tales", "book", a folder, a run, a safetensors file or a hub id."""
+    """A model, as for generate."""
 
     stride: int | None = None
-    """Tokens from one window to the next, 1 to the context; half the context unless given."""
+    """Tokens between the starts of windows, from 1 to the context length; half of it by default."""
 
     errors: Literal["strict", "replace"] = "strict"
-    """What to do about bytes that are not UTF-8: refuse the file, or read them as U+FFFD."""
+    """For bytes that are not UTF-8: report an error, or replace them with U+FFFD."""
 
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """What is computed in."""
+    """Dtype of the computation."""
 
     def run(self) -> None:
-        """Measures and prints; bad values are found before loading."""
+        """Evaluate, and print the results."""
         if self.stride is not None:
             check_size("--stride", self.stride)
         with progress("reading") as advance:
@@ -51,7 +51,7 @@ class Eval:
             path = Path(folder) / "text.npy"
             with progress("tokenizing") as advance:
                 write_ids(path, text, tokenizer, progress=advance)
-            with progress("measuring") as advance:
+            with progress("evaluating") as advance:
                 found = evaluate_text(
                     cfg,
                     params,
@@ -65,6 +65,6 @@ class Eval:
         say(f"perplexity     {found.perplexity:.3f}\n")
         say(f"bits per byte  {found.bits_per_byte:.4f}\n")
         say(
-            f"of {found.tokens} tokens ({found.bytes} bytes) in {found.windows} windows of "
+            f"{found.tokens} tokens ({found.bytes} bytes) in {found.windows} windows of "
             f"{cfg.context_length}, stride {found.stride}\n"
         )

@@ -18,8 +18,8 @@ from flaxgpt.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
-class Generate:
-    """Continue a prompt and print the text as it comes.
+class GenerateCommand:
+    """Continue a prompt, and print the text as it is generated.
 
     Examples:
       flaxgpt generate "Once upon a time"
@@ -27,41 +27,41 @@ class Generate:
     """
 
     prompt: Annotated[str | None, tyro.conf.Positional] = None
-    """Text to continue; read from standard input if absent or "-"."""
+    """Text to continue; read from standard input if omitted or "-"."""
 
     model: str = "tales"
-    """"tales" (a small model that comes along), "book" (its untrained 124M model, seed 123), a
+    """"tales" (a small model in the package), "book" (the book's untrained 124M model, seed 123), a
     folder, a run of flaxgpt train, a safetensors file or a hub id."""
 
     max_new_tokens: int = 100
-    """Tokens to add at most."""
+    """Maximum number of tokens to generate."""
 
     temperature: float = 0.8
-    """0 takes the likeliest token each time; higher draws more freely."""
+    """0 for greedy decoding; higher values give more varied text."""
 
     top_k: int | None = None
-    """Draw from this many likeliest tokens only."""
+    """Sample only from this many of the likeliest tokens."""
 
     top_p: float | None = None
-    """Draw from the likeliest tokens that reach this probability together."""
+    """Sample only from the likeliest tokens whose probabilities add up to this value."""
 
     seed: int = 0
-    """Of the random draws: the same seed gives the same text."""
+    """Random seed; the same seed gives the same text."""
 
     n: int = 1
-    """How many continuations to print, an empty line between them."""
+    """Number of continuations, printed with an empty line between them."""
 
     stop: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """A token that ends the text, as text or id (repeatable); else end of text and its like."""
+    """Token that ends the text, as text or id (repeatable); the special tokens by default."""
 
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """What is computed in."""
+    """Dtype of the computation."""
 
     echo: bool = True
     """Print the prompt before its continuation."""
 
     def run(self) -> None:
-        """Loads the model and prints continuations; bad values are found before loading."""
+        """Print the continuations; options are checked before the model is loaded."""
         check_size("--max-new-tokens", self.max_new_tokens)
         check_size("--n", self.n)
         check_sampling(self.temperature, self.top_k, self.top_p)
@@ -69,8 +69,8 @@ class Generate:
             raise ValueError(f"--seed {self.seed} must be from 0 to {2**32 - 1}")
         if self.n > 1 and self.temperature == 0:
             raise ValueError(
-                f"--n {self.n} at --temperature 0 would print one text {self.n} times: "
-                "give a --temperature such as 0.8"
+                f"--n {self.n} at --temperature 0 would print the same text {self.n} times: "
+                "set a --temperature such as 0.8"
             )
         prompt = _prompt(self.prompt)
 
@@ -87,7 +87,7 @@ class Generate:
                 temperature=self.temperature,
                 top_k=self.top_k,
                 top_p=self.top_p,
-                key=jax.random.fold_in(key, i)[None],  # as row i of `generate`
+                key=jax.random.fold_in(key, i)[None],  # the key of row i in `generate`
                 stop_ids=stop_ids,
                 dtype=self.dtype,
             )
@@ -112,12 +112,14 @@ def _prompt(given: str | None) -> str:
 
 def _stop_ids(cfg: GPTConfig, tokenizer: Tokenizer, stops: tuple[str, ...]) -> list[int]:
     if not stops:
-        # A tokenizer may have more, such as padding, than the model was trained with.
+        # A tokenizer may have special tokens, such as padding, that the model does not have.
         return [token for token in tokenizer.special_tokens.values() if token < cfg.vocab_size]
     ids = []
     for stop in stops:
         tokens = [int(stop)] if stop.isdecimal() else tokenizer.encode(stop, allowed_special="all")
         if len(tokens) != 1:
-            raise ValueError(f"--stop {stop!r} is {len(tokens)} tokens ({tokens}): give one token")
+            raise ValueError(
+                f"--stop {stop!r} is {len(tokens)} tokens ({tokens}): give a single token"
+            )
         ids += tokens
     return ids

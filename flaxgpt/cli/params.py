@@ -4,36 +4,34 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
+import re
 from typing import Annotated, Any, Literal
 
 import tyro
 
 import flaxgpt
 from flaxgpt._checks import check_size, listed
+from flaxgpt.cli import tables
 from flaxgpt.cli.common import progress, say
-from flaxgpt.cli.tables import (
-    difference_table,
-    fitting_table,
-    flops_table,
-    memory_table,
-    parameter_table,
-    print_table,
-    totals,
-)
-from flaxgpt.config import PRESETS, GPTConfig
-from flaxgpt.inspection.memory_use import fitting, memory
-from flaxgpt.inspection.parameters import count_params
-from flaxgpt.inspection.tree import Row, compare, rows
+from flaxgpt.config import PRESETS, GPTConfig, block_index, block_name
+from flaxgpt.inspection import TreeRow, compare, count_params, largest_batch, tree_rows
+from flaxgpt.typing import Params
 from flaxgpt.weights import read_config, read_stored_bytes
+
+_LISTING = ("depth", "sort", "flops", "memory")
+_EXCLUDES = {"fits": (*_LISTING, "diff"), "diff": _LISTING, "json": ("depth", "sort")}
+_REQUIRES_ONE_OF = {
+    "batch": ("flops", "memory"),
+    "length": ("flops", "memory", "fits"),
+    "dtype": ("memory", "fits"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
-class Params:
-    """List the parameters of a model: where they are, how many, what they weigh and hold.
+class ParamsCommand:
+    """List the parameters of a model, with their number, size and statistics.
 
-    A preset is listed without allocating anything, its blocks folded into one, as they are alike;
-    a model's numbers are looked at too.
+    A preset needs no weights: nothing is allocated, and its identical blocks are shown once.
 
     Examples:
       flaxgpt params gpt2-xl --flops --memory
@@ -43,164 +41,178 @@ class Params:
     """
 
     model: Annotated[str | None, tyro.conf.Positional] = None
-    """A preset (gpt2, gpt2-xl, book-124M, ...), or as for generate: "tales", "book", a folder, a
-    run, a safetensors file or a hub id with a slash, such as openai-community/gpt2."""
+    """A preset (gpt2, gpt2-xl, book-124M, ...); or a model as for generate: "tales", "book", a
+    folder, a run, a safetensors file or a hub id with a slash, such as openai-community/gpt2."""
 
     depth: int = 4
-    """Levels of the tree to show: 1 is the model's parts, 4 every array."""
+    """Levels of the tree to show, from 1 (parts of the model) to 4 (every array)."""
 
     sort: Literal["model", "count", "name"] = "model"
-    """Order: as data flows, or arrays alone, largest first, or by name."""
+    """Order of the rows: as data flows through the model, or only arrays, by size or by name."""
 
     json: bool = False
-    """Print JSON instead: keys model, config, count, parameters, and what else is asked for."""
+    """Print JSON with the keys model, config, count, parameters and others that apply."""
 
     flops: bool = False
-    """Add the operations of a forward pass and a training step, by part."""
+    """Show the operations of a forward pass and a training step, by part."""
 
     memory: bool = False
-    """Add the memory that generation and a training step take (on CPU, XLA undoes remat)."""
+    """Show the memory that generation and a training step need."""
 
     batch: int = 1
-    """Rows, for --flops and --memory."""
+    """Batch size for --flops and --memory."""
 
     length: int | None = None
-    """Ids a row, for --flops, --memory and --fits; the model's context unless given."""
+    """Ids per row for --flops, --memory and --fits; the context length by default."""
 
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """What is computed in, for --memory and --fits; weights stay float32."""
+    """Dtype of the computation for --memory and --fits; weights are float32."""
 
     diff: str | None = None
-    """A second model: print what differs between the two instead."""
+    """A second model: show the differences between the two."""
 
     fits: str | None = None
-    """Memory of a device, such as 16GB: print what of the model, or each preset, fits in it."""
+    """Memory of a device, such as 16GB: show the largest batch that fits, by model or preset."""
 
     def run(self) -> None:
-        """Prints to standard output."""
+        """Print to standard output."""
         check_size("--depth", self.depth)
         check_size("--batch", self.batch)
         if self.length is not None:
             check_size("--length", self.length)
-        self._check_that_all_is_of_use()
+        self._check_combination()
         if self.fits is not None:
-            self._print_fitting(parse_size(self.fits))
-            return
-        if self.model is None:
+            self._print_largest_batches(parse_size(self.fits))
+        elif self.model is None:
             raise ValueError(
                 f"no model: give a preset ({', '.join(PRESETS)}), a folder, tales or book"
             )
-        if self.diff is not None:
+        elif self.diff is not None:
             self._print_differences(self.model, self.diff)
-            return
-        cfg, params, stored = _read(self.model)
-        values: dict[str, Any] = {"model": self.model, "config": cfg.to_dict()}
+        else:
+            self._print_parameters(self.model)
+
+    def _check_combination(self) -> None:
+        fields = dataclasses.fields(self)
+        given = {field.name for field in fields if getattr(self, field.name) != field.default}
+        for mode, names in _EXCLUDES.items():
+            for name in names:
+                if {mode, name} <= given:
+                    raise ValueError(f"--{name} has no effect with --{mode}: omit one of them")
+        for name, modes in _REQUIRES_ONE_OF.items():
+            if name in given and not given.intersection(modes):
+                flags = listed([f"--{mode}" for mode in modes])
+                raise ValueError(f"--{name} has no effect without one of {flags}: omit it")
+
+    def _print_parameters(self, model: str) -> None:
+        cfg, params, stored = _read(model)
         tree = cfg if params is None else params
-        count = count_params(tree)
+        count, rows = count_params(tree), tree_rows(tree, statistics=params is not None)
         length = cfg.context_length if self.length is None else self.length
         flops = flaxgpt.flops(cfg, self.batch, length) if self.flops else None
-        used = memory(cfg, self.batch, length, dtype=self.dtype) if self.memory else None
-        found = rows(tree, statistics=params is not None)
+        used = flaxgpt.memory(cfg, self.batch, length, dtype=self.dtype) if self.memory else None
         if self.json:
-            values["count"] = count.to_dict()
-            if params is not None:
-                values["stored"] = stored
-            values["parameters"] = [_as_dict(row) for row in found if row.shape is not None]
-            for name, part in (("flops", flops), ("memory", used)):
-                if part is not None:
-                    values[name] = {"batch": self.batch, "length": length, **part.to_dict()}
-            say(json.dumps(values, indent=2, allow_nan=False) + "\n")
+            extent = {"batch": self.batch, "length": length}
+            _print_json(
+                {"model": model, "config": cfg.to_dict(), "count": count.to_dict()}
+                | ({"stored": stored} if params is not None else {})
+                | {"parameters": [row.to_dict() for row in rows if row.shape is not None]}
+                | ({"flops": extent | flops.to_dict()} if flops else {})
+                | ({"memory": extent | used.to_dict()} if used else {})
+            )
             return
-        folded = params is None and cfg.n_layers > 1 and self.sort == "model"
-        print_table(parameter_table(_arranged(found, self.depth, self.sort, cfg, folded), count))
-        say(totals(count, stored) + "\n")
-        if flops is not None:
-            print_table(flops_table(flops, self.batch, length))
-        if used is not None:
-            print_table(memory_table(used, self.batch, length))
+        tables.print_table(tables.parameter_table(self._select(rows, cfg, params), count))
+        say(tables.format_totals(count, stored))
+        if flops:
+            say("\n")
+            tables.print_table(tables.flops_table(flops, self.batch, length))
+        if used:
+            say("\n")
+            tables.print_table(tables.memory_table(used, self.batch, length))
 
-    def _check_that_all_is_of_use(self) -> None:
-        defaults = {field.name: field.default for field in dataclasses.fields(self)}
-        given = [name for name, value in defaults.items() if getattr(self, name) != value]
-        of_listing = ("depth", "sort", "flops", "memory", "batch")
-        useless = {
-            "fits": (*of_listing, "diff"),
-            "diff": (*of_listing, "length", "dtype"),
-            "json": ("depth", "sort"),
-        }
-        for mode, names in useless.items():
-            if mode in given and (found := [name for name in names if name in given]):
-                raise ValueError(f"--{found[0]} does nothing with --{mode}: leave one of them out")
-        takers = {
-            "batch": ("flops", "memory"),
-            "length": ("flops", "memory", "fits"),
-            "dtype": ("memory", "fits"),
-        }
-        for name, modes in takers.items():
-            if name in given and not any(mode in given for mode in modes):
-                raise ValueError(f"--{name} is for {listed([f'--{mode}' for mode in modes])} alone")
+    def _select(self, rows: list[TreeRow], cfg: GPTConfig, params: Params | None) -> list[TreeRow]:
+        """Return the rows to show, in order."""
+        arrays = [row for row in rows if row.shape is not None]
+        if self.sort == "count":
+            return sorted(arrays, key=lambda row: -row.count)
+        if self.sort == "name":
+            return sorted(arrays, key=lambda row: row.path)
+        shown = [row for row in rows if len(row.path) <= self.depth]
+        if params is not None or cfg.n_layers == 1:
+            return shown
+        folded = f"{block_name(0)} to {cfg.n_layers - 1}, each"
+        return [
+            dataclasses.replace(row, path=(folded, *row.path[1:]))
+            if row.path[0] == block_name(0)
+            else row
+            for row in shown
+            if block_index(row.path[0]) in (None, 0)
+        ]
 
     def _print_differences(self, a: str, b: str) -> None:
-        first, second = _read(a), _read(b)
-        for name, (_, params, _) in ((a, first), (b, second)):
-            if params is None:
-                raise ValueError(f"{name} is a preset, without numbers: --diff takes two models")
-        of_config = _config_differences(first[0], second[0])
-        found = compare(first[1], second[1])
+        for name in (a, b):
+            if name in PRESETS:
+                raise ValueError(f"{name} is a preset without weights: --diff compares two models")
+        (cfg_a, params_a, stored_a), (cfg_b, params_b, stored_b) = _read(a), _read(b)
+        differences = compare(params_a, params_b)
+        fields = dataclasses.asdict(cfg_a), dataclasses.asdict(cfg_b)
+        config = {name: [fields[0][name], fields[1][name]] for name in fields[0]}
+        config = {name: pair for name, pair in config.items() if pair[0] != pair[1]}
         if self.json:
-            values = {
-                "a": a,
-                "b": b,
-                "config": {name: list(pair) for name, pair in of_config.items()},
-                "stored": [first[2], second[2]],
-                "differences": [_finite(dataclasses.asdict(item)) for item in found],
-            }
-            say(json.dumps(values, indent=2, allow_nan=False) + "\n")
+            _print_json(
+                {
+                    "a": a,
+                    "b": b,
+                    "config": config,
+                    "stored": [stored_a, stored_b],
+                    "differences": [item.to_dict() for item in differences],
+                }
+            )
             return
-        for name, (one, other) in of_config.items():
+        for letter, name, stored in (("A", a, stored_a), ("B", b, stored_b)):
+            say(
+                f"{letter}: {name}, stored as {', '.join(stored)}\n"
+                if stored
+                else f"{letter}: {name}\n"
+            )
+        for name, (one, other) in config.items():
             say(f"config {name}: {one} in A, {other} in B\n")
-        one, other = (", ".join(stored) or "no file" for *_, stored in (first, second))
-        if one != other:
-            say(f"stored as {one} in A, {other} in B; all are compared as float32\n")
-        if not found:
+        if differences:
+            tables.print_table(tables.difference_table(differences))
+        else:
             say("the parameters are equal\n")
-            return
-        print_table(difference_table(found, a, b))
 
-    def _print_fitting(self, size: int) -> None:
-        names = [self.model] if self.model is not None else list(PRESETS)
-        configs = {name: _read_config(name) for name in names}
+    def _print_largest_batches(self, size: int) -> None:
+        names = PRESETS if self.model is None else [self.model]
+        configs = {
+            name: GPTConfig.preset(name) if name in PRESETS else read_config(name) for name in names
+        }
         lengths = {name: self.length or cfg.context_length for name, cfg in configs.items()}
-        answers = {
-            name: fitting(cfg, size, lengths[name], dtype=self.dtype)
+        batches = {
+            name: largest_batch(cfg, size, lengths[name], dtype=self.dtype)
             for name, cfg in configs.items()
         }
         if self.json:
-            fits = {name: dataclasses.asdict(answer) for name, answer in answers.items()}
-            say(json.dumps({"bytes": size, "fits": fits}, indent=2) + "\n")
-            return
-        print_table(fitting_table(answers, lengths, size))
+            fits = {name: dataclasses.asdict(found) for name, found in batches.items()}
+            _print_json({"bytes": size, "fits": fits})
+        else:
+            tables.print_table(tables.largest_batch_table(batches, lengths, size))
 
 
 def parse_size(text: str) -> int:
-    """Returns bytes of a size such as `16GB`, `500 MB` or `15.9GiB`."""
-    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-    units |= {f"{unit[0]}iB".upper(): 1024 ** (i + 1) for i, unit in enumerate(units)}
-    compact = text.strip().upper().replace(" ", "")
-    unit = next(
-        (unit for unit in sorted(units, key=len, reverse=True) if compact.endswith(unit)), ""
-    )
-    try:
-        size = float(compact.removesuffix(unit)) * units.get(unit, 1)
-    except ValueError:
-        size = math.nan
-    if not 1 <= size < 1e18 or not unit:
+    """Return the bytes of a size such as `16GB`, `500 MB` or `15.9GiB`."""
+    match = re.fullmatch(r"\s*(\d*\.?\d+)\s*([KMGT])(I?)B\s*", text.upper())
+    size = 0.0
+    if match:
+        number, prefix, binary = match.groups()
+        size = float(number) * (1024 if binary else 1000) ** (1 + "KMGT".index(prefix))
+    if not 1 <= size < 1e18:
         raise ValueError(f"--fits {text!r} must be a size such as 16GB, 500MB or 15.9GiB")
     return int(size)
 
 
-def _read(model: str) -> tuple[GPTConfig, Any, dict[str, int]]:
-    """Returns a configuration and, of what has numbers, those and their files' bytes by dtype."""
+def _read(model: str) -> tuple[GPTConfig, Params | None, dict[str, int]]:
+    """Return the configuration, the parameters (None for presets) and the bytes by stored dtype."""
     if model in PRESETS:
         return GPTConfig.preset(model), None, {}
     with progress(f"loading {model}") as advance:
@@ -208,48 +220,5 @@ def _read(model: str) -> tuple[GPTConfig, Any, dict[str, int]]:
     return cfg, params, read_stored_bytes(model)
 
 
-def _read_config(model: str) -> GPTConfig:
-    return GPTConfig.preset(model) if model in PRESETS else read_config(model)
-
-
-def _arranged(found: list[Row], depth: int, sort: str, cfg: GPTConfig, folded: bool) -> list[Row]:
-    if sort != "model":
-        arrays = [row for row in found if row.shape is not None]
-        return sorted(arrays, key=(lambda r: -r.count) if sort == "count" else (lambda r: r.path))
-    shown = [row for row in found if len(row.path) <= depth]
-    if not folded:
-        return shown
-    block = "trf_blocks_0"
-    name = f"trf_blocks_0 to {cfg.n_layers - 1}, each"
-    return [
-        dataclasses.replace(row, path=(name, *row.path[1:])) if row.path[0] == block else row
-        for row in shown
-        if row.path[0] == block or not row.path[0].startswith("trf_blocks_")
-    ]
-
-
-def _config_differences(a: GPTConfig, b: GPTConfig) -> dict[str, tuple[Any, Any]]:
-    one, other = dataclasses.asdict(a), dataclasses.asdict(b)
-    return {name: (one[name], other[name]) for name in one if one[name] != other[name]}
-
-
-def _as_dict(row: Row) -> dict[str, Any]:
-    values: dict[str, Any] = {
-        "path": row.name,
-        "shape": list(row.shape or ()),
-        "dtype": row.dtype,
-        "count": row.count,
-        "bytes": row.bytes,
-    }
-    if row.statistics is not None:
-        values |= _finite(dataclasses.asdict(row.statistics))
-        values["faults"] = list(row.statistics.faults)
-    return values
-
-
-def _finite(values: dict[str, Any]) -> dict[str, Any]:
-    """Returns values for JSON, which has no NaN: null stands for what is no number."""
-    return {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value
-        for name, value in values.items()
-    }
+def _print_json(values: dict[str, Any]) -> None:
+    say(json.dumps(values, indent=2, allow_nan=False) + "\n")

@@ -1,4 +1,4 @@
-"""What `flaxgpt params` prints, as tables."""
+"""The tables that `flaxgpt params` prints."""
 
 from __future__ import annotations
 
@@ -8,109 +8,94 @@ from rich.table import Table
 from rich.text import Text
 
 from flaxgpt.inspection.flop_count import FlopCount
-from flaxgpt.inspection.memory_use import Fit, MemoryUse
+from flaxgpt.inspection.memory_use import LargestBatch, MemoryUse
 from flaxgpt.inspection.parameters import ParamCount
-from flaxgpt.inspection.tree import Difference, Row
+from flaxgpt.inspection.tree import Difference, TreeRow
+
+_PURPOSES = ("generation", "training", "training, remat")
+_NO_REMAT = "remat saves no memory on CPU, where XLA undoes it"
 
 
 def print_table(table: Table) -> None:
-    """Prints a table as wide as it is: rich would take columns out of one that is too wide."""
+    """Print a table at its full width: rich would drop columns that do not fit the terminal."""
     wide = Console(width=1000)
     width = Measurement.get(wide, wide.options, table).maximum
     Console(width=max(width, Console().width)).print(table)
 
 
-def parameter_table(shown: list[Row], count: ParamCount) -> Table:
-    """Returns rows with their share of the count, indented where there are groups among them."""
-    table = Table(show_edge=False, pad_edge=False)
-    table.add_column("parameters", no_wrap=True)
-    table.add_column("shape", justify="right", no_wrap=True)
-    table.add_column("dtype")
-    for name in ("count", "share", "size"):
-        table.add_column(name, justify="right", no_wrap=True)
-    numbers = any(row.statistics for row in shown)
-    if numbers:
-        for name in ("mean", "std", "norm"):
-            table.add_column(name, justify="right", no_wrap=True)
-        table.add_column("")
-    is_tree = len({row.path[0] for row in shown if row.shape is None}) > 0
-    for row in shown:
-        label = "  " * (len(row.path) - 1) + row.path[-1] if is_tree else row.name
+def parameter_table(rows: list[TreeRow], count: ParamCount) -> Table:
+    """Return a table of arrays, and of groups, whose members are indented."""
+    statistics = any(row.statistics for row in rows)
+    columns = ["parameters", "shape", "dtype", "count", "share", "size"]
+    table = _table(columns + ["mean", "std", "norm", ""] * statistics, left=(0, 2, 9))
+    is_tree = any(row.shape is None for row in rows)
+    for row in rows:
         cells = [
-            label,
+            "  " * (len(row.path) - 1) + row.path[-1] if is_tree else row.name,
             "" if row.shape is None else " x ".join(map(str, row.shape)) or "scalar",
             row.dtype,
             f"{row.count:,}",
             f"{100 * row.count / count.total:.2f} %",
-            _bytes(row.bytes),
+            format_bytes(row.bytes),
         ]
-        if row.statistics is not None:
-            s = row.statistics
+        if s := row.statistics:
             cells += [f"{s.mean:.3g}", f"{s.std:.3g}", f"{s.norm:.4g}", ", ".join(s.faults)]
-        style = "bold" if row.shape is None and len(row.path) == 1 else ""
-        table.add_row(*(Text(cell) for cell in cells), style=style)
+        is_part = row.shape is None and len(row.path) == 1
+        table.add_row(*map(Text, cells), style="bold" if is_part else "")
     return table
 
 
-def totals(count: ParamCount, stored: dict[str, int]) -> str:
-    """Returns the lines below the table; `stored` is bytes by dtype in the model's files."""
+def format_totals(count: ParamCount, stored: dict[str, int]) -> str:
+    """Return the lines below the table of parameters; `stored` is as from `read_stored_bytes`."""
 
     def by_dtype(sizes: dict[str, int]) -> str:
-        return ", ".join(f"{_bytes(n)} {dtype}" for dtype, n in sizes.items())
+        return ", ".join(f"{format_bytes(n)} {dtype}" for dtype, n in sizes.items())
 
-    on_disk = "" if list(stored) in ([], ["float32"]) else f" (in the file {by_dtype(stored)})"
+    in_file = "" if list(stored) in ([], ["float32"]) else f" ({by_dtype(stored)} in the file)"
     return (
-        f"\ntotal {count.total:,} parameters, {by_dtype(count.bytes_by_dtype)}{on_disk}\n"
-        f"with a tied head {count.tied:,}, with a head of its own {count.untied:,}"
+        f"\ntotal {count.total:,} parameters, {by_dtype(count.bytes_by_dtype)}{in_file}\n"
+        f"with a tied head {count.tied:,}, with a separate head {count.untied:,}\n"
     )
 
 
 def flops_table(flops: FlopCount, batch: int, length: int) -> Table:
-    """Returns the operations by part, forward and both ways."""
-    table = Table(
-        title=f"\noperations, {batch} x {length} ids", title_justify="left", show_edge=False
-    )
-    table.add_column("part")
-    table.add_column("forward", justify="right")
-    table.add_column("forward and backward", justify="right")
+    """Return a table of operations by part."""
+    columns = [f"FLOPs, {batch} x {length} ids", "forward", "forward and backward"]
     parts = {
         "attention projections": flops.projections,
         "attention scores": flops.scores,
         "feed-forward": flops.feed_forward,
         "head": flops.head,
-        "all, without scores (the book's table)": flops.forward_without_scores,
-        "all (nanoGPT's sizing)": flops.forward,
+        "total without scores (as in the book)": flops.forward_without_scores,
+        "total (as in nanoGPT)": flops.forward,
     }
+    table = _table(columns)
     for name, value in parts.items():
         table.add_row(name, f"{value:.4g}", f"{3 * value:.4g}")
     return table
 
 
 def memory_table(used: MemoryUse, batch: int, length: int) -> Table:
-    """Returns the bytes by what takes them, a column for each purpose."""
-    table = _by_purpose(f"\nmemory, {batch} x {length} ids", "for")
-    lines: dict[str, tuple[int | None, int | None, int | None]] = {
+    """Return a table of memory, with a column for each purpose."""
+    rows: dict[str, tuple[int | None, int | None, int | None]] = {
         "weights": (used.weights, used.weights, used.weights),
         "KV cache": (used.kv_cache, None, None),
-        "optimiser": (None, used.optimizer, used.optimizer),
+        "optimizer state": (None, used.optimizer, used.optimizer),
         "activations": (used.prefill, used.activations, used.activations_with_remat),
-        "or, later, gradients": (None, used.gradients, used.gradients),
+        "or gradients, later": (None, used.gradients, used.gradients),
         "peak": (used.generating, used.training, used.training_with_remat),
     }
-    for name, cells in lines.items():
-        table.add_row(name, *("" if cell is None else _bytes(cell) for cell in cells))
+    table = _table([f"memory, {batch} x {length} ids", *_PURPOSES], caption=_NO_REMAT)
+    for name, sizes in rows.items():
+        table.add_row(name, *("" if size is None else format_bytes(size) for size in sizes))
     return table
 
 
-def difference_table(found: list[Difference], a: str, b: str) -> Table:
-    """Returns what differs between the models named."""
-    table = Table(title=Text(f"A is {a}, B is {b}"), title_justify="left", show_edge=False)
-    table.add_column("parameters", no_wrap=True)
-    for name in ("differs", "A", "B"):
-        table.add_column(name, no_wrap=True)
-    for name in ("numbers changed", "largest change", "relative"):
-        table.add_column(name, justify="right")
-    for item in found:
+def difference_table(differences: list[Difference]) -> Table:
+    """Return a table of the differences between two models, A and B."""
+    columns = ["parameters", "difference", "A", "B", "values changed", "largest change", "relative"]
+    table = _table(columns, left=(0, 1, 2, 3))
+    for item in differences:
         cells = [item.name, item.kind, item.a or "", item.b or ""]
         if item.kind == "values":
             cells += [f"{item.changed:,}", f"{item.largest:.3g}", f"{item.relative:.3g}"]
@@ -118,33 +103,30 @@ def difference_table(found: list[Difference], a: str, b: str) -> Table:
     return table
 
 
-def fitting_table(answers: dict[str, Fit], lengths: dict[str, int], size: int) -> Table:
-    """Returns the largest batches of models, of the length given for each, in `size` bytes."""
-    table = _by_purpose(f"largest batch in {_bytes(size)}", "model", "length")
-    for name, answer in answers.items():
-        batches = (answer.generating, answer.training, answer.training_with_remat)
-        table.add_row(
-            Text(name), str(lengths[name]), *(f"{batch:,}" if batch else "-" for batch in batches)
-        )
+def largest_batch_table(
+    batches: dict[str, LargestBatch], lengths: dict[str, int], size: int
+) -> Table:
+    """Return a table of the largest batches in `size` bytes, by model and purpose."""
+    columns = [f"largest batch in {format_bytes(size)}", "length", *_PURPOSES]
+    table = _table(columns, caption=_NO_REMAT)
+    for name, found in batches.items():
+        rows = (found.generating, found.training, found.training_with_remat)
+        cells = [name, str(lengths[name]), *(f"{n:,}" if n else "-" for n in rows)]
+        table.add_row(*map(Text, cells))
     return table
 
 
-def _by_purpose(title: str, first: str, *others: str) -> Table:
-    table = Table(
-        title=title,
-        title_justify="left",
-        caption="remat saves nothing on CPU, where XLA undoes it",
-        caption_justify="left",
-        show_edge=False,
-    )
-    table.add_column(first)
-    for name in (*others, "generating", "training", "training, remat"):
-        table.add_column(name, justify="right")
-    return table
-
-
-def _bytes(count: int) -> str:
+def format_bytes(count: int) -> str:
+    """Return a size with a binary unit."""
     for size, unit in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
         if count >= size:
             return f"{count / size:.2f} {unit}"
     return f"{count} B"
+
+
+def _table(columns: list[str], *, left: tuple[int, ...] = (0,), caption: str = "") -> Table:
+    """Return an empty table whose columns are right-aligned except for those in `left`."""
+    table = Table(caption=caption or None, caption_justify="left", show_edge=False, pad_edge=False)
+    for i, name in enumerate(columns):
+        table.add_column(name, justify="left" if i in left else "right", no_wrap=True)
+    return table

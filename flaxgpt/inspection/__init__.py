@@ -1,34 +1,33 @@
-"""Seeing inside: sizes, operations, memory, and what a model computes on its way."""
+"""Inspection: parameters, operations, memory, intermediate values and gradients of a model."""
 
 from flaxgpt.inspection.flop_count import FlopCount, flops, mfu
 from flaxgpt.inspection.gradients import gradient_norms, without_shortcuts
 from flaxgpt.inspection.intermediates import activation_names, activations, patch
 from flaxgpt.inspection.lens import logit_lens
-from flaxgpt.inspection.memory_use import Fit, MemoryUse, fitting, memory
+from flaxgpt.inspection.memory_use import LargestBatch, MemoryUse, largest_batch, memory
 from flaxgpt.inspection.parameters import ParamCount, count_params
-from flaxgpt.inspection.show import show
-from flaxgpt.inspection.tree import Difference, Row, Statistics, compare, rows
+from flaxgpt.inspection.tree import Difference, Statistics, TreeRow, compare, show, tree_rows
 
 __all__ = [
     "Difference",
-    "Fit",
     "FlopCount",
+    "LargestBatch",
     "MemoryUse",
     "ParamCount",
-    "Row",
     "Statistics",
+    "TreeRow",
     "activation_names",
     "activations",
     "compare",
     "count_params",
-    "fitting",
     "flops",
     "gradient_norms",
+    "largest_batch",
     "logit_lens",
     "memory",
     "mfu",
     "patch",
-    "rows",
     "show",
+    "tree_rows",
     "without_shortcuts",
 ]

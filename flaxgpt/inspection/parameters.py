@@ -1,4 +1,4 @@
-"""How many parameters there are, where, and what they weigh (sections 4.6, exercises 4.1, 4.2)."""
+"""Number and size of the parameters, by part (section 4.6, exercises 4.1 and 4.2)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from flaxgpt.config import GPTConfig
+from flaxgpt.config import GPTConfig, block_index, block_name
 from flaxgpt.model import param_shapes
 
 PARTS = (
@@ -39,21 +39,20 @@ _PART_OF = {
     "final_norm": "norms",
     "out_head": "head",
 }
-_BLOCK = "trf_blocks_"
 
 
 @dataclasses.dataclass(frozen=True)
 class ParamCount:
-    """What `count_params` found.
+    """Number of parameters, from `count_params`.
 
     Attributes:
-        total: parameters as they are stored, all of which are trained.
-        tied: of the same model with the token embedding for its head.
-        untied: of the same model with a head of its own.
-        by_part: of `token_embedding`, `position_embedding`, `attention`, `feed_forward`, `norms`,
-            `head`, and `other`: what is no part of a flaxgpt model.
-        blocks: of each transformer block in turn, its `attention`, `feed_forward` and `norms`.
-        bytes_by_dtype: what is stored, in bytes, largest first.
+        total: number of stored parameters, all of them trainable.
+        tied: total if the output head shares the token embedding.
+        untied: total if the output head is separate.
+        by_part: number by part: `token_embedding`, `position_embedding`, `attention`,
+            `feed_forward`, `norms`, `head`, and `other` for arrays of other models.
+        blocks: for each transformer block, the number by part.
+        bytes_by_dtype: size in bytes by dtype, largest first.
     """
 
     total: int
@@ -65,11 +64,11 @@ class ParamCount:
 
     @property
     def bytes(self) -> int:
-        """What is stored, in bytes."""
+        """Size of all parameters in bytes."""
         return sum(self.bytes_by_dtype.values())
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns all of it as plain values, ready for JSON."""
+        """Return plain values, ready for JSON."""
         return dataclasses.asdict(self) | {"blocks": list(self.blocks), "bytes": self.bytes}
 
     def __str__(self) -> str:
@@ -84,13 +83,13 @@ class ParamCount:
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """One array of a parameter tree, or its shape.
+    """An array in a parameter tree, or its shape.
 
     Attributes:
         path: names from the root of the tree, without a leading `params`.
         value: the array.
         part: one of `PARTS`.
-        block: path of its transformer block, None outside of them.
+        block: path of its transformer block, None outside the blocks.
     """
 
     path: tuple[str, ...]
@@ -100,42 +99,45 @@ class Leaf:
 
     @property
     def name(self) -> str:
-        """The path as one word, such as `trf_blocks_0/att/W_query/weight`."""
+        """The path as a string, such as `trf_blocks_0/att/W_query/weight`."""
         return "/".join(self.path) or "(array)"
 
     @property
     def count(self) -> int:
-        """Numbers in it."""
+        """Number of elements."""
         return math.prod(self.value.shape)
 
     @property
     def dtype(self) -> str:
-        """Name of its dtype."""
+        """Name of the dtype."""
         return jnp.dtype(self.value.dtype).name
 
     @property
     def bytes(self) -> int:
-        """What it takes in memory; of a sharded array, over all devices."""
+        """Size in bytes; of a sharded array, over all devices."""
         return int(self.count * jnp.dtype(self.value.dtype).itemsize)
 
 
 def count_params(tree: Any) -> ParamCount:
-    """Returns how many parameters there are and where; nothing is allocated.
+    """Count parameters by part and block, without allocating any.
 
     >>> import flaxgpt
     >>> count = flaxgpt.count_params(flaxgpt.GPTConfig())  # the book's GPT_CONFIG_124M
-    >>> count.total, count.tied  # 163 million are stored; GPT-2 shares the head, and has 124
+    >>> count.total, count.tied  # 163 million; 124 million with a tied head, as in GPT-2
     (163009536, 124412160)
     >>> count.blocks[0]  # exercise 4.1
     {'attention': 2360064, 'feed_forward': 4722432, 'norms': 3072}
 
     Args:
-        tree: a `GPTConfig`; or parameters, whole or a part of them, as a pytree of JAX or NumPy
-            arrays, sharded or not, or of `jax.ShapeDtypeStruct`. A head that is the very array of
-            the token embedding is counted once.
+        tree: a `GPTConfig`; or a pytree of parameters or some of them, as JAX or NumPy arrays,
+            sharded or not, or as `jax.ShapeDtypeStruct`. A head that is the same array as the token
+            embedding is counted once.
+
+    Returns:
+        The numbers, and their size in bytes.
 
     Raises:
-        ValueError: a leaf that is no array of numbers; the message names it.
+        ValueError: a leaf is not a numeric array. The message names it.
     """
     leaves = list(leaves_of(tree))
     table = {leaf.path: leaf for leaf in leaves}
@@ -170,43 +172,40 @@ def count_params(tree: Any) -> ParamCount:
 
 
 def leaves_of(tree: Any) -> Iterator[Leaf]:
-    """Yields the arrays of a tree as data flows through them; as `count_params` otherwise."""
+    """Yield the arrays of a tree, as for `count_params`, in the order in which data flows."""
     if isinstance(tree, GPTConfig):
         tree = param_shapes(tree)
-    found = []
+    leaves = []
     seen: dict[tuple[str, ...], int] = {}
     for keys, value in jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: x is None)[0]:
         path = tuple(jax.tree_util.keystr((key,), simple=True) for key in keys)
         path = path[1:] if path[:1] == ("params",) else path
         _check_leaf("/".join(path) or "the tree", value)
         part = next((_PART_OF[name] for name in path if name in _PART_OF), "other")
-        numbers = [_block(name) for name in path]
-        depth = next((i for i, number in enumerate(numbers, 1) if number is not None), None)
+        depths = (i for i, name in enumerate(path, 1) if block_index(name) is not None)
+        depth = next(depths, None)
         leaf = Leaf(path, value, part, None if depth is None else path[:depth])
-        found.append((_place(path, seen), leaf))
-    yield from (leaf for _, leaf in sorted(found, key=lambda item: item[0]))
+        leaves.append((_flow_order(path, seen), leaf))
+    yield from (leaf for _, leaf in sorted(leaves, key=lambda item: item[0]))
 
 
+_BLOCK = block_name("*")
 _FLOW = ("tok_emb", "pos_emb", _BLOCK, "norm1", "att", "norm2", "ff", "final_norm", "out_head")
 
 
-def _place(path: tuple[str, ...], seen: dict[tuple[str, ...], int]) -> tuple[tuple[int, int], ...]:
-    """Returns what sorts paths: known names as data flows, then others as they were first seen."""
-    place = []
+def _flow_order(
+    path: tuple[str, ...], seen: dict[tuple[str, ...], int]
+) -> tuple[tuple[int, int], ...]:
+    """Return the sort key of a path: known names in data-flow order, others as first seen."""
+    order = []
     for depth, name in enumerate(path, 1):
-        number = _block(name)
-        if number is not None:
-            place.append((_FLOW.index(_BLOCK), number))
-        elif name in _FLOW:
-            place.append((_FLOW.index(name), 0))
+        index = block_index(name)
+        known = name if index is None else _BLOCK
+        if known in _FLOW:
+            order.append((_FLOW.index(known), index or 0))
         else:
-            place.append((len(_FLOW), seen.setdefault(path[:depth], len(seen))))
-    return tuple(place)
-
-
-def _block(name: str) -> int | None:
-    number = name.removeprefix(_BLOCK)
-    return int(number) if name.startswith(_BLOCK) and number.isdecimal() else None
+            order.append((len(_FLOW), seen.setdefault(path[:depth], len(seen))))
+    return tuple(order)
 
 
 def _check_leaf(name: str, value: Any) -> None:
@@ -214,11 +213,11 @@ def _check_leaf(name: str, value: Any) -> None:
     if dtype is None or not hasattr(value, "shape"):
         raise ValueError(
             f"{name} is {type(value).__name__}, not an array: expected a GPTConfig or a tree of "
-            "parameters, as flaxgpt.init and flaxgpt.load give"
+            "parameters, such as flaxgpt.init returns"
         )
     if jnp.issubdtype(dtype, jax.dtypes.prng_key):
         raise ValueError(
-            f"{name} is a random key, not a parameter: of a training state, give state.params"
+            f"{name} is a random key, not a parameter: for a training state, pass state.params"
         )
     if not (jnp.issubdtype(dtype, jnp.number) or jnp.issubdtype(dtype, jnp.bool_)):
-        raise ValueError(f"{name} has dtype {dtype}, which is not of numbers")
+        raise ValueError(f"{name} has dtype {dtype}, which is not numeric: expected parameters")

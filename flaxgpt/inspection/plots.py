@@ -1,6 +1,6 @@
-"""Pictures of what a model is and does. Each function returns a matplotlib Figure to show or save.
+"""Plots of a model. Each function returns a matplotlib Figure.
 
-Neither the caller's pyplot backend nor style plays a part.
+The figures do not depend on the caller's pyplot backend and style.
 """
 
 from __future__ import annotations
@@ -21,33 +21,33 @@ from flaxgpt.inspection.parameters import PARTS, count_params
 
 __all__ = ["attention_maps", "lens_table", "lines_by_depth", "parameter_shares", "shown", "to_png"]
 
-_COLOURS = ("#4477aa", "#66ccee", "#228833", "#ccbb44", "#bbbbbb", "#ee6677")  # Tol's bright
-_LINE_COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377")
-_MOST_LABELS = 40  # more do not fit beside an axis
-_MOST_COLUMNS = 64  # of words in a table, which then is a screen's width four times over
+_COLORS = ("#4477aa", "#66ccee", "#228833", "#ccbb44", "#bbbbbb", "#ee6677")  # Tol's bright
+_LINE_COLORS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377")
+_MOST_LABELS = 40  # beside an axis
+_MOST_COLUMNS = 64  # of a table of words
 
 
 def attention_maps(weights: ArrayLike, tokens: Sequence[str], title: str = "") -> Any:
-    """Draws where each head looks: a row of each map is a query, a column a key.
+    """Draw the attention weights of each head: one row per query, one column per key.
 
     Args:
-        weights: float [N, T, S], one row's `trf_blocks_i/att/weights`; or [L, N, T, S], those of
-            all blocks, for smaller maps, a line of them a block.
-        tokens: the T tokens, as text.
-        title: above all of it.
+        weights: float [N, T, S], the weights of one block (`trf_blocks_i/att/weights`) for one
+            sequence; or [L, N, T, S] of all blocks, drawn smaller, one line of maps per block.
+        tokens: text of the T tokens.
+        title: title of the figure.
 
     Raises:
-        ValueError: weights that are neither, of no head, or of another number of tokens.
-        ImportError: matplotlib is not there; says how to install it.
+        ValueError: weights of another shape, or empty ones.
+        ImportError: matplotlib is not installed. The message says how to install it.
     """
     maps = np.asarray(weights)
     if maps.ndim not in (3, 4) or maps.shape[-2:] != (len(tokens),) * 2:
         raise ValueError(
             f"weights of shape {maps.shape} must be [heads, {len(tokens)}, {len(tokens)}], for the "
-            f"{len(tokens)} tokens: of activations, take one row, as found[name][0]"
+            f"{len(tokens)} tokens; select one row of activations, as found[name][0]"
         )
     if not maps.size:
-        raise ValueError(f"weights of shape {maps.shape} have nothing to draw")
+        raise ValueError(f"weights of shape {maps.shape} are empty: expected at least one head")
     if maps.ndim == 3:
         columns = min(4, len(maps))
         lines = math.ceil(len(maps) / columns)
@@ -58,8 +58,8 @@ def attention_maps(weights: ArrayLike, tokens: Sequence[str], title: str = "") -
     with new_figure(columns * side + 1.2, lines * side + 0.8) as figure:
         from matplotlib.colors import PowerNorm
 
-        # The first query has but itself to look at, so 1 is always there; of a long text all else
-        # would be of one colour.
+        # The first query can only attend to itself, with weight 1. On a linear scale all other
+        # weights of a long text would look alike.
         norm = PowerNorm(0.5, vmin=0, vmax=1)
         axes = figure.subplots(lines, columns, squeeze=False)
         places = list(axes.flat)
@@ -80,8 +80,8 @@ def attention_maps(weights: ArrayLike, tokens: Sequence[str], title: str = "") -
             if column == 0:
                 place.set_ylabel(f"block {line}", fontsize=9)
         figure.colorbar(image, ax=axes, label="attention weight", shrink=0.8)
-        figure.supxlabel("key: the token looked at", fontsize=9)
-        figure.supylabel("query: the token that looks", fontsize=9)
+        figure.supxlabel("key: the token attended to", fontsize=9)
+        figure.supylabel("query: the token that attends", fontsize=9)
         figure.suptitle(_plain(title), fontsize=10)
     return figure
 
@@ -89,40 +89,40 @@ def attention_maps(weights: ArrayLike, tokens: Sequence[str], title: str = "") -
 def lens_table(
     logits: ArrayLike, tokens: Sequence[str], spell: Callable[[int], str], title: str = ""
 ) -> Any:
-    """Draws the logit lens: after each block, what token would come next, and how surely.
+    """Draw the logit lens: the likeliest next token after each block, and its probability.
 
     Args:
-        logits: float [L + 1, T, V], one row's `logit_lens`.
-        tokens: the T tokens read, as text.
-        spell: returns the text of an id, as `lambda id: tokenizer.decode([id])`.
-        title: above all of it.
+        logits: float [L + 1, T, V], `logit_lens` of one sequence.
+        tokens: text of the T input tokens.
+        spell: function from an id to its text, such as `lambda id: tokenizer.decode([id])`.
+        title: title of the figure.
 
     Raises:
-        ValueError: logits of another shape, or that are no numbers; more than 64 tokens.
-        ImportError: matplotlib is not there; says how to install it.
+        ValueError: logits of another shape or with NaN or infinities, or more than 64 tokens.
+        ImportError: matplotlib is not installed. The message says how to install it.
     """
     table = np.asarray(logits)
     if table.ndim != 3 or not table.size or table.shape[1] != len(tokens):
         raise ValueError(
-            f"logits of shape {table.shape} must be [layers + 1, {len(tokens)}, vocabulary]: of "
-            "logit_lens, take one row, as found[:, 0]"
+            f"logits of shape {table.shape} must be [layers + 1, {len(tokens)}, vocabulary]; "
+            "select one row of logit_lens, as found[:, 0]"
         )
     if len(tokens) > _MOST_COLUMNS:
         raise ValueError(
-            f"{len(tokens)} tokens make a table too wide to read: give {_MOST_COLUMNS} at most"
+            f"{len(tokens)} tokens make a table too wide to read: pass at most {_MOST_COLUMNS}"
         )
     best, sure = np.empty(table.shape[:2], int), np.empty(table.shape[:2])
     for i, layer in enumerate(table):  # one at a time, as they may be large
         values = layer.astype(np.float32)
         if not np.isfinite(values).all():
             raise ValueError(
-                "logits have NaN or Inf: flaxgpt params shows which parameters have them"
+                "logits have NaN or Inf: `flaxgpt params MODEL` lists parameters that have them"
             )
         best[i] = values.argmax(-1)
         sure[i] = 1 / np.exp(values - values.max(-1, keepdims=True)).sum(-1)
     with new_figure(1.6 + 0.82 * len(tokens), 1.2 + 0.32 * len(table)) as figure:
         axes = figure.subplots()
-        # The top of the table is the model's answer.
+        # The last block is on top.
         image = axes.imshow(sure[::-1], vmin=0, vmax=1, cmap="Blues", aspect="auto")
         for row, column in np.ndindex(sure.shape):
             value = sure[::-1][row, column]
@@ -140,28 +140,28 @@ def lens_table(
         axes.set_yticks(range(len(table)), names[::-1], fontsize=8)
         axes.set_xticks(range(len(tokens)), [shown(token) for token in tokens], fontsize=8)
         axes.tick_params(axis="x", rotation=45)
-        axes.set_xlabel("token read")
-        title = title or "likeliest next token, read off after each block"
+        axes.set_xlabel("input token")
+        title = title or "likeliest next token after each block"
         axes.set_title(_plain(title), fontsize=10)
-        figure.colorbar(image, ax=axes, label="its probability")
+        figure.colorbar(image, ax=axes, label="probability")
     return figure
 
 
 def parameter_shares(configs: Mapping[str, GPTConfig]) -> Any:
-    """Draws how the parameters of several models divide among their parts.
+    """Draw the share of each part in the parameters of several models.
 
     Args:
-        configs: architectures by name.
+        configs: configurations by name.
     """
     counts = {name: count_params(cfg) for name, cfg in configs.items()}
     parts = [part for part in PARTS if any(count.by_part[part] for count in counts.values())]
     with new_figure(9, 1.3 + 0.45 * len(counts)) as figure:
         axes = figure.subplots()
         left = np.zeros(len(counts))
-        for part, colour in zip(parts, _COLOURS, strict=False):
+        for part, color in zip(parts, _COLORS, strict=False):
             share = np.array([100 * count.by_part[part] / count.total for count in counts.values()])
             axes.barh(
-                range(len(counts)), share, left=left, color=colour, label=part.replace("_", " ")
+                range(len(counts)), share, left=left, color=color, label=part.replace("_", " ")
             )
             for i, (start, width) in enumerate(zip(left, share, strict=True)):
                 if width >= 4:
@@ -179,34 +179,35 @@ def parameter_shares(configs: Mapping[str, GPTConfig]) -> Any:
 def lines_by_depth(
     curves: Mapping[str, ArrayLike], ylabel: str, title: str = "", xlabel: str = "block"
 ) -> Any:
-    """Draws numbers of each block against its depth, such as gradient norms.
+    """Draw one number per block against depth, such as gradient norms.
 
-    Where they span more than a factor of ten, their axis is logarithmic.
+    The axis is logarithmic if the numbers span more than a factor of ten.
 
     Args:
-        curves: by name, float [L], one number a block.
-        ylabel: what the numbers are.
-        title: above all of it.
-        xlabel: what has the depth.
+        curves: float [L], one number per block, by name.
+        ylabel: label of the numbers.
+        title: title of the figure.
+        xlabel: label of the depth.
 
     Raises:
-        ValueError: no curves, one of no numbers, or numbers that are NaN or infinite.
-        ImportError: matplotlib is not there; says how to install it.
+        ValueError: there are no curves, or one is empty or has NaN or infinities.
+        ImportError: matplotlib is not installed. The message says how to install it.
     """
     if not curves or not all(np.size(values) for values in curves.values()):
-        raise ValueError(f"curves {listed(list(curves)) or '{}'}: give numbers of each to draw")
+        raise ValueError(
+            f"curves {listed(list(curves)) or '{}'}: each must have at least one number"
+        )
     sizes = np.concatenate([np.ravel(values) for values in curves.values()])
     if not np.isfinite(sizes).all():
         raise ValueError(
             f"{ylabel} of {listed([n for n, v in curves.items() if not np.isfinite(v).all()])} is "
-            "NaN or Inf: flaxgpt params shows which parameters are"
+            "NaN or Inf: `flaxgpt params MODEL` lists parameters that have them"
         )
     with new_figure(7, 4) as figure:
         axes = figure.subplots()
-        for (name, values), colour in zip(
-            curves.items(), itertools.cycle(_LINE_COLOURS), strict=False
-        ):
-            axes.plot(np.ravel(values), "o-", color=colour, markersize=4, label=_plain(name))
+        colors = itertools.cycle(_LINE_COLORS)
+        for (name, values), color in zip(curves.items(), colors, strict=False):
+            axes.plot(np.ravel(values), "o-", color=color, markersize=4, label=_plain(name))
         longest = max(np.size(values) for values in curves.values())
         axes.set_xticks(range(0, longest, math.ceil(longest / 20)))
         if (sizes > 0).all() and sizes.max() > 10 * sizes.min():
@@ -222,12 +223,12 @@ def lines_by_depth(
 
 
 def shown(token: str) -> str:
-    """Returns a token so that a picture can show it: spaces and line ends made visible."""
+    """Return a token as text for a plot, with visible spaces and line ends."""
     return _plain(token.replace(" ", "␣").replace("\n", "⏎")) or "∅"
 
 
 def _plain(text: str) -> str:
-    """Returns text without mathematics in dollars, nor characters that the font has no shape of."""
+    """Escape dollar signs, which start formulas, and characters that are not in the font."""
     known = _characters()
     return "".join(c if ord(c) in known or c == "\n" else f"U+{ord(c):04X}" for c in text).replace(
         "$", r"\$"

@@ -1,30 +1,31 @@
-"""A parameter tree as rows: every array and every group of them, with what they hold."""
+"""Parameter trees as rows, with statistics; differences between two trees; trees in notebooks."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
+from flaxgpt._checks import require_extra
 from flaxgpt.inspection.parameters import Leaf, leaves_of
 
 
 @dataclasses.dataclass(frozen=True)
 class Statistics:
-    """What numbers are like.
+    """Statistics of an array; mean, std and norm are of its finite elements.
 
     Attributes:
-        mean: of those that are finite, as all below.
+        mean: mean.
         std: standard deviation (divided by n).
         norm: square root of the sum of squares.
-        nan: how many are NaN.
-        inf: how many are infinite.
-        zero: how many are 0.
-        count: how many there are.
+        nan: number of NaN elements.
+        inf: number of infinite elements.
+        zero: number of elements that are 0.
+        count: number of elements.
     """
 
     mean: float
@@ -37,7 +38,7 @@ class Statistics:
 
     @property
     def faults(self) -> tuple[str, ...]:
-        """What looks wrong, in words."""
+        """Descriptions of NaN, infinite and all-zero values."""
         found = [f"{n} {word}" for n, word in ((self.nan, "NaN"), (self.inf, "Inf")) if n]
         if self.count and self.zero == self.count:
             found.append("all zero")
@@ -45,16 +46,16 @@ class Statistics:
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
-    """An array, or a group of arrays.
+class TreeRow:
+    """An array in a tree, or a group of arrays.
 
     Attributes:
         path: names from the root.
-        shape: of an array, None for a group.
-        dtype: its name; of a group, those of its arrays.
-        count: numbers.
-        bytes: what they take in memory.
-        statistics: what the numbers are like, None where they were not looked at.
+        shape: shape of an array, None for a group.
+        dtype: name of the dtype; of a group, the names of all dtypes in it.
+        count: number of elements.
+        bytes: size in bytes.
+        statistics: statistics of the elements, if requested.
     """
 
     path: tuple[str, ...]
@@ -66,57 +67,71 @@ class Row:
 
     @property
     def name(self) -> str:
-        """The path as one word."""
+        """The path as a string."""
         return "/".join(self.path) or "(array)"
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values, ready for JSON; None stands for NaN and infinities."""
+        values: dict[str, Any] = {
+            "path": self.name,
+            "shape": list(self.shape or ()),
+            "dtype": self.dtype,
+            "count": self.count,
+            "bytes": self.bytes,
+        }
+        if self.statistics is not None:
+            values |= _plain(self.statistics) | {"faults": list(self.statistics.faults)}
+        return values
 
-def rows(tree: Any, *, statistics: bool = False) -> list[Row]:
-    """Returns each group of a tree before what is in it, in the order in which data flows.
+
+def tree_rows(tree: Any, *, statistics: bool = False) -> list[TreeRow]:
+    """Return the groups and arrays of a tree, in the order in which data flows.
+
+    Each group comes before its members.
 
     Args:
-        tree: as for `count_params`.
-        statistics: whether to look at the numbers, which takes arrays.
+        tree: a configuration or parameters, as for `count_params`.
+        statistics: whether to compute statistics, which requires arrays and not shapes.
 
     Raises:
-        ValueError: a leaf that is no array of numbers, or has none to look at.
+        ValueError: a leaf is not a numeric array, or is a shape or complex if statistics are
+            requested. The message names it.
     """
-    leaves = list(leaves_of(tree))
-    looked_at = {leaf.path: describe(leaf) for leaf in leaves} if statistics else {}
-    inside: dict[tuple[str, ...], list[Leaf]] = {}
-    for leaf in leaves:
-        for depth in range(min(1, len(leaf.path)), len(leaf.path) + 1):  # an array alone has none
-            inside.setdefault(leaf.path[:depth], []).append(leaf)
-    found = []
-    for path, members in inside.items():
-        is_leaf = members[0].path == path
-        found.append(
-            Row(
-                path=path,
-                shape=tuple(members[0].value.shape) if is_leaf else None,
-                dtype=", ".join(dict.fromkeys(leaf.dtype for leaf in members)),
-                count=sum(leaf.count for leaf in members),
-                bytes=sum(leaf.bytes for leaf in members),
-                statistics=together(looked_at[leaf.path] for leaf in members)
-                if statistics
-                else None,
-            )
+    members: dict[tuple[str, ...], list[Leaf]] = {}
+    described: dict[tuple[str, ...], Statistics] = {}
+    for leaf in leaves_of(tree):
+        if statistics:
+            described[leaf.path] = _describe_leaf(leaf)
+        for depth in range(
+            min(1, len(leaf.path)), len(leaf.path) + 1
+        ):  # a single array has no path
+            members.setdefault(leaf.path[:depth], []).append(leaf)
+    return [
+        TreeRow(
+            path=path,
+            shape=tuple(leaves[0].value.shape) if leaves[0].path == path else None,
+            dtype=", ".join(dict.fromkeys(leaf.dtype for leaf in leaves)),
+            count=sum(leaf.count for leaf in leaves),
+            bytes=sum(leaf.bytes for leaf in leaves),
+            statistics=combine_statistics([described[leaf.path] for leaf in leaves])
+            if described
+            else None,
         )
-    return found
+        for path, leaves in members.items()
+    ]
 
 
-def describe(leaf: Leaf) -> Statistics:
-    """Returns what the numbers of an array are like; sums are taken in float64."""
+_PIECE = 1 << 22  # elements at a time: float64 copies of a large array would double its memory
+
+
+def _describe_leaf(leaf: Leaf) -> Statistics:
     if isinstance(leaf.value, jax.ShapeDtypeStruct):
-        raise ValueError(f"{leaf.name} is a shape without numbers: statistics take arrays")
+        raise ValueError(f"{leaf.name} is a shape without values: statistics require arrays")
     values = np.asarray(leaf.value).reshape(-1)
     if np.iscomplexobj(values):
-        raise ValueError(f"{leaf.name} is {leaf.dtype}: statistics take real numbers")
-    # In pieces: float64 copies of a large array are not to double what it takes.
+        raise ValueError(f"{leaf.name} is {leaf.dtype}: statistics require real numbers")
     starts = range(0, max(1, values.size), _PIECE)
-    return together(_describe(values[start : start + _PIECE]) for start in starts)
-
-
-_PIECE = 1 << 22
+    return combine_statistics([_describe(values[start : start + _PIECE]) for start in starts])
 
 
 def _describe(values: np.ndarray) -> Statistics:
@@ -134,40 +149,35 @@ def _describe(values: np.ndarray) -> Statistics:
     )
 
 
-def together(parts: Iterable[Statistics]) -> Statistics:
-    """Returns what several arrays' numbers are like as one."""
-    given = list(parts)
-    if len(given) == 1:
-        return given[0]
-    finite = [(part, part.count - part.nan - part.inf) for part in given]
+def combine_statistics(parts: Sequence[Statistics]) -> Statistics:
+    """Return the statistics of several arrays taken together, from the statistics of each."""
+    if len(parts) == 1:
+        return parts[0]
+    finite = [(part, part.count - part.nan - part.inf) for part in parts]
     total = sum(n for _, n in finite)
-    squares = sum(part.norm**2 for part in given)
     mean = sum(part.mean * n for part, n in finite if n) / total if total else math.nan
-    # Not from the squares: a mean far from 0 would take all digits of a small deviation.
+    # Not as the mean of the squares minus the square of the mean, which cancels for a large mean.
     spread = sum(n * (part.std**2 + (part.mean - mean) ** 2) for part, n in finite if n)
     return Statistics(
-        mean=mean,
-        std=math.sqrt(spread / total) if total else math.nan,
-        norm=math.sqrt(squares),
-        nan=sum(part.nan for part in given),
-        inf=sum(part.inf for part in given),
-        zero=sum(part.zero for part in given),
-        count=sum(part.count for part in given),
+        mean,
+        math.sqrt(spread / total) if total else math.nan,
+        math.sqrt(sum(part.norm**2 for part in parts)),
+        *(sum(getattr(part, name) for part in parts) for name in ("nan", "inf", "zero", "count")),
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """What differs between two trees at one name.
+    """One difference between two trees.
 
     Attributes:
         name: path of an array.
         kind: `only in A`, `only in B`, `shape`, `dtype` or `values`.
-        a: in the first tree: shape and dtype.
-        b: in the second.
-        changed: of `values`, how many numbers differ.
-        largest: of `values`, the largest absolute difference; NaN where one of two is NaN.
-        relative: of `values`, norm of the difference over the norm of the first.
+        a: dtype and shape in the first tree.
+        b: dtype and shape in the second tree.
+        changed: for `values`, the number of elements that differ.
+        largest: for `values`, the largest absolute difference; NaN if one of the two is NaN.
+        relative: for `values`, the norm of the difference divided by the norm of the first array.
     """
 
     name: str
@@ -178,14 +188,23 @@ class Difference:
     largest: float | None = None
     relative: float | None = None
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values, ready for JSON; None stands for NaN and infinities."""
+        return _plain(self)
+
 
 def compare(a: Any, b: Any) -> list[Difference]:
-    """Returns what differs between two trees of arrays, name by name; nothing if they are equal.
+    """Return the differences between two trees of arrays.
+
+    Values are compared if both trees have an array of the same shape, whatever the dtypes. 0 equals
+    -0, and NaN equals NaN.
 
     Args:
         a: the first tree, as for `count_params`.
-        b: the second; numbers are compared where both are arrays of one shape, whatever the dtypes.
-            0 equals -0, and NaN equals NaN.
+        b: the second tree.
+
+    Returns:
+        The differences by name, in the order in which data flows; empty if the trees are equal.
     """
     first, second = ({leaf.name: leaf for leaf in leaves_of(tree)} for tree in (a, b))
     found = []
@@ -193,21 +212,21 @@ def compare(a: Any, b: Any) -> list[Difference]:
         one, other = first.get(name), second.get(name)
         if one is None or other is None:
             kind = "only in A" if other is None else "only in B"
-            found.append(Difference(name, kind, _kind(one), _kind(other)))
+            found.append(Difference(name, kind, _type(one), _type(other)))
         elif one.value.shape != other.value.shape:
-            found.append(Difference(name, "shape", _kind(one), _kind(other)))
+            found.append(Difference(name, "shape", _type(one), _type(other)))
         else:
             if one.dtype != other.dtype:
-                found.append(Difference(name, "dtype", _kind(one), _kind(other)))
-            found += _values(one, other)
+                found.append(Difference(name, "dtype", _type(one), _type(other)))
+            found += _compare_values(one, other)
     return found
 
 
-def _kind(leaf: Leaf | None) -> str | None:
+def _type(leaf: Leaf | None) -> str | None:
     return None if leaf is None else f"{leaf.dtype}{list(leaf.value.shape)}"
 
 
-def _values(one: Leaf, other: Leaf) -> Sequence[Difference]:
+def _compare_values(one: Leaf, other: Leaf) -> Sequence[Difference]:
     if any(isinstance(leaf.value, jax.ShapeDtypeStruct) for leaf in (one, other)):
         return []
     first, second = (np.asarray(leaf.value).reshape(-1) for leaf in (one, other))
@@ -215,7 +234,7 @@ def _values(one: Leaf, other: Leaf) -> Sequence[Difference]:
     wide = np.complex128 if np.iscomplexobj(first) or np.iscomplexobj(second) else np.float64
     for start in range(0, first.size, _PIECE):
         x, y = (values[start : start + _PIECE] for values in (first, second))
-        # Before they are widened: float64 does not hold every int64.
+        # Compared before the conversion to float64, which cannot represent every int64.
         differ = (x != y) & ~(np.isnan(x) & np.isnan(y))
         x, y = x.astype(wide), y.astype(wide)
         with np.errstate(invalid="ignore"):
@@ -226,14 +245,34 @@ def _values(one: Leaf, other: Leaf) -> Sequence[Difference]:
         of_first += float(np.square(np.abs(x)).sum())
     if not changed:
         return []
-    return [
-        Difference(
-            one.name,
-            "values",
-            _kind(one),
-            _kind(other),
-            changed=changed,
-            largest=largest,
-            relative=math.sqrt(of_gap / of_first) if of_first else math.inf,
-        )
-    ]
+    relative = math.sqrt(of_gap / of_first) if of_first else math.inf
+    return [Difference(one.name, "values", _type(one), _type(other), changed, largest, relative)]
+
+
+def _plain(values: Statistics | Difference) -> dict[str, Any]:
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in dataclasses.asdict(values).items()
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class _Html:
+    html: str = dataclasses.field(repr=False)
+
+    def _repr_html_(self) -> str:  # IPython's protocol
+        return self.html
+
+
+def show(tree: Any) -> Any:
+    """Return a tree for display in a notebook, where its branches unfold and arrays are drawn.
+
+    Args:
+        tree: parameters, as arrays or shapes, or any other pytree.
+
+    Raises:
+        ImportError: treescope is not installed. The message says how to install it.
+    """
+    treescope = require_extra("treescope", "displaying trees", "notebook")
+    with treescope.active_autovisualizer.set_scoped(treescope.ArrayAutovisualizer()):
+        return _Html(treescope.render_to_html(tree))

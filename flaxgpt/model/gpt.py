@@ -201,23 +201,10 @@ def forward(
         ValueError: `ids` are empty, not integers, too long or outside the vocabulary, or `params`
             do not fit the configuration.
     """
-    checked = check_inputs(cfg, params, ids)
-    setting = (check_dtype(dtype), remat, resolve_attention(attention, platform_of(params)))
-    return _forward(cfg, *setting, params, checked, dropout_key)
-
-
-@partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _forward(
-    cfg: GPTConfig,
-    dtype: Any,
-    remat: bool,
-    attention: str,
-    params: Params,
-    ids: jax.Array,
-    dropout_key: jax.Array | None,
-) -> jax.Array:
-    states = _states(cfg, dtype, remat, attention, params, ids, dropout_key)
-    return apply_logits(cfg, params, states)
+    final = states(
+        cfg, params, ids, dropout_key=dropout_key, dtype=dtype, remat=remat, attention=attention
+    )
+    return logits(cfg, params, final)
 
 
 def states(

@@ -1,6 +1,7 @@
 """Weights: loading and saving models in Hugging Face's layout and the book's."""
 
 from flaxgpt.weights.book_init import book_params
-from flaxgpt.weights.folder import load, read_config, read_stored_bytes, save
+from flaxgpt.weights.loading import load, read_config, read_stored_bytes
+from flaxgpt.weights.saving import save
 
 __all__ = ["book_params", "load", "read_config", "read_stored_bytes", "save"]

@@ -1,9 +1,11 @@
-"""The book's layout: names of its PyTorch `GPTModel`'s state dict, and its config dict as JSON."""
+"""The book's layout: the state dict of its PyTorch `GPTModel`, and its config dict as JSON."""
 
 from __future__ import annotations
 
+import re
+
 from flaxgpt.config import GPTConfig
-from flaxgpt.weights.table import Layout, Row
+from flaxgpt.weights.table import HEAD, TOKEN_EMBEDDING, Entry, Layout, block_path
 
 _BLOCK = (
     "norm1/scale",
@@ -23,25 +25,28 @@ _BLOCK = (
     "ff/layers_2/weight",
     "ff/layers_2/bias",
 )
-# Our names are the book's: where PyTorch numbers the parts of a list, linen appends the number.
-_BLOCK_NAMES = tuple(path.replace("layers_", "layers.").replace("/", ".") for path in _BLOCK)
+_PATHS = (
+    TOKEN_EMBEDDING,
+    "pos_emb/weight",
+    *map(block_path, _BLOCK),
+    "final_norm/scale",
+    "final_norm/shift",
+    HEAD,
+)
+
+
+def _torch_name(path: str) -> str:
+    """Return PyTorch's name of a parameter: linen appends the number of a list item with "_"."""
+    return re.sub(r"_(\d|\{l\})/", r".\1/", path).replace("/", ".")
+
 
 BOOK = Layout(
     name="book",
-    rows=(
-        Row("tok_emb/weight", "tok_emb.weight"),
-        Row("pos_emb/weight", "pos_emb.weight"),
-        *(
-            Row(f"trf_blocks_{{l}}/{path}", f"trf_blocks.{{l}}.{name}")
-            for path, name in zip(_BLOCK, _BLOCK_NAMES, strict=True)
-        ),
-        Row("final_norm/scale", "final_norm.scale"),
-        Row("final_norm/shift", "final_norm.shift"),
-        Row("out_head/weight", "out_head.weight"),
-    ),
-    constants=("trf_blocks.{l}.att.mask",),
+    title="the book's",
+    entries=tuple(Entry(path, _torch_name(path)) for path in _PATHS),
+    constants=(_torch_name(block_path("att/mask")),),
     prefix="",
-    # Its GPTModel has an output head of its own, which load_state_dict wants to find.
+    # The book's GPTModel always has an output head, and load_state_dict requires it.
     writes_tied_head=True,
     tie_key="tie_embeddings",
     write_config=GPTConfig.to_dict,

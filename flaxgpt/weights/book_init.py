@@ -1,9 +1,9 @@
-"""The untrained weights that PyTorch gives the book's `GPTModel` for a seed, rebuilt in NumPy.
+"""The initial weights of the book's `GPTModel` for a PyTorch seed, reproduced in NumPy.
 
-The book prints what its 124M model says after `torch.manual_seed(123)`, before any training.
-PyTorch draws those weights on CPU from MT19937, seeded the legacy way and read as 32-bit words in
-order (ATen/native/cpu/DistributionTemplates.h and ATen/core/TransformationHelper.h, PyTorch 2.13),
-which NumPy can reproduce: uniform draws to the last bit or 4e-9, normal draws to 1e-6.
+The book prints the output of its untrained 124M model after `torch.manual_seed(123)`.
+PyTorch draws these weights on CPU from MT19937 with legacy seeding, one 32-bit word at a time
+(ATen/native/cpu/DistributionTemplates.h and ATen/core/TransformationHelper.h, PyTorch 2.13). NumPy
+reproduces uniform draws to within 4e-9, most of them exactly, and normal draws to within 1e-6.
 """
 
 from __future__ import annotations
@@ -18,31 +18,32 @@ import numpy as np
 from flaxgpt.config import GPTConfig, check_config
 from flaxgpt.typing import Params, Progress
 
-_CHUNK = 1 << 22  # values drawn at once: enough to be fast, little beside the weights
+_CHUNK = 1 << 22  # values drawn at once: fast, and small next to the weights
 
 
 def book_params(cfg: GPTConfig, seed: int = 123, *, progress: Progress | None = None) -> Params:
-    """Returns the parameters that `torch.manual_seed(seed); GPTModel(cfg)` has in the book.
+    """Return the parameters of the book's model after `torch.manual_seed(seed); GPTModel(cfg)`.
 
     Args:
-        cfg: an untied configuration, as all of the book's are.
-        seed: what `torch.manual_seed` is given, 0 to 2**32 - 1.
-        progress: called with (parameters drawn, parameters in all) as they come.
+        cfg: an untied configuration; all of the book's are.
+        seed: seed of `torch.manual_seed`, 0 to 2**32 - 1.
+        progress: called with (parameters drawn, parameters in total).
 
     Returns:
         Nested dict of float32 arrays.
 
     Raises:
-        ValueError: a tied configuration, a seed out of range, or an embedding of under 16 values.
+        ValueError: the configuration is tied, the seed is out of range, or an embedding has fewer
+            than 16 values.
     """
     check_config(cfg)
     if cfg.tie_embeddings:
         raise ValueError(
-            "tie_embeddings=True: the book's model has an output head of its own; use a book "
-            "preset or tie_embeddings=False"
+            "tie_embeddings=True: the book's model has a separate output head; use a book preset "
+            "or tie_embeddings=False"
         )
     draws = _TorchDraws(seed, progress)
-    width, wide = cfg.emb_dim, 4 * cfg.emb_dim
+    width, wide = cfg.emb_dim, cfg.ff_dim
     drawn_per_block = 4 * width * width + 2 * width * wide + 2 * width + wide
     drawn_per_block += 3 * width if cfg.qkv_bias else 0
     draws.total = (2 * cfg.vocab_size + cfg.context_length) * width
@@ -51,13 +52,13 @@ def book_params(cfg: GPTConfig, seed: int = 123, *, progress: Progress | None = 
     def norm() -> Params:
         return {"scale": jnp.ones(width, jnp.float32), "shift": jnp.zeros(width, jnp.float32)}
 
-    # The order of construction in the book's GPTModel is the order of the draws.
+    # The draws follow the order of construction in the book's GPTModel.
     params: Params = {
         "tok_emb": {"weight": draws.normal(cfg.vocab_size, width)},
         "pos_emb": {"weight": draws.normal(cfg.context_length, width)},
     }
-    for layer in range(cfg.n_layers):
-        params[f"trf_blocks_{layer}"] = {
+    for name in cfg.block_names:
+        params[name] = {
             "att": {
                 "W_query": draws.linear(width, width, bias=cfg.qkv_bias),
                 "W_key": draws.linear(width, width, bias=cfg.qkv_bias),
@@ -74,7 +75,7 @@ def book_params(cfg: GPTConfig, seed: int = 123, *, progress: Progress | None = 
 
 
 class _TorchDraws:
-    """PyTorch's CPU generator: a stream of 32-bit words that every draw moves along."""
+    """PyTorch's CPU generator: a stream of 32-bit words."""
 
     def __init__(self, seed: int, progress: Progress | None) -> None:
         try:
@@ -86,21 +87,21 @@ class _TorchDraws:
         self.total = 0
 
     def linear(self, rows: int, columns: int, bias: bool = True) -> Params:
-        """`nn.Linear(columns, rows)`: weight and bias uniform in +-1/sqrt(columns)."""
+        """Draw `nn.Linear(columns, rows)`: weight and bias uniform in +-1/sqrt(columns)."""
         bound = 1 / math.sqrt(columns)
-        layer = {"weight": self._filled(rows * columns, bound).reshape(rows, columns)}
+        layer = {"weight": self._uniform_in(rows * columns, bound).reshape(rows, columns)}
         if bias:
-            layer["bias"] = self._filled(rows, bound)
+            layer["bias"] = self._uniform_in(rows, bound)
         return {name: jnp.asarray(values) for name, values in layer.items()}
 
     def normal(self, rows: int, columns: int) -> jax.Array:
-        """`nn.Embedding(rows, columns)`: Box-Muller on blocks of 16 uniforms."""
+        """Draw `nn.Embedding(rows, columns)`: Box-Muller on blocks of 16 uniforms."""
         size = rows * columns
         values = np.empty(size, np.float32)
         if size < 16:
             raise ValueError(
-                f"an embedding of {rows} x {columns} values cannot be rebuilt: PyTorch draws fewer "
-                "than 16 values in another way; use a larger vocabulary, context or emb_dim"
+                f"an embedding of {rows} x {columns} values cannot be reproduced: PyTorch draws "
+                "fewer than 16 values differently; use a larger vocabulary, context or emb_dim"
             )
         whole = size - size % 16
         for first in range(0, whole, _CHUNK):
@@ -108,17 +109,17 @@ class _TorchDraws:
             values[first : first + count] = _box_muller(self._uniform(count))
             self._report(count)
         if size % 16:
-            # The odd end has drawn its own uniforms, unused: the last 16 places are drawn again.
+            # PyTorch draws uniforms for the remainder but then draws the last 16 values again.
             self._uniform(size % 16)
             values[-16:] = _box_muller(self._uniform(16))
             self._report(size % 16)
         return jnp.asarray(values.reshape(rows, columns))
 
-    def _filled(self, size: int, bound: float) -> np.ndarray:
+    def _uniform_in(self, size: int, bound: float) -> np.ndarray:
         values = np.empty(size, np.float32)
         for first in range(0, size, _CHUNK):
             count = min(_CHUNK, size - first)
-            # PyTorch fuses the multiply-add; float64 rounded once gives the same bits.
+            # PyTorch fuses multiply and add; rounding once from float64 gives the same bits.
             low, high = np.float64(np.float32(-bound)), np.float64(np.float32(bound))
             values[first : first + count] = self._uniform(count) * (high - low) + low
             self._report(count)

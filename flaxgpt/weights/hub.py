@@ -1,28 +1,28 @@
-"""Model folders from the Hugging Face hub, through its own client and cache."""
+"""Downloads from the Hugging Face hub, with its client and cache."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-# A snapshot has many copies of the same weights: pickles, ONNX, other frameworks'. `model.*` and
-# `model-*` leave out variants such as model.fp16.safetensors, which nothing here would read.
+# A repository often has several copies of the weights: pickles, ONNX, other frameworks' files and
+# variants such as model.fp16.safetensors. flaxgpt reads none of these.
 _WANTED = ("model.safetensors", "model-*.safetensors", "*.json", "merges.txt")
 _NESTED = "*/*"
 
 
 def fetch(model_id: str) -> Path:
-    """Returns the local folder of a model on the hub, downloading what the cache lacks.
+    """Return the local folder of a model on the hub, downloading the files that are not cached.
 
     Args:
-        model_id: such as `gpt2` or `openai-community/gpt2-medium`.
+        model_id: name on the hub, such as `gpt2` or `openai-community/gpt2-medium`.
 
     Raises:
         FileNotFoundError: the hub has no such model.
-        PermissionError: its owner gives it out on request only.
-        ConnectionError: the hub could not be asked, and the cache does not have the model.
+        PermissionError: the model is gated.
+        ConnectionError: the hub cannot be reached, and the cache does not have the whole model.
         OSError: the cache cannot be written.
     """
-    # Imported only here: it takes long, and everything else works without it.
+    # Imported only here: the import is slow, and nothing else needs it.
     from huggingface_hub import constants, errors, snapshot_download
 
     absent = f"there is no file or folder {model_id!r} here, and"
@@ -32,32 +32,30 @@ def fetch(model_id: str) -> Path:
         )
     except errors.GatedRepoError as error:
         raise PermissionError(
-            f"{absent} {model_id!r} on the Hugging Face hub is gated: ask for access on its page, "
+            f"{absent} {model_id!r} on the Hugging Face hub is gated: request access on its page, "
             "then log in with `hf auth login`"
         ) from error
     except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
         raise FileNotFoundError(
-            f"{absent} the Hugging Face hub has no model of that name (or it is private): check "
+            f"{absent} the Hugging Face hub has no model of that name, or it is private: check "
             "the spelling, as in 'openai-community/gpt2', or log in with `hf auth login`"
         ) from error
-    except Exception as error:  # the client's own network errors have no common base
+    except Exception as error:  # the client's network errors have no common base class
         if isinstance(error, OSError) and error.errno is not None:
-            raise  # a full disk, a cache that may not be written
+            raise  # from the file system, such as a full disk
         response = getattr(error, "response", None)
         if response is not None:
             raise ConnectionError(
-                f"{absent} the Hugging Face hub answered with {response.status_code}: "
+                f"{absent} the Hugging Face hub responded with {response.status_code}: "
                 f"{str(error).strip().splitlines()[0]}; try again later, or give the path of a "
                 "folder"
             ) from error
-        if constants.HF_HUB_OFFLINE:
-            raise ConnectionError(
-                f"{absent} the Hugging Face hub may not be asked, because HF_HUB_OFFLINE is set, "
-                "nor is the whole model in its cache: unset HF_HUB_OFFLINE to download it, or give "
-                "the path of a folder"
-            ) from error
+        reason = (
+            "HF_HUB_OFFLINE is set: unset it to download the model"
+            if constants.HF_HUB_OFFLINE
+            else f"the hub could not be reached ({type(error).__name__}): check the network"
+        )
         raise ConnectionError(
-            f"{absent} the Hugging Face hub could not be reached ({type(error).__name__}), nor is "
-            "the whole model in its cache: check the network and try again, or give the path of a "
-            "folder"
+            f"{absent} the whole model is not in the Hugging Face hub's cache, and {reason}, or "
+            "give the path of a folder"
         ) from error

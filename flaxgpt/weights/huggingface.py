@@ -1,13 +1,13 @@
-"""Hugging Face's layout: names and shapes of transformers' `GPT2LMHeadModel`, and its config."""
+"""Hugging Face's layout: the tensors and config of transformers' `GPT2LMHeadModel`."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from flaxgpt.config import GPTConfig
-from flaxgpt.weights.table import Layout, Row
+from flaxgpt.weights.table import HEAD, TOKEN_EMBEDDING, Entry, Layout, block_path
 
-_END_OF_TEXT = 50256  # in GPT-2's vocabulary
+_END_OF_TEXT = 50256  # the id in GPT-2's vocabulary
 
 
 def _write_config(cfg: GPTConfig) -> dict[str, Any]:
@@ -31,39 +31,44 @@ def _write_config(cfg: GPTConfig) -> dict[str, Any]:
         "tie_word_embeddings": cfg.tie_embeddings,
         "vocab_size": cfg.vocab_size,
     }
-    # Unknown to transformers, whose GPT-2 always has this bias: the file then holds zeros.
+    # transformers' GPT-2 always has this bias and ignores the key; the file holds zeros.
     return values if cfg.qkv_bias else {**values, "qkv_bias": False}
 
 
-_ATT = "trf_blocks_{l}/att"
-_FF = "trf_blocks_{l}/ff"
 _FUSED = "transformer.h.{l}.attn.c_attn"
+# (path in the block, tensor, whether it is transposed). GPT-2's Conv1D computes x @ weight + bias,
+# so its weights are [in, out].
+_BLOCK = (
+    ("norm1/scale", "ln_1.weight", False),
+    ("norm1/shift", "ln_1.bias", False),
+    ("att/out_proj/weight", "attn.c_proj.weight", True),
+    ("att/out_proj/bias", "attn.c_proj.bias", False),
+    ("norm2/scale", "ln_2.weight", False),
+    ("norm2/shift", "ln_2.bias", False),
+    ("ff/layers_0/weight", "mlp.c_fc.weight", True),
+    ("ff/layers_0/bias", "mlp.c_fc.bias", False),
+    ("ff/layers_2/weight", "mlp.c_proj.weight", True),
+    ("ff/layers_2/bias", "mlp.c_proj.bias", False),
+)
 
 HUGGINGFACE = Layout(
     name="huggingface",
-    # GPT-2's Conv1D computes x @ weight + bias, so its weights are [in, out].
-    rows=(
-        Row("tok_emb/weight", "transformer.wte.weight"),
-        Row("pos_emb/weight", "transformer.wpe.weight"),
-        Row("trf_blocks_{l}/norm1/scale", "transformer.h.{l}.ln_1.weight"),
-        Row("trf_blocks_{l}/norm1/shift", "transformer.h.{l}.ln_1.bias"),
-        Row(f"{_ATT}/W_query/weight", f"{_FUSED}.weight", transposed=True, third=0),
-        Row(f"{_ATT}/W_key/weight", f"{_FUSED}.weight", transposed=True, third=1),
-        Row(f"{_ATT}/W_value/weight", f"{_FUSED}.weight", transposed=True, third=2),
-        Row(f"{_ATT}/W_query/bias", f"{_FUSED}.bias", third=0),
-        Row(f"{_ATT}/W_key/bias", f"{_FUSED}.bias", third=1),
-        Row(f"{_ATT}/W_value/bias", f"{_FUSED}.bias", third=2),
-        Row(f"{_ATT}/out_proj/weight", "transformer.h.{l}.attn.c_proj.weight", transposed=True),
-        Row(f"{_ATT}/out_proj/bias", "transformer.h.{l}.attn.c_proj.bias"),
-        Row("trf_blocks_{l}/norm2/scale", "transformer.h.{l}.ln_2.weight"),
-        Row("trf_blocks_{l}/norm2/shift", "transformer.h.{l}.ln_2.bias"),
-        Row(f"{_FF}/layers_0/weight", "transformer.h.{l}.mlp.c_fc.weight", transposed=True),
-        Row(f"{_FF}/layers_0/bias", "transformer.h.{l}.mlp.c_fc.bias"),
-        Row(f"{_FF}/layers_2/weight", "transformer.h.{l}.mlp.c_proj.weight", transposed=True),
-        Row(f"{_FF}/layers_2/bias", "transformer.h.{l}.mlp.c_proj.bias"),
-        Row("final_norm/scale", "transformer.ln_f.weight"),
-        Row("final_norm/shift", "transformer.ln_f.bias"),
-        Row("out_head/weight", "lm_head.weight"),
+    title="Hugging Face's",
+    entries=(
+        Entry(TOKEN_EMBEDDING, "transformer.wte.weight"),
+        Entry("pos_emb/weight", "transformer.wpe.weight"),
+        *(
+            Entry(block_path(f"att/{name}/{kind}"), f"{_FUSED}.{kind}", kind == "weight", third)
+            for third, name in enumerate(("W_query", "W_key", "W_value"))
+            for kind in ("weight", "bias")
+        ),
+        *(
+            Entry(block_path(path), f"transformer.h.{{l}}.{name}", transposed)
+            for path, name, transposed in _BLOCK
+        ),
+        Entry("final_norm/scale", "transformer.ln_f.weight"),
+        Entry("final_norm/shift", "transformer.ln_f.bias"),
+        Entry(HEAD, "lm_head.weight"),
     ),
     constants=("transformer.h.{l}.attn.bias", "transformer.h.{l}.attn.masked_bias"),
     prefix="transformer.",

@@ -1,33 +1,43 @@
-"""What both layouts share: a table of names, read one way to import and the other to export."""
+"""Name tables: which tensor of a file holds which parameter, for import and export alike."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from flaxgpt.config import GPTConfig
+from flaxgpt.config import GPTConfig, block_name
 from flaxgpt.model import param_shapes
+from flaxgpt.typing import Params
 
 Role = Literal["weights", "zero bias", "tied head"]
 
-_HEAD, _TOKENS = "out_head/weight", "tok_emb/weight"
+TOKEN_EMBEDDING, HEAD = "tok_emb/weight", "out_head/weight"
+_PLACEHOLDER = "{l}"  # stands for the number of the block, in our paths and in tensor names
+_NUMBER = re.compile(r"\.(\d+)\.")
+
+
+def block_path(path: str) -> str:
+    """Return the path of a parameter inside a block, with a placeholder for the block's number."""
+    return f"{block_name(_PLACEHOLDER)}/{path}"
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
-    """One of our parameters and the tensor of a file that holds it; `{l}` is the block.
+class Entry:
+    """One parameter and the tensor that stores it.
 
     Attributes:
-        ours: path in the parameter tree.
-        theirs: the tensor's name.
-        transposed: whether the file has it `[in, out]`.
-        third: which third of the tensor's last axis it is, where three are stored as one.
+        ours: path in the parameter tree; `{l}` stands for the number of the block.
+        theirs: name of the tensor in the file, with the same placeholder.
+        transposed: whether the file stores the weight as `[in, out]`.
+        third: which third of the tensor's last axis holds the parameter, where query, key and value
+            are fused.
     """
 
     ours: str
@@ -38,21 +48,23 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """A way of keeping a model in a folder.
+    """A way to store a model in a folder.
 
     Attributes:
-        name: as `save` takes it.
-        rows: the table of names.
-        constants: tensors that PyTorch saves along though they are no weights.
-        prefix: what some files leave away at the start of names.
-        writes_tied_head: whether the output head is written even where it is the token embedding.
-        tie_key: what `config.json` calls `tie_embeddings`.
-        write_config: gives the contents of `config.json`.
-        metadata: what a safetensors file says of itself.
+        name: the name `save` knows it by.
+        title: the name in messages, such as "the book's".
+        entries: the name table.
+        constants: tensors that PyTorch saves although they are not weights.
+        prefix: start of the names that some files omit.
+        writes_tied_head: whether the output head is written even if it is the token embedding.
+        tie_key: the key of `tie_embeddings` in `config.json`.
+        write_config: returns the contents of `config.json`.
+        metadata: metadata of the safetensors file.
     """
 
     name: str
-    rows: tuple[Row, ...]
+    title: str
+    entries: tuple[Entry, ...]
     constants: tuple[str, ...]
     prefix: str
     writes_tied_head: bool
@@ -60,89 +72,110 @@ class Layout:
     write_config: Callable[[GPTConfig], dict[str, Any]]
     metadata: dict[str, str] | None
 
-    def full_name(self, name: str) -> str | None:
-        """Returns a tensor's name as the table has it, or None if no model has it."""
-        known = {row.theirs for row in self.rows} | set(self.constants)
+    @cached_property
+    def _known(self) -> frozenset[str]:
+        return frozenset(entry.theirs for entry in self.entries) | frozenset(self.constants)
+
+    def find(self, name: str) -> tuple[str, int | None] | None:
+        """Return a tensor's full name and the number of its block, or None if it is unknown.
+
+        A known tensor outside the blocks has no number.
+        """
         for full in (name, self.prefix + name):
-            if re.sub(r"\.\d+\.", ".{l}.", full, count=1) in known:
-                return full
+            if full in self._known:
+                return full, None
+            if (number := _NUMBER.search(full)) and _with_placeholder(full) in self._known:
+                return full, int(number[1])
         return None
 
     def is_constant(self, full_name: str) -> bool:
-        """Whether a tensor is no weight."""
-        return re.sub(r"\.\d+\.", ".{l}.", full_name, count=1) in self.constants
+        """Return whether a tensor is a constant, which has no parameter."""
+        return _with_placeholder(full_name) in self.constants
+
+    @property
+    def examples(self) -> tuple[str, str]:
+        """Two tensor names that tell this layout from others."""
+        paths = (TOKEN_EMBEDDING, block_path("att/W_query/weight"))
+        first, second = (e.theirs.format(l=0) for e in self.entries if e.ours in paths)
+        return first, second
+
+
+def _with_placeholder(name: str) -> str:
+    return _NUMBER.sub(f".{_PLACEHOLDER}.", name, count=1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Slot:
-    """A tensor that a file of a given configuration has.
+    """A tensor that a file has for a given configuration.
 
     Attributes:
-        shape: of the tensor in the file.
-        rows: the parameters in it, in the order of their thirds.
-        role: `weights`, or what the file has but the parameters do not: `zero bias`, `tied head`.
+        shape: shape of the tensor in the file.
+        entries: the parameters it holds, in the order of their thirds.
+        role: `weights`, or `zero bias` and `tied head` for tensors that have no parameter in this
+            configuration.
+        block: number of its block, None outside the blocks.
     """
 
     shape: tuple[int, ...]
-    rows: tuple[Row, ...]
+    entries: tuple[Entry, ...]
     role: Role
+    block: int | None
+
+    def split(self, tensor: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+        """Yield the path and values of each parameter in a tensor."""
+        for entry in self.entries:
+            part = tensor if entry.third is None else np.split(tensor, 3, axis=-1)[entry.third]
+            yield entry.ours, part.T if entry.transposed else part
 
 
 def slots(layout: Layout, cfg: GPTConfig) -> dict[str, Slot]:
-    """Returns every tensor that a file in this layout has, by its name."""
+    """Return every tensor that a file in this layout has, by its full name."""
     ours = flatten_dict(param_shapes(cfg), sep="/")
-    everything = dataclasses.replace(cfg, qkv_bias=True, tie_embeddings=False)
-    every_leaf = flatten_dict(param_shapes(everything), sep="/")
+    largest = dataclasses.replace(cfg, qkv_bias=True, tie_embeddings=False)
+    shapes = flatten_dict(param_shapes(largest), sep="/")
     found: dict[str, Slot] = {}
-    for row in _of_each_block(layout, cfg):
+    for block, entry in _entries_by_block(layout, cfg):
         role: Role
-        if row.ours in ours:
+        if entry.ours in ours:
             role = "weights"
-        elif row.ours == _HEAD:
+        elif entry.ours == HEAD:
             role = "tied head"
-        elif row.third is not None:  # there is no leaving out a bias of three that are one tensor
+        elif entry.third is not None:  # a fused qkv bias cannot be omitted for one of the three
             role = "zero bias"
         else:
             continue
-        shape = every_leaf[row.ours].shape
-        shape = shape[::-1] if row.transposed else shape
-        if row.third is not None:
+        shape = shapes[entry.ours].shape
+        shape = shape[::-1] if entry.transposed else shape
+        if entry.third is not None:
             shape = (*shape[:-1], 3 * shape[-1])
-        earlier = found[row.theirs].rows if row.theirs in found else ()
-        found[row.theirs] = Slot(shape, (*earlier, row), role)
+        earlier = found[entry.theirs].entries if entry.theirs in found else ()
+        found[entry.theirs] = Slot(shape, (*earlier, entry), role, block)
     return found
 
 
-def _of_each_block(layout: Layout, cfg: GPTConfig) -> Iterator[Row]:
-    for row in layout.rows:
-        for block in range(cfg.n_layers if "{l}" in row.ours else 1):
-            ours, theirs = row.ours.format(l=block), row.theirs.format(l=block)
-            yield dataclasses.replace(row, ours=ours, theirs=theirs)
+def _entries_by_block(layout: Layout, cfg: GPTConfig) -> Iterator[tuple[int | None, Entry]]:
+    for entry in layout.entries:
+        for block in range(cfg.n_layers) if _PLACEHOLDER in entry.ours else (None,):
+            ours, theirs = entry.ours.format(l=block), entry.theirs.format(l=block)
+            yield block, dataclasses.replace(entry, ours=ours, theirs=theirs)
 
 
-def split(tensor: np.ndarray, slot: Slot) -> Iterator[tuple[str, np.ndarray]]:
-    """Gives the parameters in a tensor, by our paths."""
-    for row in slot.rows:
-        part = tensor if row.third is None else np.split(tensor, 3, axis=-1)[row.third]
-        yield row.ours, part.T if row.transposed else part
-
-
-def export(layout: Layout, cfg: GPTConfig, params: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Returns the tensors of a file; those that need no change share memory with `params`."""
+def export(layout: Layout, cfg: GPTConfig, params: Params) -> dict[str, np.ndarray]:
+    """Return the tensors of a file; those that need no change share memory with `params`."""
     ours = flatten_dict(params, sep="/")
     tensors = {}
     for name, slot in slots(layout, cfg).items():
         if slot.role == "tied head":
             if layout.writes_tied_head:
-                tensors[name] = _as_stored(_TOKENS, ours[_TOKENS])
+                tensors[name] = _as_stored(TOKEN_EMBEDDING, ours[TOKEN_EMBEDDING])
         elif slot.role == "zero bias":
-            weight = slot.rows[0].ours.removesuffix("bias") + "weight"
+            weight = slot.entries[0].ours.removesuffix("bias") + "weight"
             tensors[name] = np.zeros(slot.shape, _as_stored(weight, ours[weight]).dtype)
         else:
-            parts = [_as_stored(row.ours, ours[row.ours]) for row in slot.rows]
+            parts = [_as_stored(entry.ours, ours[entry.ours]) for entry in slot.entries]
             if len({part.dtype for part in parts}) > 1:
                 parts = [part.astype(np.float32) for part in parts]
-            parts = [part.T if slot.rows[0].transposed else part for part in parts]
+            parts = [part.T if slot.entries[0].transposed else part for part in parts]
             whole = np.concatenate(parts, axis=-1) if len(parts) > 1 else parts[0]
             tensors[name] = np.ascontiguousarray(whole)
     return tensors

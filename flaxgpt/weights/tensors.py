@@ -1,4 +1,4 @@
-"""Tensors in safetensors files: which there are, and one at a time with little memory."""
+"""Tensors in safetensors files: listing them, and reading one at a time to save memory."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float6
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """Where a tensor lies; its values are still on disk.
+    """A tensor whose values are still on disk.
 
     Attributes:
         path: the file.
-        name: its name there.
-        dtype: as safetensors spells it: F32, BF16, I64, ...
+        name: its name in the file.
+        dtype: its dtype in safetensors' spelling: F32, BF16, I64, ...
         shape: its shape.
     """
 
@@ -36,12 +36,12 @@ class Tensor:
 
     @property
     def size(self) -> int:
-        """How many numbers it has."""
+        """Number of elements."""
         return int(np.prod(self.shape, dtype=np.int64))
 
 
 def tensors_in(path: Path) -> Iterator[Tensor]:
-    """Gives the tensors of one file.
+    """Yield the tensors in a file.
 
     Raises:
         ValueError: the file is truncated or damaged.
@@ -53,27 +53,27 @@ def tensors_in(path: Path) -> Iterator[Tensor]:
 
 
 def read(tensor: Tensor) -> np.ndarray:
-    """Returns a tensor's values as float32.
+    """Return a tensor's values as float32.
 
-    The file is opened anew each time: as long as it is open, all that was read of it stays mapped
-    and counts as this process's memory.
+    The file is opened for each tensor: everything read from it counts as memory of this process
+    until it is closed.
     """
     with _open(tensor.path) as file:
         return file.get_tensor(tensor.name).astype(np.float32, copy=False)
 
 
 def stamp(path: Path) -> tuple[int, ...]:
-    """Returns what tells a file from one that has replaced it."""
+    """Return a value that changes when a file is modified or replaced."""
     status = path.stat()
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def shards(index: Path) -> list[Path]:
-    """Returns the files that `model.safetensors.index.json` lists.
+    """Return the files listed in `model.safetensors.index.json`.
 
     Raises:
-        ValueError: the index is no such index.
-        FileNotFoundError: a file it lists is not there.
+        ValueError: the index is damaged.
+        FileNotFoundError: a listed file does not exist.
     """
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
@@ -81,14 +81,14 @@ def shards(index: Path) -> list[Path]:
         plain = all(Path(name).name == name and name.endswith(".safetensors") for name in names)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(
-            f"{index} is damaged: expected JSON whose weight_map gives each tensor's file; copy or "
-            "download it again"
+            f"{index} is damaged: expected JSON with the file of each tensor in weight_map; copy "
+            "or download it again"
         ) from error
     if not names or not plain:
-        raise ValueError(f"{index} lists {names[:8]}: expected .safetensors files of its folder")
+        raise ValueError(f"{index} lists {names[:8]}: expected .safetensors files in its folder")
     if missing := [name for name in names if not (index.parent / name).is_file()]:
         raise FileNotFoundError(
-            f"{index.parent} lacks {listed(missing)}, which {index.name} lists: copy or "
+            f"{index.parent} does not have {listed(missing)}, which {index.name} lists: copy or "
             "download the rest"
         )
     return [index.parent / name for name in names]
@@ -104,7 +104,7 @@ def _open(path: Path) -> Iterator[safe_open]:
             pointer = raw.read(8) == b"version "
         if pointer:
             raise ValueError(
-                f"{path} is a Git LFS pointer, not the weights themselves: run `git lfs pull`"
+                f"{path} is a Git LFS pointer instead of the weights: run `git lfs pull`"
             ) from error
         raise ValueError(
             f"{path} is truncated or damaged ({error}): download or copy it again"

@@ -1,0 +1,159 @@
+"""Reading models: `load`, and `read_config` and `read_stored_bytes` for parts of one."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import unflatten_dict
+
+from flaxgpt.config import GPTConfig
+from flaxgpt.tokenizer import Tokenizer, load_tokenizer
+from flaxgpt.tokenizer.folder import UnreadableTokenizerWarning, read_tokenizer
+from flaxgpt.typing import Params, Progress
+from flaxgpt.weights.book_init import book_params
+from flaxgpt.weights.matching import match_layout
+from flaxgpt.weights.source import locate, read_config_file, weight_files
+from flaxgpt.weights.table import TOKEN_EMBEDDING, Layout, Slot
+from flaxgpt.weights.tensors import FLOATS, Tensor, read, stamp, tensors_in
+
+_GPT2_VOCABULARY = 50257
+
+
+def load(
+    source: str | os.PathLike[str], *, progress: Progress | None = None
+) -> tuple[GPTConfig, Params, Tokenizer | None]:
+    """Read the configuration, parameters and tokenizer of a model.
+
+    Args:
+        source: one of
+
+            - a folder in Hugging Face's layout or the book's: `config.json` with either
+              `model.safetensors` or several shards and their index;
+            - a `.safetensors` file with a `config.json` beside it;
+            - the folder of a training run, for its best model;
+            - a model on the Hugging Face hub, such as `gpt2` or `openai-community/gpt2-medium`,
+              which is downloaded unless it is in the hub's cache;
+            - `tales`, the small trained model inside the package, or `book`, the book's untrained
+              124M model. Folders of these names are `./tales` and `./book`.
+        progress: called with (parameters read, parameters in total).
+
+    Returns:
+        The configuration; the parameters, a nested dict of float32 arrays, whatever the dtype in
+        the file; and the tokenizer stored with the model. Without one, a model with GPT-2's
+        vocabulary size gets GPT-2's tokenizer and others None. A tokenizer that flaxgpt cannot read
+        gives a warning and None.
+
+    Raises:
+        FileNotFoundError: there is no such folder, file or model.
+        PermissionError: the model on the hub is gated.
+        ConnectionError: the hub cannot be reached.
+        ValueError: a file is damaged, is of a kind that flaxgpt does not read, or does not fit the
+            configuration.
+    """
+    if source == "book":
+        cfg = read_config(source)
+        return cfg, book_params(cfg, progress=progress), load_tokenizer("gpt2")
+    path = locate(source)
+    paths = weight_files(path)
+    cfg = read_config_file(path)
+    try:
+        tokenizer = read_tokenizer(path if path.is_dir() else path.parent)
+    except ValueError as error:
+        # Many GPT-2 models have another kind of tokenizer, and their weights are still useful.
+        warnings.warn(f"no tokenizer: {error}", UnreadableTokenizerWarning, stacklevel=2)
+        tokenizer = None
+    else:
+        if tokenizer is None and cfg.vocab_size == _GPT2_VOCABULARY:
+            tokenizer = load_tokenizer("gpt2")
+    return cfg, _read_params(cfg, paths, progress), tokenizer
+
+
+def read_config(source: str | os.PathLike[str]) -> GPTConfig:
+    """Return the configuration of a model without reading its weights.
+
+    Args:
+        source: a model, as for `load`.
+
+    Raises:
+        FileNotFoundError, PermissionError, ConnectionError, ValueError: as for `load`.
+    """
+    return GPTConfig.preset("book-124M") if source == "book" else read_config_file(locate(source))
+
+
+def read_stored_bytes(source: str | os.PathLike[str]) -> dict[str, int]:
+    """Return the size of a model's weights in its files, in bytes by dtype, largest first.
+
+    The dtypes are those of the files; `load` converts all weights to float32.
+
+    Args:
+        source: a model, as for `load`. `book` is computed and has no files.
+
+    Raises:
+        FileNotFoundError, PermissionError, ConnectionError, ValueError: as for `load`.
+    """
+    sizes: dict[str, int] = {}
+    paths = [] if source == "book" else weight_files(locate(source))
+    for tensor in (tensor for path in paths for tensor in tensors_in(path)):
+        if dtype := FLOATS.get(tensor.dtype):
+            size = tensor.size * int(jnp.dtype(dtype).itemsize)
+            sizes[dtype] = sizes.get(dtype, 0) + size
+    return dict(sorted(sizes.items(), key=lambda item: -item[1]))
+
+
+def _read_params(cfg: GPTConfig, paths: Sequence[Path], progress: Progress | None) -> Params:
+    """Return the parameters in the safetensors files of a model.
+
+    Host memory stays near the size of the parameters: the largest tensors are read first, while
+    there is room for a copy of them, and no copy is kept once a tensor is on the device.
+    """
+    stamps = [stamp(path) for path in paths]
+    match = match_layout(cfg, [tensor for path in paths for tensor in tensors_in(path)], paths)
+    # A tied head comes after the token embedding, which has its size, because it is compared to it.
+    order = sorted(
+        match.tensors.values(), key=lambda pair: (-pair[0].size, pair[1].role == "tied head")
+    )
+    total = sum(tensor.size for tensor, _ in order)
+    params: dict[str, jax.Array] = {}
+    done = 0
+    for tensor, slot in order:
+        if slot.role == "weights":
+            params |= _put_on_device(tensor, slot)
+        else:
+            _check_unused(match.layout, tensor, slot, params)
+        done += tensor.size
+        if progress is not None:
+            progress(done, total)
+    if [stamp(path) for path in paths] != stamps:
+        raise ValueError(f"{paths[0].parent} was modified while it was being read: load it again")
+    return unflatten_dict(params, sep="/")
+
+
+def _put_on_device(tensor: Tensor, slot: Slot) -> dict[str, jax.Array]:
+    # In its own function, so that the copy on the host is freed before the next tensor is read.
+    return {
+        path: jax.device_put(np.ascontiguousarray(part)).block_until_ready()
+        for path, part in slot.split(read(tensor))
+    }
+
+
+def _check_unused(layout: Layout, tensor: Tensor, slot: Slot, params: dict[str, jax.Array]) -> None:
+    """Raise ValueError if omitting a tensor that has no parameter would change the model."""
+    values = read(tensor)
+    if slot.role == "zero bias" and values.any():
+        raise ValueError(
+            f"{tensor.path}: {tensor.name} is not all zeros, but config.json says "
+            '"qkv_bias": false; set it to true to keep the bias'
+        )
+    if slot.role == "tied head":
+        embedding = np.asarray(params[TOKEN_EMBEDDING])
+        if not np.array_equal(values.view(np.uint32), embedding.view(np.uint32)):  # NaN equals NaN
+            raise ValueError(
+                f"{tensor.path}: {tensor.name} differs from the token embedding, but config.json "
+                f'ties the two; set "{layout.tie_key}" to false there to keep both'
+            )

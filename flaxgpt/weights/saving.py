@@ -1,0 +1,79 @@
+"""Writing models: `save`."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Literal
+
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
+
+from flaxgpt._checks import check_params, unknown_name
+from flaxgpt._files import replacing_folder
+from flaxgpt.config import GPTConfig
+from flaxgpt.model import param_shapes
+from flaxgpt.tokenizer import Tokenizer
+from flaxgpt.tokenizer.folder import save_tokenizer
+from flaxgpt.typing import Params
+from flaxgpt.weights.layouts import LAYOUTS
+from flaxgpt.weights.table import export
+from flaxgpt.weights.tensors import SINGLE
+
+# The files that `save` and transformers' save_pretrained write: only these may be replaced.
+_REPLACEABLE = (
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "model-*-of-*.safetensors",
+    "model.safetensors.index.json",
+    "flaxgpt_tokenizer.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+
+
+def save(
+    folder: str | os.PathLike[str],
+    cfg: GPTConfig,
+    params: Params,
+    *,
+    layout: Literal["huggingface", "book"] = "huggingface",
+    tokenizer: Tokenizer | None = None,
+) -> None:
+    """Write a model to a folder atomically: after a crash it holds the old model or the new one.
+
+    transformers' `GPT2LMHeadModel` opens Hugging Face's layout, and the book's `GPTModel` the
+    book's. `load` reads both, bit for bit.
+
+    Args:
+        folder: a new folder, or one that holds only a saved model, which is replaced.
+        cfg: the configuration.
+        params: parameters of that configuration, as JAX or NumPy arrays. bfloat16 and float16 are
+            written unchanged, other dtypes as float32.
+        layout: `huggingface` or `book`.
+        tokenizer: if given, stored with the weights.
+
+    Raises:
+        ValueError: params do not fit `cfg`, the layout is unknown, or the folder holds other files.
+        OSError: the folder cannot be written. Its previous contents are unchanged.
+    """
+    if layout not in LAYOUTS:
+        raise unknown_name("layout", layout, LAYOUTS)
+    check_params(param_shapes(cfg), params)
+    table = LAYOUTS[layout]
+    with replacing_folder(Path(folder).expanduser(), _REPLACEABLE) as temporary:
+        config = json.dumps(table.write_config(cfg), indent=2) + "\n"
+        (temporary / "config.json").write_text(config, encoding="utf-8")
+        if tokenizer is not None:
+            save_tokenizer(tokenizer, temporary)
+        try:
+            save_file(export(table, cfg, params), temporary / SINGLE, table.metadata)
+        except SafetensorError as error:
+            raise OSError(f"the weights cannot be written to {folder}: {error}") from error
