@@ -17,7 +17,7 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
-from flaxgpt._checks import check_dtype, check_size, unknown_name
+from flaxgpt._checks import check_context, check_dtype, check_size, unknown_name
 from flaxgpt.config import GPTConfig, check_config
 from flaxgpt.platform import CacheLayout, platform_of
 
@@ -184,16 +184,14 @@ def init_cache(
             stores [B*N, S, H], which XLA updates in place on CPU; "auto" selects what is faster on
             JAX's default backend.
 
+    Returns:
+        A cache with no slot filled.
+
     Raises:
         ValueError: the batch, length, dtype or layout is out of range.
     """
     check_config(cfg)
-    batch, length = check_size("batch", batch), check_size("length", length)
-    if length > cfg.context_length:
-        raise ValueError(
-            f"a cache of length={length} is longer than context_length={cfg.context_length}: the "
-            "model has no positions beyond that"
-        )
+    batch, length = check_size("batch", batch), check_context(cfg.context_length, length)
     if layout == "auto":
         layout = platform_of().cache_layout
     if layout not in get_args(CacheLayout):

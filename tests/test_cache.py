@@ -142,7 +142,7 @@ def test_a_cache_of_another_model_is_refused(setting):
         (0, 4, "batch=0 must be a whole number"),
         (1, 0, "length=0 must be a whole number"),
         (1, 2.0, "length=2.0 must be a whole number"),
-        (1, 33, "length=33 is longer than context_length=32"),
+        (1, 33, "length=33 exceeds context_length=32"),
     ],
 )
 def test_an_impossible_cache_is_refused(batch, length, message):

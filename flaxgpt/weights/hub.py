@@ -6,7 +6,8 @@ from pathlib import Path
 
 # A repository often has several copies of the weights: pickles, ONNX, other frameworks' files and
 # variants such as model.fp16.safetensors. flaxgpt reads none of these.
-_WANTED = ("model.safetensors", "model-*.safetensors", "*.json", "merges.txt")
+_TOKENIZERS = ("merges.txt", "vocab.txt", "*.model", "*.tiktoken")  # also to tell their kind
+_WANTED = ("model.safetensors", "model-*.safetensors", "*.json", *_TOKENIZERS)
 _NESTED = "*/*"
 
 
