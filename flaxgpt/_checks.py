@@ -41,13 +41,7 @@ def check_nonnegative(name: str, value: Any) -> float:
 
 
 def check_keys(kind: str, values: Iterable[str], cls: Any) -> None:
-    """Raise ValueError unless every key is a field of the dataclass `cls`.
-
-    Args:
-        kind: what the keys are, such as "config keys".
-        values: the keys, or a dict that has them.
-        cls: the dataclass.
-    """
+    """Raise ValueError unless every key is a field of the dataclass `cls`."""
     known = [field.name for field in dataclasses.fields(cls)]
     if unknown := [key for key in values if key not in known]:
         raise ValueError(f"unknown {kind} {unknown}: expected some of {known}")
@@ -212,11 +206,7 @@ def check_sampling(
 def unknown_name(kind: str, name: Any, known: Iterable[str], advice: str = "") -> ValueError:
     """Return the error for an unknown name, with the closest known ones.
 
-    Args:
-        kind: what the name stands for, such as "preset".
-        name: the unknown name.
-        known: the known names.
-        advice: end of the message; the list of known names by default.
+    The message ends with `advice`, or by default with the list of known names.
     """
     names = list(known)
     close = difflib.get_close_matches(str(name).lower(), names, n=3, cutoff=0.4)

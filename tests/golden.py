@@ -19,24 +19,24 @@ LOGITS_TOLERANCE = 2e-5
 
 @functools.cache
 def model(name):
-    """Returns the configuration, parameters and expected values of a small golden model."""
+    """Return the configuration, parameters and expected values of a small golden model."""
     cfg, params, _ = flaxgpt.load(FOLDER / name)
     with np.load(FOLDER / name / "expected.npz") as file:
         return cfg, params, dict(file)
 
 
 def prompt(name, length, row=0):
-    """Returns the first ids of a golden model's input."""
+    """Return the first ids of a golden model's input."""
     return model(name)[2]["input_ids"][row, :length].tolist()
 
 
 @functools.cache
 def book_values():
-    """Returns what the book prints."""
+    """Return what the book prints."""
     return json.loads((FOLDER / "book_values.json").read_text())
 
 
 def assert_logits_agree(actual, expected):
-    """Asserts that logits are equal but for rounding, relative to the largest."""
+    """Assert that logits are equal but for rounding, relative to the largest."""
     difference = np.abs(np.asarray(actual) - np.asarray(expected)).max()
     assert difference <= LOGITS_TOLERANCE * np.abs(expected).max(), difference

@@ -21,7 +21,7 @@ def setting(request):
 
 
 def extended(cfg, params, ids, sizes, layout):
-    """Returns the logits of ids given to `extend` in pieces of these sizes."""
+    """Return the logits of ids given to `extend` in pieces of these sizes."""
     cache = flaxgpt.init_cache(cfg, ids.shape[0], ids.shape[1], layout=layout)
     pieces = []
     for piece in np.split(ids, np.cumsum(sizes)[:-1], axis=1):

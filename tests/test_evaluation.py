@@ -27,7 +27,7 @@ CLOSE = 1e-5
 
 
 def random_params(cfg, seed=0):
-    """Returns parameters whose predictions depend on all ids in sight: fresh ones' hardly do."""
+    """Return parameters whose predictions depend on all ids in sight: fresh ones' hardly do."""
     rng = np.random.default_rng(seed)
 
     def draw(shape):
@@ -46,7 +46,7 @@ def text(length, seed=0):
 
 
 def log_prob(params, context, target):
-    """Returns what a plain forward pass over the context says of the next id."""
+    """Return what a plain forward pass over the context says of the next id."""
     # No logit depends on what comes later: filled up, contexts of all lengths compile once.
     filled = np.append(context, np.zeros(CFG.context_length - len(context), int))
     logits = np.asarray(flaxgpt.forward(CFG, params, filled[None]), np.float64)
@@ -59,7 +59,7 @@ def mean_loss(scores):
 
 
 def reference_loss(params, ids, stride):
-    """Returns the loss by the definition, one window and one id after another."""
+    """Return the loss by the definition, one window and one id after another."""
     found, start = {}, 0
     while len(found) < len(ids) - 1:
         for place in range(start + 1, min(start + FULL, len(ids))):
@@ -70,7 +70,7 @@ def reference_loss(params, ids, stride):
 
 
 def blind_model():
-    """Returns parameters that predict the same, whatever came before, and what they predict."""
+    """Return parameters that predict the same, whatever came before, and what they predict."""
     params = jax.tree.map(lambda p: np.zeros(p.shape, p.dtype), param_shapes(CFG))
     params["final_norm"]["shift"] += 1
     params["out_head"]["weight"][:, 0] = np.random.default_rng(0).normal(size=CFG.vocab_size)

@@ -171,7 +171,7 @@ def test_a_bucket_holds_its_lengths_and_wastes_at_most_half(length):
 
 
 def primitives(jaxpr):
-    """Yields the name of every primitive in a jaxpr and in those inside it."""
+    """Yield the name of every primitive in a jaxpr and in those inside it."""
     for equation in jaxpr.eqns:
         yield equation.primitive.name
         for value in equation.params.values():

@@ -170,7 +170,7 @@ def test_feed_forward_uses_the_tanh_form_of_gelu():
 
 
 def primitive_outputs(jaxpr, name):
-    """Yields the abstract result of every such primitive in a jaxpr and in those inside it."""
+    """Yield the abstract result of every such primitive in a jaxpr and in those inside it."""
     for equation in jaxpr.eqns:
         if equation.primitive.name == name:
             yield equation.outvars[0].aval

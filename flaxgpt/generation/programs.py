@@ -75,20 +75,17 @@ def prefill(
     return decoding.prefill(program.read_with(params), program.plan, request, ids, start, cache)
 
 
-@partial(jax.jit, static_argnums=0, donate_argnames="state")
-def extend_step(
-    program: Program, params: Params, request: Request, state: DecodeState
-) -> tuple[DecodeState, jax.Array]:
-    """Return the state with one more id within the context, and that id. Donates the state."""
-    return decoding.extend_step(program.read_with(params), program.plan, request, state)
+def _compile_step(step: Any) -> Any:
+    @partial(jax.jit, static_argnums=0, donate_argnames="state")
+    def run(
+        program: Program, params: Params, request: Request, state: DecodeState
+    ) -> tuple[DecodeState, jax.Array]:
+        return step(program.read_with(params), program.plan, request, state)
+
+    return run
 
 
-@partial(jax.jit, static_argnums=0, donate_argnames="state")
-def window_step(
-    program: Program, params: Params, request: Request, state: DecodeState
-) -> tuple[DecodeState, jax.Array]:
-    """Return the state with one more id past the context, and that id. Donates the state."""
-    return decoding.window_step(program.read_with(params), program.plan, request, state)
-
-
+# Functions of (program, params, request, state), which donate the state.
+extend_step = _compile_step(decoding.extend_step)
+window_step = _compile_step(decoding.window_step)
 keep_last_window = jax.jit(decoding.keep_last_window, static_argnums=0)
