@@ -12,16 +12,7 @@ from flaxgpt._checks import require_extra
 
 @contextlib.contextmanager
 def new_figure(width: float, height: float, dpi: int = 120) -> Iterator[Any]:
-    """Yield an empty matplotlib Figure; draw on it inside the `with` block.
-
-    Args:
-        width: in inches.
-        height: in inches.
-        dpi: pixels per inch.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-    """
+    """Yield an empty matplotlib Figure, with a size in inches, to draw on in a `with` block."""
     module = require_extra("matplotlib.figure", "plotting", "plots")
     with default_style():
         yield module.Figure(figsize=(width, height), dpi=dpi, layout="constrained")

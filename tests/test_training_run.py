@@ -21,7 +21,7 @@ from rich.console import Console
 import flaxgpt
 import golden
 from flaxgpt import GPTConfig
-from flaxgpt.runs import DivergedError, read_run, texts, train
+from flaxgpt.runs import DivergedError, loop, read_run, texts, train
 from flaxgpt.runs.folder import lock_run
 from flaxgpt.runs.journal import read_metrics
 from flaxgpt.runs.start import start_run
@@ -425,3 +425,12 @@ def test_training_in_one_of_several_processes_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(ValueError, match="train runs in one process, but there are 2"):
         run(tmp_path / "run")
+
+
+def test_ids_that_the_tokenizer_lacks_are_left_out_of_a_sample(tmp_path):
+    cfg = dataclasses.replace(CFG, vocab_size=500)
+    recipe = dataclasses.replace(RECIPE, sample_prompt="I had", sample_tokens=20)
+    started = start_run(cfg, recipe, tmp_path / "run", lambda line: None)
+    text = loop._sample(started, flaxgpt.init(cfg, jax.random.key(0)))
+    assert text.startswith("I had") and len(text) < 15
+    assert set(text) <= set(started.tokenizer.characters)

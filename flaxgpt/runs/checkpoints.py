@@ -50,14 +50,8 @@ class Checkpoints:
     context manager or call `close`.
 
     Args:
-        folder: RUN/checkpoints, created if missing. Half-written checkpoints of a killed run are
-            removed with a warning.
-        keep: number of latest checkpoints to keep, in addition to the one with the lowest
-            validation loss.
-
-    Raises:
-        ValueError: `keep` is less than 1.
-        OSError: the folder cannot be created, read or cleaned up.
+        folder: RUN/checkpoints, created if missing; half-written checkpoints in it are removed.
+        keep: number of latest checkpoints to keep, besides the one with the lowest validation loss.
     """
 
     def __init__(self, folder: Path, keep: int) -> None:
@@ -83,10 +77,9 @@ class Checkpoints:
         config: dict[str, Any],
         validation_loss: float | None = None,
     ) -> None:
-        """Start writing a checkpoint.
+        """Start writing a checkpoint, and return once the arrays are in host memory.
 
-        Returns once the arrays are in host memory: `state` may then be donated, and `data` and
-        `config` modified.
+        `state` may then be donated, and `data` and `config` modified.
 
         Args:
             step: optimizer steps so far, more than in any existing checkpoint.
@@ -94,10 +87,6 @@ class Checkpoints:
             data: position in the data, JSON-serializable.
             config: what is trained and how, JSON-serializable.
             validation_loss: if None or not finite, this checkpoint is never the best one.
-
-        Raises:
-            ValueError: `step` is not greater than the step of the newest checkpoint.
-            OSError: the checkpoint does not fit on the disk.
         """
         newest = self.latest_step()
         if newest is not None and step <= newest:
@@ -107,7 +96,7 @@ class Checkpoints:
             )
         finite = validation_loss is not None and math.isfinite(validation_loss)
         self._losses[step] = float(validation_loss) if finite else None  # type: ignore[arg-type]
-        keys = {name: leaf for name, leaf in _named(state).items() if _is_key(leaf)}
+        keys = {name: key for name, key in _named(state).items() if _is_key(key)}
         run = {
             "validation_loss": self._losses[step],
             "data": data,
@@ -115,9 +104,7 @@ class Checkpoints:
             "arrays": _describe(state),
             "keys": {name: str(jax.random.key_impl(key)) for name, key in keys.items()},
         }
-        arrays = jax.tree.map(
-            lambda leaf: jax.random.key_data(leaf) if _is_key(leaf) else leaf, state
-        )
+        arrays = jax.tree.map(lambda x: jax.random.key_data(x) if _is_key(x) else x, state)
         items = ocp.args.Composite(
             arrays=ocp.args.PyTreeSave(arrays),
             run=ocp.args.JsonSave(json.loads(json.dumps(run))),  # a copy, as orbax writes it later
@@ -134,20 +121,12 @@ class Checkpoints:
     def restore(self, template: Any) -> Restored:
         """Restore the newest intact checkpoint, with a warning for each damaged one.
 
-        The next call of `save` removes the damaged checkpoints.
+        The next call of `save` removes the damaged checkpoints. Raises FileNotFoundError if there
+        is no intact one, and ValueError if it does not match the template.
 
         Args:
             template: pytree with the structure of the state, of arrays or jax.ShapeDtypeStructs.
-                Each array is placed like the template's array, by its sharding, or else on the
-                default device.
-
-        Returns:
-            What was saved, bit for bit.
-
-        Raises:
-            FileNotFoundError: there is no checkpoint, or all are damaged.
-            ValueError: the checkpoint does not match the template.
-            OSError: a file cannot be read.
+                Each array is placed by the template's sharding, or else on the default device.
         """
         newest = self.latest_step()
         for step in sorted(self._losses, reverse=True):
@@ -175,10 +154,7 @@ class Checkpoints:
         return max(self._losses, default=None)
 
     def best(self) -> tuple[int, float] | None:
-        """Return step and validation loss of the checkpoint with the lowest one, if any has one.
-
-        Of equal losses, the earliest counts.
-        """
+        """Return step and validation loss of the checkpoint with the lowest one, if any."""
         self.wait()
         return self._best()
 
@@ -213,12 +189,11 @@ class Checkpoints:
         self.close()
 
     def _open_manager(self) -> Any:
+        policy = AnyPreservationPolicy([LatestN(self._keep), _KeepBest(self._best)])
         return ocp.CheckpointManager(
             self._folder,
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=AnyPreservationPolicy(
-                    [LatestN(self._keep), _KeepBest(self._best)]
-                ),
+                preservation_policy=policy,
                 temporary_path_class=_DurableFolder,
                 async_options=ocp.AsyncOptions(timeout_secs=24 * 60 * 60),
                 num_deletion_threads=1,
@@ -265,9 +240,8 @@ class Checkpoints:
             if impl := key_impls.get(_name(path)):
                 array = jax.random.wrap_key_data(jnp.asarray(array), impl=impl)
             # An uncommitted array must stay uncommitted, or jit would compile its caller again.
-            return jax.device_put(
-                array, like.sharding if getattr(like, "committed", True) else None
-            )
+            sharding = like.sharding if getattr(like, "committed", True) else None
+            return jax.device_put(array, sharding)
 
         arrays = self._manager.restore(step, args=items).arrays
         return jax.tree_util.tree_map_with_path(place, arrays, template)

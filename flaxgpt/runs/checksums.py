@@ -25,15 +25,9 @@ def write_checksums(folder: Path) -> None:
 
 
 def check_files(folder: Path, prefix: str = "") -> None:
-    """Check the files of a folder against its checksums.json.
+    """Raise DamagedError unless all files whose relative names have a prefix are as written.
 
-    Args:
-        folder: a folder on which `write_checksums` was called.
-        prefix: only files whose names, relative to the folder, start with it are read.
-
-    Raises:
-        DamagedError: a file is missing, unreadable or changed.
-        PermissionError: a file may not be read.
+    A file without read permission is not damaged and raises PermissionError.
     """
     try:
         sums = json.loads((folder / _NAME).read_bytes())

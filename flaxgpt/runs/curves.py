@@ -11,19 +11,10 @@ from flaxgpt._pictures import new_figure, to_png
 
 
 def draw_loss(records: Sequence[Mapping[str, Any]]) -> bytes:
-    """Plot the loss of a run and mark the best validation.
+    """Return a PNG, 1200 x 750 pixels, of a run's losses, with the best validation marked.
 
-    The training loss is drawn twice: as it is, faintly, and smoothed.
-
-    Args:
-        records: records of `read_metrics`. Those with a "loss" or a "validation_loss" are drawn;
-            None leaves a gap.
-
-    Returns:
-        A PNG of 1200 x 750 pixels.
-
-    Raises:
-        ImportError: matplotlib is not installed.
+    The training loss is drawn faintly as it is, and smoothed. In the records, those of
+    `read_metrics`, a loss of None leaves a gap.
     """
     with new_figure(8, 5, dpi=150) as figure:
         from matplotlib.ticker import MaxNLocator
@@ -31,30 +22,16 @@ def draw_loss(records: Sequence[Mapping[str, Any]]) -> bytes:
         axes = figure.add_subplot(xlabel="step", ylabel="loss (nats per token)")
         steps, losses = _points(records, "loss")
         axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8)
-        axes.plot(
-            steps, _smooth(losses), color="tab:blue", linewidth=1.6, label="training, smoothed"
-        )
+        smooth = _smooth(losses)
+        axes.plot(steps, smooth, color="tab:blue", linewidth=1.6, label="training, smoothed")
         steps, losses = _points(records, "validation_loss")
-        axes.plot(
-            steps,
-            losses,
-            "o-",
-            color="tab:orange",
-            markersize=4,
-            markevery=1 + len(steps) // 50,
-            label="validation",
-        )
+        (line,) = axes.plot(steps, losses, "o-", color="tab:orange", label="validation")
+        line.set(markersize=4, markevery=1 + len(steps) // 50)
         if np.isfinite(losses).any():
             best = np.nanargmin(losses)
-            axes.plot(
-                steps[best],
-                losses[best],
-                "*",
-                color="tab:red",
-                markersize=13,
-                zorder=3,
-                label=f"best: {losses[best]:.4f} at step {steps[best]:,.0f}",
-            )
+            x, y = steps[best], losses[best]
+            label = f"best: {y:.4f} at step {x:,.0f}"
+            axes.plot(x, y, "*", color="tab:red", markersize=13, zorder=3, label=label)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
         axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))

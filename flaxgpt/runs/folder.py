@@ -22,35 +22,27 @@ import numpy as np
 
 from flaxgpt._files import write_file_atomically
 from flaxgpt.config import GPTConfig
-from flaxgpt.runs.texts import Hashes
+from flaxgpt.data import BatchIterator
 from flaxgpt.tokenizer import Tokenizer
 from flaxgpt.training.config import TrainConfig
 from flaxgpt.typing import Params
 
 _CONFIG = "config.json"
+_HASHES = ("sha256", "validation_sha256")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Run:
-    """A run that is ready to start or resume.
-
-    Attributes:
-        folder: the run's folder.
-        cfg: the architecture.
-        train_cfg: the recipe; `init_from` is what the run originally started from.
-        tokenizer: the tokenizer of the data and the model.
-        params: initial parameters; None initializes them randomly.
-        ids: uint16 or uint32 [n], the training text, memory-mapped.
-        val_windows: int32 [windows, T + 1], the validation text, or None if there is none.
-    """
+    """A run that is ready to start or resume."""
 
     folder: Path
     cfg: GPTConfig
-    train_cfg: TrainConfig
+    train_cfg: TrainConfig  # `init_from` is what the run originally started from
     tokenizer: Tokenizer
-    params: Params | None
-    ids: np.ndarray
-    val_windows: np.ndarray | None
+    params: Params | None  # initial parameters; None initializes them randomly
+    ids: np.ndarray  # uint16 or uint32 [n], the training text, memory-mapped
+    batches: BatchIterator  # of the training text
+    val_windows: np.ndarray | None  # int32 [windows, T + 1], or None without validation
 
 
 class RunConfig(NamedTuple):
@@ -58,7 +50,7 @@ class RunConfig(NamedTuple):
 
     cfg: GPTConfig
     train_cfg: TrainConfig
-    hashes: Hashes
+    hashes: tuple[str | None, ...]  # SHA-256 of the training text and of the validation text
 
 
 def read_run(folder: Path) -> tuple[GPTConfig, TrainConfig]:
@@ -82,7 +74,7 @@ def read_config(folder: Path) -> RunConfig:
         return RunConfig(
             GPTConfig.from_dict(contents["model"]),
             TrainConfig.from_dict(contents["training"]),
-            Hashes(contents["data"]["sha256"], contents["data"]["validation_sha256"]),
+            tuple(contents["data"][name] for name in _HASHES),
         )
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not the configuration of a run: {error!r}") from error
@@ -93,10 +85,7 @@ def write_config(folder: Path, config: RunConfig) -> None:
     contents = {
         "model": config.cfg.to_dict(),
         "training": config.train_cfg.to_dict(),
-        "data": {
-            "sha256": config.hashes.training,
-            "validation_sha256": config.hashes.validation,
-        },
+        "data": dict(zip(_HASHES, config.hashes, strict=True)),
     }
     write_file_atomically(folder / _CONFIG, (json.dumps(contents, indent=2) + "\n").encode())
 
@@ -111,11 +100,7 @@ def is_run(folder: Path) -> bool:
 
 @contextlib.contextmanager
 def lock_run(folder: Path) -> Iterator[None]:
-    """Lock a run's folder during a `with` block, so that no other process trains in it.
-
-    Raises:
-        ValueError: another process has locked the folder.
-    """
+    """Lock a run's folder during a `with` block, so that no other process trains in it."""
     with (folder / ".lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -14,6 +15,7 @@ from typing import Any
 
 from flaxgpt._files import write_file_atomically
 
+_CONTROLS = ("Cc", "Cs", "Zl", "Zp")  # controls, surrogates, line and paragraph separators
 # Bidirectional formatting characters: Unicode annex 9, sections 2.1 to 2.5.
 _DIRECTIONS = frozenset({"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"})
 
@@ -30,33 +32,20 @@ def sample_block(step: int, text: str) -> str:
 
 
 def escape_controls(text: str) -> str:
-    r"""Escape characters that would control a terminal.
+    r"""Escape characters that would control a terminal, as in Python: ESC becomes `\x1b`."""
 
-    Control characters except newline and tab, and bidirectional formatting characters, are escaped
-    as in Python: ESC becomes `\x1b`. Sampled text may contain any of them.
-    """
+    def is_control(char: str) -> bool:
+        kind, direction = unicodedata.category(char), unicodedata.bidirectional(char)
+        return char not in "\n\t" and (kind in _CONTROLS or direction in _DIRECTIONS)
+
     return "".join(
-        char.encode("unicode_escape").decode() if _is_control(char) else char
+        char.encode("unicode_escape").decode() if is_control(char) else char
         for char in text.replace("\r\n", "\n")
     )
 
 
-def _is_control(char: str) -> bool:
-    if char in "\n\t":
-        return False
-    # Controls, surrogates, line and paragraph separators.
-    return (
-        unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp")
-        or unicodedata.bidirectional(char) in _DIRECTIONS
-    )
-
-
 def append(path: Path, text: str) -> None:
-    """Append text to a file, which is created if missing.
-
-    Raises:
-        OSError: the file cannot be written; names the file.
-    """
+    """Append text to a file, which is created if missing."""
     with errors_naming(path), path.open("a", encoding="utf-8") as file:
         file.write(text)
 
@@ -64,9 +53,7 @@ def append(path: Path, text: str) -> None:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Return the records of a metrics file in order, with null as None.
 
-    Raises:
-        ValueError: a line is not a record; the message has its number.
-        OSError: the file cannot be read.
+    Raises ValueError with the number of a line that is not a record.
     """
     return [_record(path, number, line) for number, line in enumerate(_lines(path), start=1)]
 
@@ -74,24 +61,15 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def cut_back(metrics: Path, samples: Path, step: int) -> None:
     """Remove everything after a step, and incomplete lines, from both files.
 
-    Args:
-        metrics: lines of `metrics_line`, each with a "step"; may be missing.
-        samples: blocks of `sample_block`; may be missing.
-        step: step of the checkpoint that the run resumes from; 0 empties the files.
-
-    Raises:
-        ValueError: a line of the metrics is not a record. No file is changed.
-        OSError: a file cannot be read or written; names the file.
+    Step 0 empties the files, either of which may be missing. No file is changed if a line of the
+    metrics is not a record, which raises ValueError.
     """
-
-    def record_step(number: int, line: str) -> int:
-        return _record(metrics, number, line)["step"]
 
     def heading_step(number: int, line: str) -> int:
         heading = re.fullmatch(r"step (\d+)", line)
         return int(heading[1]) if heading else 0
 
-    _cut_after(metrics, step, record_step)
+    _cut_after(metrics, step, lambda number, line: _record(metrics, number, line)["step"])
     _cut_after(samples, step, heading_step)
 
 
@@ -108,12 +86,9 @@ def _cut_after(path: Path, step: int, step_of: Callable[[int, str], int]) -> Non
     """Cut a file off before the first line of a later step."""
     if not path.exists():
         return
-    kept = []
-    for number, line in enumerate(_lines(path), start=1):
-        if step == 0 or step_of(number, line) > step:
-            break
-        kept.append(line + "\n")
-    data = "".join(kept).encode()
+    lines = enumerate(_lines(path), start=1)
+    kept = itertools.takewhile(lambda line: step > 0 and step_of(*line) <= step, lines)
+    data = "".join(line + "\n" for _, line in kept).encode()
     with errors_naming(path):
         if data != path.read_bytes():
             write_file_atomically(path, data)

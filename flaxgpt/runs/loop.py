@@ -16,7 +16,6 @@ import numpy as np
 from rich.console import Console
 
 from flaxgpt.config import GPTConfig
-from flaxgpt.data import BatchIterator, batches
 from flaxgpt.generation.batch import generate
 from flaxgpt.runs.checkpoints import Checkpoints
 from flaxgpt.runs.folder import Run, lock_run
@@ -43,8 +42,7 @@ class TrainResult:
         state: the state after the last step.
         validation_loss: the lowest validation loss, or None without validation.
         best_step: the step with that loss.
-        model: folder of the model with that loss, or without validation of the last model, as
-            `flaxgpt.load` reads it.
+        model: folder of the model with that loss, or of the last model without validation.
     """
 
     state: TrainState
@@ -53,25 +51,13 @@ class TrainResult:
     model: Path
 
 
-@dataclasses.dataclass(frozen=True)
-class _Context:
+class _Context(NamedTuple):
     """What stays the same during a run."""
 
     run: Run
     checkpoints: Checkpoints
     report: Report
     signals: list[int]
-
-    @property
-    def recipe(self) -> TrainConfig:
-        return self.run.train_cfg
-
-
-class _Chunk(NamedTuple):
-    """The data of one jitted call."""
-
-    ids: np.ndarray  # int32 [K, B, T + 1]
-    position: dict[str, Any]  # in the data, after these batches
 
 
 def train(
@@ -100,8 +86,7 @@ def train(
     Raises:
         ValueError, OSError: an input is invalid, found before any computation; or a file cannot be
             written later, which leaves earlier checkpoints intact.
-        DivergedError: the loss is no longer finite; the message says at which step, and what to
-            try.
+        DivergedError: the loss is no longer finite; the message says when, and what to try.
         KeyboardInterrupt: Ctrl-C was pressed. A checkpoint has been saved.
     """
     if jax.process_count() > 1:
@@ -121,11 +106,10 @@ def train(
             stack.enter_context(lock_run(out))
         checkpoints = stack.enter_context(Checkpoints(out / "checkpoints", run.train_cfg.keep))
         signals = stack.enter_context(catch_signals(say))
-        state, iterator = _restore(run, checkpoints)
+        state = _restore(run, checkpoints)
         start = int(state.step)
         report = stack.enter_context(Report(out, run.train_cfg.steps, start, console))
-        context = _Context(run, checkpoints, report, signals)
-        state = _train_until_done(context, state, iterator)
+        state = _train_until_done(_Context(run, checkpoints, report, signals), state)
         checkpoints.wait()
         if int(state.step) > start:
             report.saved(int(state.step))
@@ -135,89 +119,78 @@ def train(
     return TrainResult(state, best_loss, best_step, out / "model")
 
 
-def _restore(run: Run, checkpoints: Checkpoints) -> tuple[TrainState, BatchIterator]:
-    """Return the state and the data of the newest checkpoint, or of the start of the run."""
-    iterator = batches(
-        run.ids,
-        length=run.cfg.context_length,
-        batch_size=run.train_cfg.batch_size,
-        seed=run.train_cfg.seed,
-        shift=run.train_cfg.windows == "shifted",
-    )
+def _restore(run: Run, checkpoints: Checkpoints) -> TrainState:
+    """Return the state of the newest checkpoint, and move to its batch, or start the run."""
     if checkpoints.latest_step() is None:
-        return init_state(run.cfg, run.train_cfg, run.params), iterator
+        return init_state(run.cfg, run.train_cfg, run.params)
     template = jax.eval_shape(partial(init_state, run.cfg, run.train_cfg))
     restored = checkpoints.restore(_arrays(template))
-    iterator.set_state(restored.data)
-    return dataclasses.replace(template, **restored.state), iterator
+    run.batches.set_state(restored.data)
+    return dataclasses.replace(template, **restored.state)
 
 
-def _train_until_done(context: _Context, state: TrainState, iterator: BatchIterator) -> TrainState:
+def _train_until_done(context: _Context, state: TrainState) -> TrainState:
     """Train until the last step or a signal, and return the final state."""
-    recipe, step = context.recipe, int(state.step)
+    run, checkpoints, report, signals = context
+    recipe, step = run.train_cfg, int(state.step)
     if step >= recipe.steps:
-        context.report.note(f"already at step {step}: set steps above {step} to continue")
-    is_new = context.checkpoints.latest_step() is None
-    if is_new and context.run.params is not None and context.run.val_windows is not None:
+        report.note(f"already at step {step}: set steps above {step} to continue")
+    is_new = checkpoints.latest_step() is None
+    if is_new and run.params is not None and run.val_windows is not None:
         # The model that fine-tuning starts from may remain the best one.
-        _save_checkpoint(context, state, iterator.get_state(), _validate(context, state))
+        _save_checkpoint(context, state, run.batches.get_state(), _validate(context, state))
     compiled: dict[int, Any] = {}
     unlogged: list[tuple[float, float]] = []
-    upcoming = _next_chunk(iterator, recipe, step)
+    upcoming = _next_chunk(run, step)
     while upcoming is not None:
-        chunk, size = upcoming, len(upcoming.ids)
+        ids, position = upcoming
+        size = len(ids)
         if size not in compiled:
-            compiled[size] = _compile(context, state, chunk)
+            started = time.perf_counter()
+            compiled[size] = train_steps.lower(state, ids).compile()
+            seconds = time.perf_counter() - started
+            report.note(f"compiled {size} step{'s'[: size > 1]} per call in {seconds:.1f} s")
         started = time.perf_counter()
-        state, on_device = compiled[size](state, chunk.ids)
-        upcoming = _next_chunk(iterator, recipe, step + size)  # while the device computes
+        state, on_device = compiled[size](state, ids)
+        upcoming = _next_chunk(run, step + size)  # while the device computes
         metrics = jax.device_get(on_device)
         seconds = time.perf_counter() - started
-        _check_finite(context, step, metrics)
-        unlogged = _log(context, step, metrics, seconds / size, unlogged)
+        _check_finite(checkpoints, step, metrics)
+        _log(context, step, metrics, seconds / size, unlogged)
         step += size
-        stopping = bool(context.signals)
+        stopping = bool(signals)
         loss = _validate(context, state) if _due(step, recipe.eval_every, recipe) else None
         if recipe.sample_every and _due(step, recipe.sample_every, recipe):
-            context.report.sample(step, _sample(context.run, state.params))
+            report.sample(step, _sample(run, state.params))
         if loss is not None or _due(step, recipe.save_every, recipe) or stopping:
-            _save_checkpoint(context, state, chunk.position, loss)
+            _save_checkpoint(context, state, position, loss)
         if stopping:
             break
     return state
 
 
-def _next_chunk(iterator: BatchIterator, recipe: TrainConfig, step: int) -> _Chunk | None:
-    """Return the batches of the next call, or None after the last step.
-
-    A call never crosses a step at which something is due. The boundaries of calls depend on the
-    step alone, so a resumed run makes the same calls, which compute the same bits.
-    """
+def _next_chunk(run: Run, step: int) -> tuple[np.ndarray, dict[str, Any]] | None:
+    """Return the ids of the next call, int32 [K, B, T + 1], and the position after them, if any."""
+    # A call never crosses a step at which something is due. The boundaries of calls depend on the
+    # step alone, so a resumed run makes the same calls, which compute the same bits.
+    recipe = run.train_cfg
     periods = (recipe.steps_per_call, recipe.eval_every, recipe.save_every, recipe.sample_every)
     stop = min(recipe.steps, *(step + every - step % every for every in periods if every))
     if stop <= step:
         return None
-    return _Chunk(np.stack([next(iterator) for _ in range(stop - step)]), iterator.get_state())
+    return np.stack([next(run.batches) for _ in range(stop - step)]), run.batches.get_state()
 
 
 def _due(step: int, every: int, recipe: TrainConfig) -> bool:
     return step % every == 0 or step == recipe.steps
 
 
-def _compile(context: _Context, state: TrainState, chunk: _Chunk) -> Any:
-    started = time.perf_counter()
-    compiled = train_steps.lower(state, chunk.ids).compile()
-    seconds, size = time.perf_counter() - started, len(chunk.ids)
-    context.report.note(f"compiled {size} step{'s'[: size > 1]} per call in {seconds:.1f} s")
-    return compiled
-
-
-def _check_finite(context: _Context, step: int, metrics: Any) -> None:
+def _check_finite(checkpoints: Checkpoints, step: int, metrics: Any) -> None:
     finite = np.isfinite(metrics["loss"]) & np.isfinite(metrics["grad_norm"])
     if finite.all():
         return
     first = int(np.argmin(finite))
-    latest = context.checkpoints.latest_step()
+    latest = checkpoints.latest_step()
     kept = "no checkpoint was saved" if latest is None else f"the last checkpoint: step {latest}"
     raise DivergedError(
         f"step {step + first + 1} has loss {metrics['loss'][first]} and gradient norm "
@@ -227,69 +200,46 @@ def _check_finite(context: _Context, step: int, metrics: Any) -> None:
 
 
 def _log(
-    context: _Context,
-    step: int,
-    metrics: Any,
-    seconds_per_step: float,
-    unlogged: list[tuple[float, float]],
-) -> list[tuple[float, float]]:
-    """Report the steps that complete a logging period.
-
-    Args:
-        context: the run.
-        step: steps before those of `metrics`.
-        metrics: of `train_steps`, each float [K].
-        seconds_per_step: time per step.
-        unlogged: loss and seconds of earlier steps that are not reported yet.
-
-    Returns:
-        Loss and seconds of the steps that are not reported yet.
-    """
-    recipe = context.recipe
+    context: _Context, step: int, metrics: Any, seconds: float, unlogged: list[tuple[float, float]]
+) -> None:
+    """Report complete logging periods; keep loss and seconds of later steps in `unlogged`."""
+    run, recipe = context.run, context.run.train_cfg
     names = ("loss", "grad_norm", "learning_rate")
     for loss, norm, rate in zip(*(metrics[name].tolist() for name in names), strict=True):
         step += 1
-        unlogged = [*unlogged, (loss, seconds_per_step)]
+        unlogged.append((loss, seconds))
         if _due(step, recipe.log_every, recipe):
             losses, times = zip(*unlogged, strict=True)
-            tokens = len(losses) * recipe.batch_size * context.run.cfg.context_length
+            tokens = len(losses) * recipe.batch_size * run.cfg.context_length
             mean = sum(losses) / len(losses)
             context.report.training(step, mean, rate, norm, tokens, sum(times))
-            unlogged = []
-    return unlogged
+            unlogged.clear()
 
 
 def _validate(context: _Context, state: TrainState) -> float | None:
     """Return the validation loss, None without validation; save the model if it is the best."""
-    run, recipe = context.run, context.recipe
+    run, recipe = context.run, context.run.train_cfg
     if run.val_windows is None:
         return None
-    loss = mean_loss(
-        run.cfg,
-        state.params,
-        run.val_windows,
-        batch_size=max(1, recipe.batch_size // recipe.accumulate),
-        dtype=recipe.dtype,
-    )
+    size = max(1, recipe.batch_size // recipe.accumulate)
+    dtype = recipe.dtype
+    loss = mean_loss(run.cfg, state.params, run.val_windows, batch_size=size, dtype=dtype)
     best = context.checkpoints.best()
     is_best = best is None or loss < best[1]
     context.report.validation(int(state.step), loss, is_best)
     if is_best:
-        _save_model(run, state.params)
+        save(run.folder / "model", run.cfg, state.params, tokenizer=run.tokenizer)
     return loss
 
 
 def _save_checkpoint(
     context: _Context, state: TrainState, position: dict[str, Any], loss: float | None
 ) -> None:
-    if context.run.val_windows is None:
-        _save_model(context.run, state.params)
-    config = {"model": context.run.cfg.to_dict(), "training": context.recipe.to_dict()}
+    run = context.run
+    if run.val_windows is None:
+        save(run.folder / "model", run.cfg, state.params, tokenizer=run.tokenizer)
+    config = {"model": run.cfg.to_dict(), "training": run.train_cfg.to_dict()}
     context.checkpoints.save(int(state.step), _arrays(state), position, config, loss)
-
-
-def _save_model(run: Run, params: Params) -> None:
-    save(run.folder / "model", run.cfg, params, tokenizer=run.tokenizer)
 
 
 def _arrays(state: TrainState) -> dict[str, Any]:
@@ -299,25 +249,18 @@ def _arrays(state: TrainState) -> dict[str, Any]:
 
 def _sample(run: Run, params: Params) -> str:
     """Return a continuation of the recipe's prompt, or of the start of the validation text."""
-    recipe = run.train_cfg
+    recipe, tokenizer = run.train_cfg, run.tokenizer
     if recipe.sample_prompt:
-        prompt = run.tokenizer.encode(recipe.sample_prompt)
+        prompt = tokenizer.encode(recipe.sample_prompt)
     else:
         prompt = (run.ids[:8] if run.val_windows is None else run.val_windows[0, :8]).tolist()
-    ids = generate(
-        run.cfg,
-        params,
-        [prompt],
-        recipe.sample_tokens,
-        temperature=0.8,
-        key=jax.random.key(recipe.seed),
-        dtype=recipe.dtype,
+    key, dtype = jax.random.key(recipe.seed), recipe.dtype
+    (ids,) = generate(
+        run.cfg, params, [prompt], recipe.sample_tokens, temperature=0.8, key=key, dtype=dtype
     )
-
-    def spell(id: int) -> bytes:
-        try:
-            return run.tokenizer.token_bytes(id)
-        except ValueError:  # The model has more ids than the tokenizer.
-            return "\ufffd".encode()
-
-    return b"".join(map(spell, [*prompt, *ids[0]])).decode("utf-8", errors="replace")
+    known = list(prompt)
+    for id in ids:
+        with contextlib.suppress(ValueError):  # The model may have more ids than the tokenizer.
+            tokenizer.token_bytes(id)
+            known.append(id)
+    return tokenizer.decode(known)

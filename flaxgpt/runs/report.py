@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import sys
 from pathlib import Path
-from types import TracebackType
 
 from rich.console import Console
 from rich.padding import Padding
@@ -13,16 +12,8 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 from rich.text import Text
 
 from flaxgpt._files import write_file_atomically
+from flaxgpt.runs import journal
 from flaxgpt.runs.curves import draw_loss
-from flaxgpt.runs.journal import (
-    append,
-    cut_back,
-    errors_naming,
-    escape_controls,
-    metrics_line,
-    read_metrics,
-    sample_block,
-)
 
 
 class Report:
@@ -38,21 +29,8 @@ class Report:
     """
 
     def __init__(
-        self,
-        folder: Path,
-        total_steps: int,
-        start_step: int = 0,
-        console: Console | None = None,
+        self, folder: Path, total_steps: int, start_step: int = 0, console: Console | None = None
     ) -> None:
-        """Prepare a report.
-
-        Args:
-            folder: the run's folder, which must exist.
-            total_steps: the last step of the run.
-            start_step: step of the checkpoint that the run resumes from; 0 discards the reports of
-                an earlier run in the folder.
-            console: where to show progress; standard error by default.
-        """
         self._metrics, self._samples = folder / "metrics.jsonl", folder / "samples.txt"
         self._picture = folder / "loss.png"
         self._can_draw = True
@@ -79,18 +57,13 @@ class Report:
         )
 
     def __enter__(self) -> Report:
-        cut_back(self._metrics, self._samples, self._start)
+        journal.cut_back(self._metrics, self._samples, self._start)
         if self._live:
             self._bar.start()
             self._console.show_cursor(True)  # or a killed run would leave it hidden
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         if self._live:
             self._bar.stop()
 
@@ -105,13 +78,8 @@ class Report:
     ) -> None:
         """Report the steps since the last call.
 
-        Args:
-            step: the last step, counted from 1.
-            loss: mean loss of the steps, in nats per token.
-            learning_rate: learning rate of the last step.
-            grad_norm: gradient norm of the last step, before clipping.
-            tokens: number of tokens trained on.
-            seconds: time spent, without compilation and evaluation; positive.
+        The loss is their mean, in nats per token; learning rate and gradient norm, before clipping,
+        are those of the last step; the seconds are without compilation and evaluation.
         """
         tokens_per_s = tokens / seconds
         record = {
@@ -122,7 +90,7 @@ class Report:
             "tokens_per_s": tokens_per_s,
             "seconds": seconds,
         }
-        append(self._metrics, metrics_line(record))
+        journal.append(self._metrics, journal.metrics_line(record))
 
         # An exponential mean with a half-life of about seven calls: steady, but it follows changes.
         self._recent_steps = 0.9 * self._recent_steps + (step - self._reported)
@@ -141,11 +109,19 @@ class Report:
     def validation(self, step: int, loss: float, best: bool) -> None:
         """Report the validation loss, in nats per token, and redraw loss.png."""
         record = {"step": step, "validation_loss": loss, "best": best}
-        append(self._metrics, metrics_line(record))
+        journal.append(self._metrics, journal.metrics_line(record))
         line = f"{self._place(step)}  validation {loss:.4f}"
         self._say(f"{line} (best)" if best else line, "green" if best else "")
-        if self._can_draw:
-            self._draw()
+        if not self._can_draw:
+            return
+        try:
+            picture = draw_loss(journal.read_metrics(self._metrics))
+        except ImportError as error:
+            self._can_draw = False
+            self.note(f"no loss.png: {error}")
+            return
+        with journal.errors_naming(self._picture):
+            write_file_atomically(self._picture, picture)
 
     def saved(self, step: int) -> None:
         """Report that a checkpoint is on disk."""
@@ -153,33 +129,23 @@ class Report:
 
     def sample(self, step: int, text: str) -> None:
         """Show sampled text, with control characters escaped, and append it to samples.txt."""
-        block = sample_block(step, text)
-        append(self._samples, block)
+        block = journal.sample_block(step, text)
+        journal.append(self._samples, block)
         self._say(f"{self._place(step)}  sample")
         if self._live:
-            self._console.print(Padding(Text(escape_controls(text), "dim"), (0, 2)))
+            self._console.print(Padding(Text(journal.escape_controls(text), "dim"), (0, 2)))
         else:
             self._say(block.partition("\n")[2].rstrip("\n"))
 
     def note(self, text: str) -> None:
         """Show a message on a line of its own."""
-        self._say(escape_controls(text))
+        self._say(journal.escape_controls(text))
 
     def _place(self, step: int) -> str:
         return f"step {step}/{self._total}"
 
     def _say(self, line: str, style: str = "") -> None:
         self._console.print(Text(line, style), soft_wrap=True)
-
-    def _draw(self) -> None:
-        try:
-            picture = draw_loss(read_metrics(self._metrics))
-        except ImportError as error:
-            self._can_draw = False
-            self.note(f"no loss.png: {error}")
-            return
-        with errors_naming(self._picture):
-            write_file_atomically(self._picture, picture)
 
 
 def _clock(seconds: float) -> str:

@@ -11,16 +11,9 @@ from types import FrameType
 
 @contextlib.contextmanager
 def catch_signals(say: Callable[[str], None]) -> Iterator[list[int]]:
-    """Yield a list that receives the first SIGINT or SIGTERM; a second one raises.
+    """Yield a list that receives the first SIGINT or SIGTERM; a second raises KeyboardInterrupt.
 
-    The handlers are those of before when the `with` block ends. Outside the main thread, and for
-    signals that the process ignores, nothing is caught.
-
-    Args:
-        say: called with a message when the first signal arrives.
-
-    Raises:
-        KeyboardInterrupt: a second signal arrived.
+    Outside the main thread, and for signals that the process ignores, nothing is caught.
     """
     signals: list[int] = []
 

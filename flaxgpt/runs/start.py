@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,49 +11,39 @@ from flaxgpt._checks import listed
 from flaxgpt.config import GPTConfig, check_config
 from flaxgpt.data import TextScan
 from flaxgpt.runs.folder import Run, RunConfig, is_run, write_config
-from flaxgpt.runs.texts import hash_texts, survey_files, tokenize_files
+from flaxgpt.runs.texts import survey_files, tokenize_files
 from flaxgpt.tokenizer import TOKENIZER_NAMES, CharTokenizer, Tokenizer, load_tokenizer
 from flaxgpt.tokenizer.folder import read_tokenizer, save_tokenizer
 from flaxgpt.training.config import TrainConfig
 from flaxgpt.typing import Params
 from flaxgpt.weights import book_params, load
 
-_DROP_RATES = ("drop_rate", "drop_rate_emb", "drop_rate_attn", "drop_rate_shortcut")
-
 
 def start_run(cfg: GPTConfig, train_cfg: TrainConfig, out: Path, say: Callable[[str], None]) -> Run:
     """Check all inputs of a new run, then create its folder and tokenize its texts.
 
-    Args:
-        cfg: the architecture.
-        train_cfg: the recipe.
-        out: the run's folder, which must not exist or be empty.
-        say: called with one-line messages about slow operations.
-
-    Raises:
-        ValueError, OSError: an input is invalid or unreadable. A new folder is removed again.
+    If an input is invalid or unreadable, which raises ValueError or OSError, the folder is removed.
     """
     check_config(cfg)
     _check_new_folder(out)
     if not train_cfg.data:
         raise ValueError("data is empty: give at least one text file")
-    text = survey_files(train_cfg.data, train_cfg)
-    validation = survey_files(train_cfg.validation_data, train_cfg)
-    params, tokenizer = initial_model(cfg, train_cfg, text)
+    texts = survey_files(train_cfg)
+    params, tokenizer = initial_model(cfg, train_cfg, texts.training)
     check_prompt(train_cfg, tokenizer)
     existed = out.exists()
     out.mkdir(parents=True, exist_ok=True)
     try:
-        write_config(out, RunConfig(cfg, train_cfg, hash_texts(text, validation)))
+        write_config(out, RunConfig(cfg, train_cfg, texts.hashes))
         save_tokenizer(tokenizer, out)
-        ids, val_windows = tokenize_files(cfg, train_cfg, out, tokenizer, text, validation, say)
-        return Run(out, cfg, train_cfg, tokenizer, params, ids, val_windows)
+        data = tokenize_files(cfg, train_cfg, out, tokenizer, texts, say)
     except BaseException:
         for entry in out.iterdir():
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
         if not existed:
             out.rmdir()
         raise
+    return Run(out, cfg, train_cfg, tokenizer, params, *data)
 
 
 def initial_model(
@@ -62,8 +51,8 @@ def initial_model(
 ) -> tuple[Params | None, Tokenizer]:
     """Return the initial parameters, None for random ones, and the tokenizer.
 
-    Raises:
-        ValueError: the model has no tokenizer, or another architecture, or a smaller vocabulary.
+    Raises ValueError if the model that `init_from` names has no tokenizer, another architecture or
+    too small a vocabulary.
     """
     params, tokenizer = load_source(cfg, train_cfg)
     if train_cfg.tokenizer or tokenizer is None:
@@ -83,25 +72,21 @@ def initial_model(
 
 
 def load_source(cfg: GPTConfig, train_cfg: TrainConfig) -> tuple[Params | None, Tokenizer | None]:
-    """Return parameters and tokenizer of the model given as `init_from`.
-
-    Raises:
-        ValueError: the model's architecture differs in more than dropout rates.
-    """
+    """Return parameters and tokenizer of the model that `init_from` names, if any."""
     if train_cfg.init_from == "scratch":
         return None, None
     if train_cfg.init_from == "book":
         return book_params(cfg), load_tokenizer("gpt2")
     source_cfg, params, tokenizer = load(train_cfg.init_from)
-    sizes = [name for name in field_names(cfg) if name not in _DROP_RATES]
-    if faults := list_changes(source_cfg, cfg, sizes):
+    names = [name for name in vars(cfg) if not name.startswith("drop_rate")]
+    if faults := list_changes(source_cfg, cfg, names):
         raise ValueError(f"{train_cfg.init_from} has another architecture: {listed(faults)}")
     return params, tokenizer
 
 
 def tokenizer_of(train_cfg: TrainConfig) -> Tokenizer:
     """Return the tokenizer of a new run that trains from scratch."""
-    text = survey_files(train_cfg.data, train_cfg) if train_cfg.tokenizer == "characters" else None
+    text = survey_files(train_cfg).training if train_cfg.tokenizer == "characters" else None
     return _make_tokenizer(train_cfg.tokenizer or "gpt2", text)
 
 
@@ -114,12 +99,7 @@ def check_prompt(train_cfg: TrainConfig, tokenizer: Tokenizer) -> None:
             raise ValueError(f"sample_prompt={train_cfg.sample_prompt!r}: {error}") from error
 
 
-def field_names(config: Any) -> list[str]:
-    """Return the names of a dataclass's fields."""
-    return [field.name for field in dataclasses.fields(config)]
-
-
-def list_changes(old: Any, new: Any, names: Sequence[str]) -> list[str]:
+def list_changes(old: Any, new: Any, names: Iterable[str]) -> list[str]:
     """Return "name=new (was old)" for each attribute that differs."""
     return [
         f"{name}={getattr(new, name)!r} (was {getattr(old, name)!r})"
@@ -133,14 +113,10 @@ def _check_new_folder(out: Path) -> None:
         raise ValueError(f"{out.parent} is a file, so {out} cannot be a folder")
     if not out.exists():
         return
-    if not out.is_dir() or any(not _is_leftover(entry) for entry in out.iterdir()):
+    # A killed process may have left temporary files.
+    if not out.is_dir() or any(not entry.match(".*.tmp") for entry in out.iterdir()):
         advice = f"--init-from {out} resumes it" if is_run(out) else "choose a new folder"
         raise ValueError(f"{out} is in use, and nothing in it is overwritten: {advice}")
-
-
-def _is_leftover(entry: Path) -> bool:
-    """Return whether a killed process left this file or folder half-written."""
-    return entry.name.startswith(".") and entry.name.endswith(".tmp")
 
 
 def _make_tokenizer(name: str, text: TextScan | None) -> Tokenizer:

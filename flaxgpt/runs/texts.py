@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,9 +12,10 @@ import numpy as np
 
 from flaxgpt.config import GPTConfig
 from flaxgpt.data import (
+    BatchIterator,
     TextScan,
+    batches,
     check_same_source,
-    count_windows,
     evaluation_windows,
     read_ids,
     scan_texts,
@@ -23,24 +25,27 @@ from flaxgpt.tokenizer import Tokenizer
 from flaxgpt.training.config import TrainConfig
 from flaxgpt.typing import Progress
 
-_TRAIN, _VALIDATION = Path("data", "train.npy"), Path("data", "val.npy")
+
+class Texts(NamedTuple):
+    """The texts of a recipe; None for one that it does not name or that no longer exists."""
+
+    training: TextScan | None
+    validation: TextScan | None
+
+    @property
+    def hashes(self) -> tuple[str | None, ...]:
+        return tuple(text.sha256 if text else None for text in self)
 
 
-class Hashes(NamedTuple):
-    """SHA-256 of the training and of the validation text; None for a text that does not exist."""
+def survey_files(train_cfg: TrainConfig, old: TrainConfig | None = None) -> Texts:
+    """Return length, alphabet and hash of the texts; files that `old` names may be missing."""
 
-    training: str | None
-    validation: str | None
+    def scan(name: str) -> TextScan | None:
+        paths = getattr(train_cfg, name)
+        is_gone = paths == getattr(old, name, None) and not all(map(os.path.exists, paths))
+        return None if is_gone or not paths else scan_texts(paths, errors=train_cfg.errors)
 
-
-def hash_texts(text: TextScan | None, validation: TextScan | None) -> Hashes:
-    """Return the hashes of the texts."""
-    return Hashes(text.sha256 if text else None, validation.sha256 if validation else None)
-
-
-def survey_files(paths: tuple[str, ...], train_cfg: TrainConfig) -> TextScan | None:
-    """Return length, alphabet and hash of text files, or None if there are no files."""
-    return scan_texts([Path(path) for path in paths], errors=train_cfg.errors) if paths else None
+    return Texts(scan("data"), scan("validation_data"))
 
 
 def tokenize_files(
@@ -48,35 +53,21 @@ def tokenize_files(
     train_cfg: TrainConfig,
     out: Path,
     tokenizer: Tokenizer,
-    text: TextScan | None,
-    validation: TextScan | None,
+    texts: Texts,
     say: Callable[[str], None],
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """Tokenize the texts unless the run's folder already has their ids.
+) -> tuple[np.ndarray, BatchIterator, np.ndarray | None]:
+    """Return the ids, batches and validation windows of a `Run`.
 
-    Args:
-        cfg: the architecture.
-        train_cfg: the recipe.
-        out: the run's folder.
-        tokenizer: the tokenizer.
-        text: the files of `train_cfg.data`, or None if they no longer exist.
-        validation: the files of `train_cfg.validation_data`, or None if there are none.
-        say: called with one-line messages about the progress.
-
-    Returns:
-        The training ids, uint16 or uint32 [n], and the validation windows, int32 [windows, T + 1],
-        or None without validation.
-
-    Raises:
-        ValueError: the ids are of another text, or the text is too short.
-        FileNotFoundError: neither the ids nor the text exist.
+    Texts whose ids are not in the run's folder yet are tokenized first. Raises ValueError if a text
+    is too short or its ids are of another text, FileNotFoundError if both are missing.
     """
+    train_path, val_path = out / "data" / "train.npy", out / "data" / "val.npy"
     split = None
-    if text is not None and not train_cfg.validation_data:
-        split = int((1 - train_cfg.val_fraction) * text.n_characters)
-    parts = [(out / _TRAIN, text, 0, split)]
+    if texts.training is not None and not train_cfg.validation_data:
+        split = int((1 - train_cfg.val_fraction) * texts.training.n_characters)
+    parts = [(train_path, texts.training, 0, split)]
     if train_cfg.validation_data or train_cfg.val_fraction:
-        parts.append((out / _VALIDATION, validation or text, split or 0, None))
+        parts.append((val_path, texts.validation or texts.training, split or 0, None))
     for path, source, start, stop in parts:
         if path.exists():
             if source is not None:
@@ -87,31 +78,27 @@ def tokenize_files(
         say(f"tokenizing into {path}")
         progress = _say_every_ten_seconds(say, f"tokenizing into {path}")
         write_ids(path, source, tokenizer, start=start, stop=stop, progress=progress)
-    ids = read_ids(out / _TRAIN).ids
-    windows = count_windows(len(ids), cfg.context_length)
-    if train_cfg.batch_size > windows:
-        raise ValueError(
-            f"batch_size={train_cfg.batch_size} exceeds the data: {len(ids)} ids are {windows} "
-            f"windows of context_length={cfg.context_length}; give more text, or use a smaller "
-            "batch"
-        )
-    if not (out / _VALIDATION).exists():
-        return ids, None
-    val_ids = read_ids(out / _VALIDATION).ids
+    ids = read_ids(train_path).ids
+    iterator = batches(
+        ids,
+        length=cfg.context_length,
+        batch_size=train_cfg.batch_size,
+        seed=train_cfg.seed,
+        shift=train_cfg.windows == "shifted",
+    )
+    if not val_path.exists():
+        return ids, iterator, None
+    val_ids, limit = read_ids(val_path).ids, train_cfg.eval_windows or None
     try:
-        val_windows = evaluation_windows(
-            val_ids, cfg.context_length, train_cfg.eval_windows or None
-        )
+        return ids, iterator, evaluation_windows(val_ids, cfg.context_length, limit)
     except ValueError as error:
         raise ValueError(
             f"the validation text is too short: {error}; or set validation_data to another text, "
             "or turn validation off with val_fraction=0"
         ) from error
-    return ids, val_windows
 
 
 def _say_every_ten_seconds(say: Callable[[str], None], label: str) -> Progress:
-    """Return a progress callback that reports the percentage at most once in ten seconds."""
     last = time.monotonic()
 
     def report(done: int, total: int) -> None:
