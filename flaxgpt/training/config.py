@@ -20,21 +20,18 @@ class TrainConfig:
         val_fraction: fraction of the characters of `data` held out for validation.
         errors: `strict` rejects bytes that are not UTF-8, `replace` reads them as U+FFFD.
         tokenizer: `gpt2`, `tales`, `characters` (those in `data`) or the folder of a model; if
-            empty, the tokenizer of the model given as `init_from`, or GPT-2's from scratch.
-        init_from: `scratch`, `book` (the book's initial weights for seed 123), anything that
-            `flaxgpt.load` accepts, to fine-tune it, or the run's own folder, to resume it.
+            empty, that of `init_from`, or GPT-2's from scratch.
+        init_from: `scratch`, `book` (the book's initial weights for seed 123), a model to fine-tune
+            (anything that `flaxgpt.load` accepts), or the run's own folder, to resume it.
         steps: optimizer steps.
         batch_size: sequences per optimizer step, across all processes and accumulation steps.
         windows: `shifted` cuts the text at a new offset in each epoch, `aligned` always at
             multiples of the context length (the book's data loader with stride = context length).
-        optimizer: `adamw`, or `muon` for the matrices of the blocks and AdamW for all other
-            parameters (Jordan et al. 2024, scaled as in Liu et al. 2025 so that learning rates for
-            AdamW apply).
+        optimizer: `adamw`, or `muon` (Jordan et al. 2024) for the matrices of the blocks and AdamW
+            for the rest, scaled for AdamW's learning rates (Liu et al. 2025).
         learning_rate: peak learning rate, reached at the end of the warm-up.
-        min_learning_rate_fraction: learning rate at the end of the cosine schedule, as a fraction
-            of the peak.
-        min_learning_rate: absolute learning rate at the end of the cosine schedule; overrides the
-            fraction.
+        min_learning_rate_fraction: final learning rate of the cosine, as a fraction of the peak.
+        min_learning_rate: absolute final learning rate of the cosine; overrides the fraction.
         warmup_fraction: length of the linear warm-up, as a fraction of the steps.
         warmup_steps: warm-up steps; overrides the fraction.
         beta1: AdamW's decay rate for the mean of the gradient.
@@ -43,13 +40,11 @@ class TrainConfig:
         weight_decay: weight decay of the parameters selected by `decay`.
         decay: `matrices` (including embeddings, as in nanoGPT) or `everything` (PyTorch's default).
         grad_clip: maximum global norm of the gradient; 0 disables clipping.
-        accumulate: gradient accumulation steps per optimizer step. The batch is split into this
-            many pieces, which saves memory and gives the same gradient.
+        accumulate: pieces into which a batch is split to save memory; the gradient is the same.
         dtype: dtype to compute in; parameters and optimizer state are always float32.
         remat: recompute each block's activations in the backward pass to save memory.
         seed: seed of the initial parameters, data order, dropout and samples.
-        steps_per_call: optimizer steps per jitted call; values above 1 speed up small models on
-            CPU.
+        steps_per_call: optimizer steps per jitted call; more than 1 speeds up small models on CPU.
         log_every: steps between log lines.
         eval_every: steps between validations.
         eval_windows: sequences per validation, evenly spaced; 0 uses all.
@@ -151,11 +146,7 @@ class TrainConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
-        """Read the output of `to_dict`.
-
-        Raises:
-            ValueError: a key is unknown, or a value is invalid.
-        """
+        """Read the output of `to_dict`; an unknown key raises ValueError."""
         check_keys("training settings", values, cls)
         return cls(**values)
 
@@ -170,17 +161,13 @@ def _checked(name: str, kind: Any, value: Any) -> Any:
     if kind in (float, float | None):
         return check_nonnegative(name, value)
     if kind == tuple[str, ...]:
-        return _paths(name, value)
+        if isinstance(value, (str, os.PathLike)):
+            path = os.fspath(value)
+            raise ValueError(f"{name}={path!r} must be a tuple of files; for one file, ({path!r},)")
+        return tuple(os.fspath(path) for path in value)
     if kind in (bool, str):
         if not isinstance(value, kind):
             raise ValueError(f"{name}={value!r} must be a {kind.__name__}")
     elif value not in get_args(kind):
         raise ValueError(f"{name}={value!r} must be one of {', '.join(get_args(kind))}")
     return value
-
-
-def _paths(name: str, value: Any) -> tuple[str, ...]:
-    if isinstance(value, (str, os.PathLike)):
-        path = os.fspath(value)
-        raise ValueError(f"{name}={path!r} must be a tuple of files; for one file, ({path!r},)")
-    return tuple(os.fspath(path) for path in value)

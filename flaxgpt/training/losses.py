@@ -21,8 +21,8 @@ from flaxgpt.typing import Params
 class LossFn(Protocol):
     """A pure function that training minimizes, such as `token_loss`.
 
-    It returns a weighted sum and the sum of the weights rather than their quotient, so that the
-    batches of an evaluation and the pieces of gradient accumulation add up to the exact mean.
+    It returns sums rather than their quotient, so that the batches of an evaluation and the pieces
+    of gradient accumulation add up to the exact mean.
     """
 
     def __call__(
@@ -61,9 +61,8 @@ def token_loss(
         remat: whether to recompute activations in the backward pass, as in `forward`.
 
     Returns:
-        The weighted sum of the targets' negative log-probabilities in nats, and the sum of the
-        weights (the number of targets if they are None), both float32 []. Under `jit`, where ids
-        cannot be checked, one outside the vocabulary makes the first NaN, whatever its weight.
+        Two float32 []: the weighted sum in nats, and the sum of the weights, or the number of
+        targets without weights. Under `jit`, an id outside the vocabulary makes the first NaN.
 
     Raises:
         ValueError: the ids are invalid (see `forward`) or fewer than 2 per row, or the weights are
@@ -111,19 +110,15 @@ def loss(
 ) -> jax.Array:
     """Return the mean cross-entropy of the next token, in nats.
 
-    Pure; works under `jit`, `grad` and `vmap`.
+    Pure; works under `jit`, `grad` and `vmap`. The other arguments are those of `token_loss`.
 
     Args:
         cfg: the architecture, static under `jit`.
         params: its parameters.
         batch: a `Batch`, or int [B, T + 1] with T at most `cfg.context_length`.
-        dropout_key: a random key enables dropout; None disables it.
-        dtype: dtype to compute in; the cross-entropy is always float32.
-        remat: whether to recompute activations in the backward pass, as in `forward`.
 
     Returns:
-        float32 []: the weighted mean. Under `jit`, it is 0 if all weights are 0, and NaN if an id
-        is outside the vocabulary.
+        float32 []: the weighted mean. Under `jit`, it is 0 if all weights are 0.
 
     Raises:
         ValueError: the batch is invalid (see `token_loss`), or all its weights are 0.

@@ -53,10 +53,8 @@ def init_state(cfg: GPTConfig, train_cfg: TrainConfig, params: Params | None = N
 
     Args:
         cfg: the architecture.
-        train_cfg: the training configuration; its seed determines the initial parameters and
-            dropout.
-        params: initial parameters, instead of random ones. They are copied, because each step
-            reuses the memory of the state.
+        train_cfg: the training configuration; its seed determines random parameters and dropout.
+        params: initial parameters instead of random ones; copied, as steps reuse their memory.
     """
     params_key, dropout_key = jax.random.split(jax.random.key(train_cfg.seed))
     params = init(cfg, params_key) if params is None else jax.tree.map(jnp.array, params)
@@ -73,14 +71,12 @@ def train_step(
     Args:
         state: the state, which is donated: do not use it afterwards.
         batch: a `Batch`, or int [B, T + 1]; B must be a multiple of `accumulate`.
-        loss_fn: the loss to minimize. It is compiled once per function object, so do not pass a
-            new lambda at each step.
+        loss_fn: the loss to minimize, compiled once per function object.
 
     Returns:
         The new state and four float32 scalars: `loss` (the weighted mean), `weight` (the sum of
         the weights) and `grad_norm` (before clipping), all before the step, and `learning_rate`.
-        A batch of weight 0 has loss and gradient 0, and changes the parameters only through
-        momentum and weight decay.
+        A batch of weight 0 has loss and gradient 0.
     """
     return _step(loss_fn, state, as_batch(batch))
 
@@ -91,8 +87,8 @@ def train_steps(
 ) -> tuple[TrainState, Metrics]:
     """Take K optimizer steps in one call.
 
-    Equal to K calls of `train_step` except for rounding. On CPU, small models train up to 1.5
-    times as fast, because the steps share memory.
+    Equal to K calls of `train_step` except for rounding, and up to 1.5 times as fast for small
+    models on CPU.
 
     Args:
         state: the state, which is donated: do not use it afterwards.
