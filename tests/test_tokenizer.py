@@ -33,13 +33,13 @@ from flaxgpt.tokenizer import (
     Tokenizer,
     load_tokenizer,
 )
+from flaxgpt.tokenizer.bpe import shipped_tokenizer
 from flaxgpt.tokenizer.folder import (
     read_tokenizer,
     save_tokenizer,
     tokenizer_fingerprint,
     tokenizer_recipe,
 )
-from flaxgpt.tokenizer.shipped import shipped_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT / os.environ.get("FLAXGPT_SHARED", "../shared")
@@ -427,7 +427,7 @@ class TestStreaming:
     def test_an_invalid_id_raises_an_error_with_its_index_after_the_text_before_it(self) -> None:
         pieces = load_tokenizer().decode_stream([64, 65, 50257])
         assert [next(pieces), next(pieces)] == ["a", "b"]
-        with pytest.raises(ValueError, match="at index 2 of the stream: id 50257 is not in the"):
+        with pytest.raises(ValueError, match="id 50257 at index 2 of the stream is not in the"):
             next(pieces)
 
 
@@ -617,7 +617,7 @@ class TestHuggingFaceTokenizers:
     def test_an_invalid_id_raises_an_error_with_its_index(self) -> None:
         pieces = read_golden("unigram").decode_stream([9, 400])
         assert next(pieces) == "o"
-        with pytest.raises(ValueError, match="at index 1 of the stream: id 400 is not in the"):
+        with pytest.raises(ValueError, match="id 400 at index 1 of the stream is not in the"):
             next(pieces)
         with pytest.raises(ValueError, match=r"id 400 at index 1 is not in .* from 0 to 399"):
             read_golden("unigram").decode([9, 400])

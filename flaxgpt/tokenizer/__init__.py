@@ -4,12 +4,11 @@ GPT-2's and flaxgpt's own vocabularies are computed by tiktoken (`bpe`), those i
 files by the `tokenizers` library (`huggingface`); `characters` assigns one id per character.
 """
 
-from flaxgpt.tokenizer.bpe import GPT2_PATTERN, BPETokenizer
+from flaxgpt.tokenizer.bpe import GPT2_PATTERN, TOKENIZER_NAMES, BPETokenizer
 from flaxgpt.tokenizer.characters import CharTokenizer
 from flaxgpt.tokenizer.folder import load_tokenizer
 from flaxgpt.tokenizer.huggingface import HuggingFaceTokenizer
 from flaxgpt.tokenizer.protocol import Tokenizer
-from flaxgpt.tokenizer.shipped import TOKENIZER_NAMES
 
 __all__ = [
     "GPT2_PATTERN",

@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
-from flaxgpt.tokenizer.protocol import (
-    check_decode_ids,
-    check_encode_arguments,
-    check_id,
-    decode_byte_stream,
-)
+from flaxgpt.tokenizer.protocol import AllowedSpecial, VocabularyTokenizer
 
 
 @dataclass(frozen=True)
-class CharTokenizer:
+class CharTokenizer(VocabularyTokenizer):
     """One id per character, in the order of `characters`; no other text can be encoded.
 
     Args:
@@ -46,6 +39,8 @@ class CharTokenizer:
                     f"character {character!r} at position {id} is a lone surrogate, which UTF-8 "
                     "cannot encode; remove it"
                 )
+        vocab = {id: character.encode() for id, character in enumerate(self.characters)}
+        object.__setattr__(self, "_vocab", vocab)
 
     @classmethod
     def from_text(cls, text: str) -> CharTokenizer:
@@ -56,21 +51,8 @@ class CharTokenizer:
     def _ids(self) -> dict[str, int]:
         return {character: id for id, character in enumerate(self.characters)}
 
-    @property
-    def vocab_size(self) -> int:
-        """See `Tokenizer.vocab_size`."""
-        return len(self.characters)
-
-    @property
-    def special_tokens(self) -> dict[str, int]:
-        """Always empty: every id is a character."""
-        return {}
-
-    def encode(
-        self, text: str, *, allowed_special: Collection[str] | Literal["all"] = ()
-    ) -> list[int]:
-        """See `Tokenizer.encode`."""
-        check_encode_arguments(text, allowed_special, {})
+    def encode(self, text: str, *, allowed_special: AllowedSpecial = ()) -> list[int]:
+        self._check_text(text, allowed_special)
         try:
             return [self._ids[character] for character in text]
         except KeyError as error:
@@ -80,17 +62,3 @@ class CharTokenizer:
                 f"{text.index(character)} is not among this tokenizer's {self.vocab_size} "
                 "characters; remove it, or build the tokenizer from text that contains it"
             ) from None
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """See `Tokenizer.decode`."""
-        known = check_decode_ids(ids, range(self.vocab_size), self.vocab_size)
-        return "".join(self.characters[id] for id in known)
-
-    def decode_stream(self, ids: Iterable[int], *, after: Sequence[int] = ()) -> Iterator[str]:
-        """See `Tokenizer.decode_stream`. The text does not depend on `after`."""
-        return decode_byte_stream(self.token_bytes, ids)
-
-    def token_bytes(self, id: int) -> bytes:
-        """See `Tokenizer.token_bytes`."""
-        known = check_id(id, range(self.vocab_size), self.vocab_size)
-        return self.characters[known].encode("utf-8")

@@ -11,12 +11,11 @@ from typing import Any
 
 from flaxgpt._checks import unknown_name
 from flaxgpt._files import write_file_atomically
-from flaxgpt.tokenizer.bpe import BPETokenizer
+from flaxgpt.tokenizer.bpe import TOKENIZER_NAMES, BPETokenizer, shipped_tokenizer
 from flaxgpt.tokenizer.characters import CharTokenizer
+from flaxgpt.tokenizer.errors import read_object, value_errors
 from flaxgpt.tokenizer.huggingface import HuggingFaceTokenizer, read_huggingface
-from flaxgpt.tokenizer.json_files import read_object, value_errors_naming
 from flaxgpt.tokenizer.protocol import Tokenizer
-from flaxgpt.tokenizer.shipped import TOKENIZER_NAMES, shipped_tokenizer
 
 FILE_NAME = "flaxgpt_tokenizer.json"
 
@@ -42,30 +41,23 @@ def load_tokenizer(source: str | os.PathLike[str] = "gpt2") -> Tokenizer:
     if isinstance(source, str) and source in TOKENIZER_NAMES:
         return shipped_tokenizer(source)
     if isinstance(source, (str, os.PathLike)) and source and os.path.isdir(source):
-        tokenizer = read_tokenizer(Path(source))
-        if tokenizer is None:
-            raise ValueError(
-                f"{source} contains no tokenizer; expected {FILE_NAME}, tokenizer.json, "
-                "vocab.json with merges.txt, or vocab.txt"
-            )
-        return tokenizer
+        if tokenizer := read_tokenizer(Path(source)):
+            return tokenizer
+        raise ValueError(
+            f"{source} contains no tokenizer; expected {FILE_NAME}, tokenizer.json, vocab.json "
+            "with merges.txt, or vocab.txt"
+        )
     names = " or ".join(map(repr, TOKENIZER_NAMES))
     advice = f"expected {names}, or the path of a folder that contains a tokenizer"
     raise unknown_name("tokenizer", source, TOKENIZER_NAMES, advice)
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """Write a tokenizer into a folder, which is created if necessary.
+    """Write a tokenizer into a folder, which is created if necessary, in the form it is read in.
 
-    A tokenizer read from Hugging Face's files becomes `tokenizer.json`. Any other becomes
-    `flaxgpt_tokenizer.json`, which contains the name of a tokenizer that ships with flaxgpt, or the
-    whole vocabulary.
-
-    Raises:
-        ValueError: flaxgpt cannot store this type of tokenizer.
+    Raise ValueError for a type that flaxgpt cannot store.
     """
     recipe = tokenizer_recipe(tokenizer)
-    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if isinstance(tokenizer, HuggingFaceTokenizer):
         write_file_atomically(folder / "tokenizer.json", tokenizer.definition.encode())
@@ -75,14 +67,9 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def tokenizer_recipe(tokenizer: Tokenizer) -> dict[str, Any]:
-    """Return a JSON object that defines a tokenizer.
+    """Return a JSON object that defines a tokenizer: its "kind", and the vocabulary if not shipped.
 
-    Returns:
-        An object whose "kind" is the name of a tokenizer that ships with flaxgpt, or "characters",
-        "bpe" or "huggingface" beside the whole vocabulary.
-
-    Raises:
-        ValueError: flaxgpt cannot store this type of tokenizer.
+    Raise ValueError for a type that flaxgpt cannot store.
     """
     if isinstance(tokenizer, HuggingFaceTokenizer):
         return {"kind": "huggingface", "tokenizer": json.loads(tokenizer.definition)}
@@ -100,6 +87,15 @@ def tokenizer_recipe(tokenizer: Tokenizer) -> dict[str, Any]:
     return recipe
 
 
+def _bpe_recipe(tokenizer: BPETokenizer) -> dict[str, Any]:
+    return {
+        "kind": "bpe",
+        "pattern": tokenizer.pattern,
+        "ranks": {base64.b64encode(token).decode(): id for token, id in tokenizer.ranks.items()},
+        "special_tokens": tokenizer.special_tokens,
+    }
+
+
 def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
     """Return the SHA-256 of `tokenizer_recipe`, which is equal for equal tokenizers."""
     recipe = json.dumps(tokenizer_recipe(tokenizer), sort_keys=True)
@@ -109,17 +105,14 @@ def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
 def read_tokenizer(folder: Path) -> Tokenizer | None:
     """Read the tokenizer in a folder: `flaxgpt_tokenizer.json`, or else Hugging Face's files.
 
-    Returns:
-        The tokenizer, or None if the folder has none and is not known to need another than GPT-2's.
-
-    Raises:
-        ValueError: a file is damaged or of a kind that cannot be read; the message names it.
+    Return None if the folder has none and is not known to need another than GPT-2's. Raise a
+    ValueError that names the file if one is damaged or of a kind that cannot be read.
     """
-    path = Path(folder) / FILE_NAME
+    path = folder / FILE_NAME
     if not path.exists():
-        return read_huggingface(Path(folder))
+        return read_huggingface(folder)
     recipe = read_object(path)
-    with value_errors_naming(path):
+    with value_errors(path):
         kind = recipe.get("kind")
         if kind in TOKENIZER_NAMES:
             return shipped_tokenizer(kind)
@@ -136,17 +129,8 @@ def read_tokenizer(folder: Path) -> Tokenizer | None:
         raise ValueError(f"kind is {kind!r}; expected one of {kinds}")
 
 
-def _bpe_recipe(tokenizer: BPETokenizer) -> dict[str, Any]:
-    return {
-        "kind": "bpe",
-        "pattern": tokenizer.pattern,
-        "ranks": {base64.b64encode(token).decode(): id for token, id in tokenizer.ranks.items()},
-        "special_tokens": tokenizer.special_tokens,
-    }
-
-
-def _entry(data: dict[str, Any], key: str, kind: type) -> Any:
-    value = data.get(key)
+def _entry(recipe: dict[str, Any], key: str, kind: type) -> Any:
+    value = recipe.get(key)
     if not isinstance(value, kind):
         raise ValueError(f"{key!r} is {str(value)[:60]!r}; expected {kind.__name__}")
     return value

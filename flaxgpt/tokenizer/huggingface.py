@@ -10,56 +10,59 @@ import functools
 import json
 import re
 import uuid
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any
 
-from flaxgpt.tokenizer.json_files import parse_object, read_object, value_errors_naming
-from flaxgpt.tokenizer.protocol import (
-    check_decode_ids,
-    check_encode_arguments,
-    check_id,
-    is_rust_panic,
-    stream_error,
-)
+from flaxgpt.tokenizer.errors import parse_object, read_object, value_errors
+from flaxgpt.tokenizer.protocol import AllowedSpecial, VocabularyTokenizer
 
 if TYPE_CHECKING:
     import tokenizers
 
 _CONTEXT = 16  # ids of `after` that are decoded with the first piece of a stream
-_BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
+_UNREADABLE = "the tokenizers library cannot read this tokenizer"
 
 # The classes of transformers that keep GPT-2's kind of tokenizer in vocab.json and merges.txt, and
 # BERT's kind in vocab.txt.
 _GPT2_CLASSES = ("GPT2Tokenizer", "RobertaTokenizer")
 _BERT_CLASSES = ("BertTokenizer", "DistilBertTokenizer", "ElectraTokenizer")
 
-_T = TypeVar("_T")
 
-
-@dataclass(frozen=True)
-class HuggingFaceTokenizer:
+class HuggingFaceTokenizer(VocabularyTokenizer):
     """Any tokenizer that the `tokenizers` library reads, such as BPE, WordPiece or Unigram.
 
     Truncation, padding, BPE dropout and the tokens that a template adds around a text do not
-    apply: ids stand for the text and nothing else.
+    apply: ids stand for the text and nothing else. The special tokens are the added tokens that are
+    marked as special; other added tokens are always recognized, as in the library.
 
     Args:
-        definition: the contents of a `tokenizer.json`.
+        definition: the contents of a `tokenizer.json`. Tokenizers are equal if it is.
 
     Raises:
         ValueError: the library cannot read the definition, or would change ids in it.
     """
 
-    definition: str
+    def __init__(self, definition: str) -> None:
+        self.definition = definition
+        self._json = parse_object(definition)
+        self._library = _build(self._json)  # recognizes all special tokens
+        self._encoders = {frozenset[str](): self._library}  # by the special tokens they ignore
+        self._vocab = {id: token for token, id in self._library.get_vocab().items()}
+        flagged = sorted(self._library.get_added_tokens_decoder().items())
+        self._special_tokens = {token.content: id for id, token in flagged if token.special}
+        self._added: list[dict[str, Any]] = self._json.get("added_tokens") or []
+        self._decoder_kinds = _kinds(self._json.get("decoder"))
+        self._check_vocabulary()
 
-    def __repr__(self) -> str:
-        return f"<HuggingFaceTokenizer with {self.vocab_size} ids, special tokens {self._specials}>"
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, HuggingFaceTokenizer) and other.definition == self.definition
 
-    def __post_init__(self) -> None:
-        tokens = self._tokens
-        if not tokens:
+    def __hash__(self) -> int:
+        return hash(self.definition)
+
+    def _check_vocabulary(self) -> None:
+        if not self._vocab:
             raise ValueError("the vocabulary is empty; expected at least one token")
         vocab = self._json["model"].get("vocab")
         if isinstance(vocab, dict) and len(set(vocab.values())) < len(vocab):
@@ -68,80 +71,38 @@ class HuggingFaceTokenizer:
                 f"id {shared} belongs to {[token for token in vocab if vocab[token] == shared]}; "
                 "expected one token"
             )
-        for entry in self._json.get("added_tokens") or []:
-            if tokens.get(entry["id"]) != entry["content"]:
+        for entry in self._added:
+            if self._vocab.get(entry["id"]) != entry["content"]:
                 raise ValueError(
                     f"added token {entry['content']!r} has id {entry['id']}, but the library gives "
-                    f"it {self._everything.token_to_id(entry['content'])}; expected its id in the "
+                    f"it {self._library.token_to_id(entry['content'])}; expected its id in the "
                     "vocabulary, or ids that continue it without a gap"
                 )
 
-    @functools.cached_property
-    def _json(self) -> dict[str, Any]:
-        return parse_object(self.definition)
-
-    @functools.cached_property
-    def _everything(self) -> tokenizers.Tokenizer:
-        """The library's tokenizer, which recognizes all special tokens."""
-        return _build(self._json)
-
-    @functools.cached_property
-    def _encoders(self) -> dict[frozenset[str], tokenizers.Tokenizer]:
-        return {frozenset(): self._everything}
-
-    @functools.cached_property
-    def _tokens(self) -> dict[int, str]:
-        return {id: token for token, id in self._everything.get_vocab().items()}
-
-    @functools.cached_property
-    def _specials(self) -> dict[str, int]:
-        added = self._everything.get_added_tokens_decoder()
-        return {token.content: id for id, token in sorted(added.items()) if token.special}
-
-    @functools.cached_property
-    def _decoder_kinds(self) -> list[str]:
-        return _kinds(self._json.get("decoder"))
-
-    @functools.cached_property
-    def _missing_bytes(self) -> frozenset[int]:
-        """The bytes that byte-level BPE would drop from a text without a word."""
-        model = self._json["model"]
-        if "ByteLevel" not in _kinds(self._json.get("pre_tokenizer")) or model.get("unk_token"):
-            return frozenset()
-        vocab = model.get("vocab", {})
-        return frozenset(byte for letter, byte in byte_letters().items() if letter not in vocab)
-
-    @property
-    def vocab_size(self) -> int:
-        """See `Tokenizer.vocab_size`."""
-        return max(self._tokens) + 1
-
-    @property
-    def special_tokens(self) -> dict[str, int]:
-        """See `Tokenizer.special_tokens`: the added tokens that are marked as special."""
-        return dict(self._specials)
-
-    def encode(
-        self, text: str, *, allowed_special: Collection[str] | Literal["all"] = ()
-    ) -> list[int]:
-        """See `Tokenizer.encode`. A lone surrogate is encoded as U+FFFD.
-
-        Added tokens that are not special are always recognized, as in the library.
-        """
-        allowed = check_encode_arguments(text, allowed_special, self._specials)
-        text = _well_formed(text)
+    def encode(self, text: str, *, allowed_special: AllowedSpecial = ()) -> list[int]:
+        """See `Tokenizer.encode`. A lone surrogate is encoded as U+FFFD."""
+        hidden = frozenset(self._special_tokens) - self._check_text(text, allowed_special)
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         if self._missing_bytes:
             self._check_bytes(text)
-        hidden = frozenset(self._specials).difference(allowed)
         if hidden not in self._encoders:
             self._encoders[hidden] = _build(_without_tokens(self._json, hidden))
-        encoder = self._encoders[hidden]
-        return _call(lambda: encoder.encode(text, add_special_tokens=False).ids, "encode this text")
+        with value_errors("the tokenizers library cannot encode this text"):
+            return self._encoders[hidden].encode(text, add_special_tokens=False).ids
+
+    @functools.cached_property
+    def _missing_bytes(self) -> set[int]:
+        """The bytes that byte-level BPE would silently drop from a text."""
+        model = self._json["model"]
+        if "ByteLevel" not in _kinds(self._json.get("pre_tokenizer")) or model.get("unk_token"):
+            return set()
+        vocab = model.get("vocab", {})
+        return {byte for letter, byte in byte_letters().items() if letter not in vocab}
 
     def _check_bytes(self, text: str) -> None:
-        for entry in self._json.get("added_tokens") or []:
+        for entry in self._added:
             text = text.replace(entry["content"], "")
-        if normalizer := self._everything.normalizer:
+        if normalizer := self._library.normalizer:
             text = normalizer.normalize_str(text)
         if missing := self._missing_bytes.intersection(text.encode()):
             raise ValueError(
@@ -150,25 +111,20 @@ class HuggingFaceTokenizer:
             )
 
     def decode(self, ids: Sequence[int]) -> str:
-        """See `Tokenizer.decode`."""
-        return self._text(check_decode_ids(ids, self._tokens, self.vocab_size))
+        return self._text(list(self._check_ids(ids)))
 
     def _text(self, ids: list[int]) -> str:
-        return self._everything.decode(ids, skip_special_tokens=False)
+        return self._library.decode(ids, skip_special_tokens=False)
 
     def decode_stream(self, ids: Iterable[int], *, after: Sequence[int] = ()) -> Iterator[str]:
-        """See `Tokenizer.decode_stream`."""
         # A token alone may decode differently than after others, so a piece is what its ids add to
         # the text of the ids before them; those of one piece are enough.
-        window = check_decode_ids(after, self._tokens, self.vocab_size)[-_CONTEXT:]
+        window = list(self._check_ids(after))[-_CONTEXT:]
         before, settled = self._text(window), len(window)
-        for index, id in enumerate(ids):
-            try:
-                window.append(check_id(id, self._tokens, self.vocab_size))
-            except ValueError as error:
-                raise stream_error(index, error) from None
+        for id in self._check_ids(ids, " of the stream"):
+            window.append(id)
             text = self._text(window)
-            if text.endswith("\ufffd") or self._is_byte(window[-1]) or text == before:
+            if text.endswith("\ufffd") or self._is_byte(id) or text == before:
                 continue
             yield text[len(before) :]
             window = window[settled:]
@@ -179,19 +135,16 @@ class HuggingFaceTokenizer:
     def _is_byte(self, id: int) -> bool:
         # The text of a run of byte tokens is known at its end: if the run is not valid UTF-8, the
         # library replaces each of its bytes.
-        return "ByteFallback" in self._decoder_kinds and bool(
-            _BYTE_TOKEN.fullmatch(self._tokens[id])
-        )
+        byte_fallback = "ByteFallback" in self._decoder_kinds
+        return byte_fallback and bool(re.fullmatch("<0x[0-9A-F]{2}>", self._vocab[id]))
 
     def token_bytes(self, id: int) -> bytes:
         """See `Tokenizer.token_bytes`. A space before a word belongs to the word's token."""
-        id = check_id(id, self._tokens, self.vocab_size)
-        token = self._tokens[id]
+        id = self._check_id(id)
+        token, letters = self._vocab[id], byte_letters()
         if self._decoder_kinds == ["ByteLevel"]:
-            letters = byte_letters()
-            if all(letter in letters for letter in token):
-                return bytes(letters[letter] for letter in token)
-            return token.encode()
+            known = letters.keys() >= set(token)
+            return bytes(letters[letter] for letter in token) if known else token.encode()
         if self._is_byte(id):
             return bytes([int(token[1:-1], 16)])
         # Only the first token of a text can lose its space, so the second shows all of it.
@@ -200,15 +153,14 @@ class HuggingFaceTokenizer:
 
 @functools.cache
 def byte_letters() -> dict[str, int]:
-    """Return the printable character that stands for each byte in byte-level vocabularies.
+    """Return the byte of each printable character that stands for one in byte-level vocabularies.
 
     They spell a token as a word without spaces: openai/gpt-2, src/encoder.py, bytes_to_unicode.
     """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {
-        chr(256 + place): byte for place, byte in enumerate(others)
-    }
+    letters = [*map(chr, printable), *(chr(256 + place) for place in range(len(others)))]
+    return dict(zip(letters, printable + others, strict=True))
 
 
 def _build(definition: dict[str, Any]) -> tokenizers.Tokenizer:
@@ -217,8 +169,8 @@ def _build(definition: dict[str, Any]) -> tokenizers.Tokenizer:
     plain = definition | {"truncation": None, "padding": None, "post_processor": None}
     if isinstance(model := plain.get("model"), dict) and model.get("dropout"):
         plain["model"] = model | {"dropout": None}
-    text = json.dumps(plain)
-    return _call(lambda: tokenizers.Tokenizer.from_str(text), "read this tokenizer")
+    with value_errors(_UNREADABLE):
+        return tokenizers.Tokenizer.from_str(json.dumps(plain))
 
 
 def _without_tokens(definition: dict[str, Any], hidden: frozenset[str]) -> dict[str, Any]:
@@ -230,28 +182,21 @@ def _without_tokens(definition: dict[str, Any], hidden: frozenset[str]) -> dict[
     # No text contains a random name, except by a coincidence of 122 bits.
     names = {token: f"\U0010fffd{uuid.uuid4().hex}" for token in hidden}
     model = dict(definition["model"])
-    vocab = model["vocab"]
+    vocab, unknown = model["vocab"], model.get("unk_token")
     if isinstance(vocab, dict):
         model["vocab"] = {names.get(token, token): id for token, id in vocab.items()}
     else:
         model["vocab"] = [[names.get(token, token), score] for token, score in vocab]
-    if model.get("unk_token") in names:
-        model["unk_token"] = names[model["unk_token"]]
+    if unknown in names:
+        model["unk_token"] = names[unknown]
     if "merges" in model:
-        model["merges"] = [
-            merge
-            for merge in model["merges"]
-            if hidden.isdisjoint([*(parts := _parts(merge)), "".join(parts)])
-        ]
+        pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+        model["merges"] = [pair for pair in pairs if hidden.isdisjoint([*pair, "".join(pair)])]
     added = [
         entry | {"content": names.get(entry["content"], entry["content"])}
         for entry in definition["added_tokens"]
     ]
     return definition | {"model": model, "added_tokens": added}
-
-
-def _parts(merge: str | list[str]) -> list[str]:
-    return merge.split(" ") if isinstance(merge, str) else merge
 
 
 def _kinds(component: Any) -> list[str]:
@@ -262,40 +207,15 @@ def _kinds(component: Any) -> list[str]:
     return [kind for part in parts for kind in _kinds(part)] or [component.get("type", "")]
 
 
-def _well_formed(text: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # a surrogate; pairs of them are joined
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
-
-
-def _call(function: Callable[[], _T], purpose: str) -> _T:
-    """Call the library, whose errors have no type of their own, and raise ValueError for them."""
-    try:
-        return function()
-    except BaseException as error:
-        if not isinstance(error, Exception) and not is_rust_panic(error):
-            raise
-        raise ValueError(f"the tokenizers library cannot {purpose}: {error}") from error
-
-
 def read_huggingface(folder: Path) -> HuggingFaceTokenizer | None:
-    """Read the tokenizer that Hugging Face's files define.
+    """Read `tokenizer.json`, GPT-2's `vocab.json` with `merges.txt`, or BERT's `vocab.txt`.
 
-    These are `tokenizer.json`, or `vocab.json` with `merges.txt` and perhaps `added_tokens.json`
-    (GPT-2's kind), or `vocab.txt` (BERT's kind).
-
-    Returns:
-        The tokenizer, or None if the folder has none and is not known to need another than GPT-2's.
-
-    Raises:
-        ValueError: a file is damaged, missing, or of a kind that cannot be read; the message names
-            it.
+    Return None if the folder has none and is not known to need another tokenizer than GPT-2's.
+    Raise a ValueError that names the file if one is damaged, missing, or of another kind.
     """
     path = folder / "tokenizer.json"
     if path.exists():
-        with value_errors_naming(path):
+        with value_errors(path):
             return HuggingFaceTokenizer(path.read_text(encoding="utf-8"))
     settings, source = _settings(folder)
     kind = settings.get("tokenizer_class")
@@ -323,24 +243,22 @@ def read_huggingface(folder: Path) -> HuggingFaceTokenizer | None:
 
 def _settings(folder: Path) -> tuple[dict[str, Any], Path]:
     """Return the settings of a folder's tokenizer, and the file that names its class."""
-    path = folder / "tokenizer_config.json"
-    settings = read_object(path) if path.exists() else {}
-    config = folder / "config.json"
+    path, config = folder / "tokenizer_config.json", folder / "config.json"
+    settings = read_object(path)
     if settings.get("tokenizer_class") is None and config.exists():
         return settings | {"tokenizer_class": read_object(config).get("tokenizer_class")}, config
     return settings, path
 
 
 def _read_gpt2(vocab: Path, merges: Path, settings: dict[str, Any]) -> HuggingFaceTokenizer:
-    tokens, path = read_object(vocab), vocab.with_name("added_tokens.json")
-    added = read_object(path) if path.exists() else {}
-    with value_errors_naming(merges):
+    tokens, added = read_object(vocab), read_object(vocab.with_name("added_tokens.json"))
+    with value_errors(merges):
         lines = merges.read_text(encoding="utf-8").split("\n")
     # Only the first line can be a comment: "# #" is a merge like any other.
     pairs = [line.split(" ") for line in lines[lines[0].startswith("#version") :] if line]
     known = settings.get("added_tokens_decoder")
     flags = known if isinstance(known, dict) else {}
-    with value_errors_naming(f"{vocab} with {merges.name}"):
+    with value_errors(f"{vocab} with {merges.name}"):
         for token, id in (tokens | added).items():
             if type(id) is not int or id < 0:
                 raise ValueError(f"token {token!r} has id {id!r}; expected a nonnegative integer")
@@ -354,12 +272,10 @@ def _read_gpt2(vocab: Path, merges: Path, settings: dict[str, Any]) -> HuggingFa
                     f"token {token!r} (id {id}) is made by no merge and is not an added token; "
                     "expected GPT-2's kind of vocabulary, and merges for all of it"
                 )
-        added = others | added
+        plain = dict.fromkeys(("normalized", "lstrip", "rstrip", "single_word"), False)
         entries = [
-            {"id": id, "content": token, "special": True, "normalized": False}
-            | {name: False for name in ("lstrip", "rstrip", "single_word")}
-            | flags.get(str(id), {})
-            for token, id in sorted(added.items(), key=lambda item: item[1])
+            {"id": id, "content": token, "special": True} | plain | flags.get(str(id), {})
+            for token, id in sorted((others | added).items(), key=lambda item: item[1])
         ]
         byte_level = {"type": "ByteLevel", "trim_offsets": False, "use_regex": True}
         space = bool(settings.get("add_prefix_space", False))
@@ -376,14 +292,12 @@ def _read_gpt2(vocab: Path, merges: Path, settings: dict[str, Any]) -> HuggingFa
 def _read_bert(vocab: Path, settings: dict[str, Any]) -> HuggingFaceTokenizer:
     from tokenizers import BertWordPieceTokenizer
 
-    with value_errors_naming(vocab):
-        library = _call(
-            lambda: BertWordPieceTokenizer.from_file(
-                str(vocab),
-                lowercase=settings.get("do_lower_case", True),
-                strip_accents=settings.get("strip_accents"),
-                handle_chinese_chars=settings.get("tokenize_chinese_chars", True),
-            ),
-            "read this tokenizer",
+    with value_errors(f"{vocab}: {_UNREADABLE}"):
+        library = BertWordPieceTokenizer.from_file(
+            str(vocab),
+            lowercase=settings.get("do_lower_case", True),
+            strip_accents=settings.get("strip_accents"),
+            handle_chinese_chars=settings.get("tokenize_chinese_chars", True),
         )
+    with value_errors(vocab):
         return HuggingFaceTokenizer(library.to_str())

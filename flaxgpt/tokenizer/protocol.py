@@ -1,11 +1,16 @@
-"""The `Tokenizer` protocol, and the argument checks that its implementations share."""
+"""The `Tokenizer` protocol, and what the implementations in flaxgpt share."""
 
 from __future__ import annotations
 
 import codecs
+import functools
 import operator
-from collections.abc import Callable, Collection, Container, Iterable, Iterator, Sequence
-from typing import Literal, Protocol
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+AllowedSpecial = Collection[str] | Literal["all"]
 
 
 class Tokenizer(Protocol):
@@ -14,7 +19,6 @@ class Tokenizer(Protocol):
     @property
     def vocab_size(self) -> int:
         """The largest id plus one: the smallest `GPTConfig.vocab_size` that fits."""
-        ...
 
     @property
     def special_tokens(self) -> dict[str, int]:
@@ -23,11 +27,8 @@ class Tokenizer(Protocol):
         `encode` never produces these ids from text unless `allowed_special` permits it, except
         that of an unknown token, which stands for text outside the vocabulary.
         """
-        ...
 
-    def encode(
-        self, text: str, *, allowed_special: Collection[str] | Literal["all"] = ()
-    ) -> list[int]:
+    def encode(self, text: str, *, allowed_special: AllowedSpecial = ()) -> list[int]:
         """Return the ids of a text.
 
         Args:
@@ -37,10 +38,9 @@ class Tokenizer(Protocol):
 
         Raises:
             TypeError: `text` is not a `str`.
-            ValueError: the vocabulary cannot express `text`, or `allowed_special` contains a name
-                that is not in `special_tokens`.
+            ValueError: the vocabulary cannot express `text`, or a name in `allowed_special` is not
+                in `special_tokens`.
         """
-        ...
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of some ids. Bytes that are not valid UTF-8 become U+FFFD.
@@ -51,13 +51,9 @@ class Tokenizer(Protocol):
         Raises:
             ValueError: an id is not in the vocabulary; the message gives its index.
         """
-        ...
 
     def decode_stream(self, ids: Iterable[int], *, after: Sequence[int] = ()) -> Iterator[str]:
-        """Yield the text of ids as they arrive.
-
-        A piece is held back until later ids cannot change it, for example until all bytes of a
-        character are known.
+        """Yield the text of ids as they arrive, once later ids can no longer change it.
 
         Args:
             ids: any iterable, such as a generator that is still sampling.
@@ -65,13 +61,11 @@ class Tokenizer(Protocol):
                 tokenizers decode the first token of a text differently, without its space.
 
         Yields:
-            Pieces of text, none empty, whose concatenation is `decode(ids)`, or with `after` what
-            `ids` add to `decode(after)`.
+            Nonempty pieces of text, whose concatenation is what `ids` add to `decode(after)`.
 
         Raises:
             ValueError: an id is not in the vocabulary; the message gives its index.
         """
-        ...
 
     def token_bytes(self, id: int) -> bytes:
         """Return the bytes that an id adds to a text, possibly an incomplete UTF-8 character.
@@ -79,87 +73,82 @@ class Tokenizer(Protocol):
         Raises:
             ValueError: `id` is not in the vocabulary.
         """
-        ...
 
 
-def check_encode_arguments(
-    text: str, allowed: Collection[str] | Literal["all"], special_tokens: Collection[str]
-) -> set[str]:
-    """Check the arguments of `Tokenizer.encode` and return the special tokens to recognize."""
-    if not isinstance(text, str):
-        raise TypeError(
-            f"text has type {type(text).__name__}; expected a str: encode several texts one by "
-            "one, and decode bytes with .decode('utf-8') first"
-        )
-    if isinstance(allowed, str):
-        if allowed == "all":
-            return set(special_tokens)
-        raise ValueError(
-            f"allowed_special={allowed!r} is a str; expected 'all' or a collection such as "
-            f"{{{allowed!r}}}"
-        )
-    unknown = sorted(set(allowed).difference(special_tokens))
-    if unknown:
-        raise ValueError(
-            f"allowed_special contains {unknown}; expected names among this tokenizer's special "
-            f"tokens {sorted(special_tokens)}"
-        )
-    return set(allowed)
+class VocabularyTokenizer(Tokenizer):
+    """A tokenizer with a vocabulary, whose text is by default the concatenation of its tokens."""
 
+    _vocab: Mapping[int, Any]  # the bytes of each id
+    _special_tokens: Mapping[str, int] = {}
 
-def check_decode_ids(ids: Sequence[int], known: Container[int], vocab_size: int) -> list[int]:
-    """Return `ids` as a list of ints, all in `known`."""
-    # Converting a NumPy or JAX array at once is far faster than element by element.
-    elements = ids.tolist() if hasattr(ids, "tolist") else ids
-    if not isinstance(elements, Iterable):
-        raise ValueError(f"ids={ids!r} is not a sequence of ids; for one id, pass [{ids!r}]")
-    return [
-        check_id(id, known, vocab_size, f" at index {index}") for index, id in enumerate(elements)
-    ]
+    def __repr__(self) -> str:
+        kind = type(self).__name__
+        return f"<{kind} with {self.vocab_size} ids, special tokens {self._special_tokens}>"
 
+    @functools.cached_property
+    def vocab_size(self) -> int:
+        return max(self._vocab) + 1
 
-def check_id(id: object, known: Container[int], vocab_size: int, place: str = "") -> int:
-    """Return `id` as an int in `known`."""
-    number = id if type(id) is int else _integer(id)
-    expected = f"expected an id from 0 to {vocab_size - 1}"
-    if number is None:
-        advice = "; decode one row at a time" if isinstance(id, list) else ""
-        raise ValueError(f"id {id!r}{place} is not an integer; {expected}{advice}")
-    if number not in known:
-        unused = " that a token has" if 0 <= number < vocab_size else ""
-        raise ValueError(f"id {number}{place} is not in the vocabulary; {expected}{unused}")
-    return number
+    @property
+    def special_tokens(self) -> dict[str, int]:
+        return dict(self._special_tokens)
 
+    def decode(self, ids: Sequence[int]) -> str:
+        tokens = [self._vocab[id] for id in self._check_ids(ids)]
+        return b"".join(tokens).decode("utf-8", errors="replace")
 
-def _integer(value: object) -> int | None:
-    # operator.index accepts True, and older NumPy releases accept their own bool as well.
-    if isinstance(value, bool) or getattr(getattr(value, "dtype", None), "kind", "") == "b":
-        return None
-    try:
-        return operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        return None
+    def decode_stream(self, ids: Iterable[int], *, after: Sequence[int] = ()) -> Iterator[str]:
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        for id in self._check_ids(ids, " of the stream"):
+            if piece := decoder.decode(self._vocab[id]):
+                yield piece
+        if rest := decoder.decode(b"", final=True):
+            yield rest
 
+    def token_bytes(self, id: int) -> bytes:
+        return self._vocab[self._check_id(id)]
 
-def decode_byte_stream(token_bytes: Callable[[int], bytes], ids: Iterable[int]) -> Iterator[str]:
-    """Implement `Tokenizer.decode_stream` for a text that is the concatenation of token bytes."""
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    for index, id in enumerate(ids):
+    def _check_text(self, text: str, allowed: AllowedSpecial) -> set[str]:
+        """Check the arguments of `encode` and return the special tokens to recognize."""
+        if not isinstance(text, str):
+            raise TypeError(
+                f"text has type {type(text).__name__}; expected a str: encode several texts one by "
+                "one, and decode bytes with .decode('utf-8') first"
+            )
+        if isinstance(allowed, str):
+            if allowed == "all":
+                return set(self._special_tokens)
+            raise ValueError(
+                f"allowed_special={allowed!r} is a str; expected 'all' or a collection such as "
+                f"{{{allowed!r}}}"
+            )
+        if unknown := sorted(set(allowed).difference(self._special_tokens)):
+            raise ValueError(
+                f"allowed_special contains {unknown}; expected names among this tokenizer's "
+                f"special tokens {sorted(self._special_tokens)}"
+            )
+        return set(allowed)
+
+    def _check_ids(self, ids: Iterable[int], where: str = "") -> Iterator[int]:
+        """Yield the ids as ints."""
+        # Converting a NumPy or JAX array at once is far faster than element by element.
+        elements = ids.tolist() if hasattr(ids, "tolist") else ids
+        if not isinstance(elements, Iterable):
+            raise ValueError(f"ids={ids!r} is not a sequence of ids; for one id, pass [{ids!r}]")
+        for index, id in enumerate(elements):
+            known = type(id) is int and id in self._vocab
+            yield id if known else self._check_id(id, f" at index {index}{where}")
+
+    def _check_id(self, id: Any, place: str = "") -> int:
+        expected = f"expected an id from 0 to {self.vocab_size - 1}"
+        # Older NumPy releases accept their own bool as an index.
+        value: Any = None if isinstance(id, (bool, np.bool_)) else id
         try:
-            piece = decoder.decode(token_bytes(id))
-        except ValueError as error:
-            raise stream_error(index, error) from None
-        if piece:
-            yield piece
-    if rest := decoder.decode(b"", final=True):
-        yield rest
-
-
-def stream_error(index: int, error: ValueError) -> ValueError:
-    """Return the error for an id of a stream, with its index."""
-    return ValueError(f"at index {index} of the stream: {error}")
-
-
-def is_rust_panic(error: BaseException) -> bool:
-    """Tell whether an exception is a Rust panic, which `except Exception` does not catch."""
-    return type(error).__name__ == "PanicException"
+            number = operator.index(value)
+        except TypeError:
+            advice = "; decode one row at a time" if isinstance(id, list) else ""
+            raise ValueError(f"id {id!r}{place} is not an integer; {expected}{advice}") from None
+        if number not in self._vocab:
+            unused = " that a token has" if 0 <= number < self.vocab_size else ""
+            raise ValueError(f"id {number}{place} is not in the vocabulary; {expected}{unused}")
+        return number
