@@ -837,7 +837,7 @@ class TestBatches:
 
     def test_explain_how_to_install_grain(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "grain", None)
-        with pytest.raises(ModuleNotFoundError, match=r"pip install 'flaxgpt\[train\]'"):
+        with pytest.raises(ImportError, match=r"pip install 'flaxgpt\[train\]'"):
             batches(np.arange(99), length=4, batch_size=2, seed=0)
 
 

@@ -1,9 +1,8 @@
 """Training data: text files to ids to batches.
 
-`scan_texts` reads text files once to learn their size and characters, and `write_ids` reads them
-again to tokenize them into a file, block by block. `read_ids` maps that file into memory, and
-`batches` and `evaluation_windows` take windows from it. Neither the text nor the ids need to fit in
-memory.
+`scan_texts` reads text files to learn their size and characters, and `write_ids` tokenizes them
+into a file, block by block. `read_ids` maps that file into memory, and `batches` and
+`evaluation_windows` take windows from it. Neither text nor ids need to fit in memory.
 """
 
 from flaxgpt.data.corpus import TextFile, TextScan, scan_texts

@@ -18,8 +18,8 @@ Errors = Literal["strict", "replace"]
 _BLOCK = 2**20  # bytes; larger blocks are no faster and give longer lists of ids
 _LONGEST = 2**19  # characters held back in search of a place to cut
 
-# The last place of either kind in a text. After a cut, only the white space that all regex engines
-# recognize counts; before a cut, anything that Python considers white space is avoided.
+# The last place to cut a text, of either kind. Only white space that all regex engines recognize
+# follows a cut; nothing that Python considers white space precedes it.
 _LAST_LONE_SPACE = re.compile(r"(?s).*\S(?= \S)")
 _LAST_END_OF_WORD = re.compile(r"(?s).*\S(?=[ \t\n\r])")
 
@@ -30,7 +30,7 @@ class TextFile:
 
     Attributes:
         path: the path passed to `scan_texts`.
-        sha256: of the file, hexadecimal, as printed by `sha256sum`.
+        sha256: of the file, hexadecimal.
         n_bytes: size of the file.
         n_characters: number of Unicode characters; a replaced byte sequence counts as one.
     """
@@ -80,22 +80,17 @@ def scan_texts(
     errors: Errors = "strict",
     progress: Progress | None = None,
 ) -> TextScan:
-    """Read text files once, block by block.
+    """Return the hash, size and characters of text files, which are read block by block.
 
     Args:
         paths: files of UTF-8 text.
-        errors: how to handle bytes that are not UTF-8: "strict" raises an error, "replace" reads
-            them as U+FFFD.
+        errors: "strict", or "replace" to read bytes that are not UTF-8 as U+FFFD.
         progress: called with (bytes read, bytes in total).
 
-    Returns:
-        Hash, size and characters of the files.
-
     Raises:
-        FileNotFoundError: a file does not exist.
         ValueError: there are no paths, or a path is a folder, an empty file, or a file that is not
             UTF-8; the message says which one and where.
-        OSError: a file cannot be read.
+        OSError: a file does not exist or cannot be read.
     """
     if isinstance(paths, (str, os.PathLike)):
         raise ValueError(f"paths must be a list; for one file, pass [{os.fspath(paths)!r}]")
@@ -132,11 +127,7 @@ def _text_size(path: Path) -> int:
 
 
 def read_blocks(path: Path, errors: Errors) -> Iterator[tuple[bytes, str]]:
-    """Yield the bytes of a file block by block, with the text that each block completes.
-
-    Raises:
-        ValueError: the file is not UTF-8, unless `errors` is "replace".
-    """
+    """Yield the bytes of a file block by block, with the text that each block completes."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors)
     read = 0
     with path.open("rb") as file:
@@ -163,11 +154,7 @@ def read_blocks(path: Path, errors: Errors) -> Iterator[tuple[bytes, str]]:
 
 
 def read_texts(source: TextScan, start: int, stop: int) -> Iterator[Iterator[str]]:
-    """Yield an iterator over the text of each file that contains characters of [start, stop).
-
-    Raises:
-        ValueError: a file has changed since it was scanned.
-    """
+    """Yield an iterator over the text of each file that contains characters of [start, stop)."""
     begin = 0
     for file in source.files:
         end = begin + file.n_characters
@@ -194,10 +181,9 @@ def pieces(texts: Iterable[str]) -> Iterator[str]:
 
     A piece ends before a single space between two words or, if a block of text has none, before
     other white space that follows a word. GPT-2's pattern never matches across such a place, so the
-    ids of the pieces are those of the whole text. Other patterns, too, put a single space in one
-    token with the word after it, but some put a newline with the word before it. A piece that
-    reaches `_LONGEST` characters without such a place is cut at its end, where the whole text might
-    have a longer token.
+    ids of the pieces are those of the whole text; some other patterns put a newline with the word
+    before it. A piece of `_LONGEST` characters without such a place is cut at its end, where the
+    whole text might have a longer token.
     """
     pending = ""
     for text in texts:

@@ -5,17 +5,14 @@ as well. `train.json` beside it is an object with these keys:
 
     version        of this format, 1
     dtype, count   of the ids
-    edges_sha256   SHA-256 of the array file's first and last 64 KiB, which shows that the two files
-                   belong together
-    vocab_size, tokenizer, fingerprint, sha256, files, start, stop
-                   as in `TokenFile`
+    edges_sha256   of the array file's first and last 64 KiB, which shows that the files match
+    the others     as in `TokenFile`
 
 The array gets its name last, so where it exists, the description is complete and belongs to it.
 """
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import hashlib
 import itertools
@@ -25,7 +22,7 @@ import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -33,11 +30,11 @@ from flaxgpt._checks import listed
 from flaxgpt._files import write_file_atomically
 from flaxgpt.data.corpus import TextScan, pieces, read_texts
 from flaxgpt.tokenizer import CharTokenizer, Tokenizer
+from flaxgpt.tokenizer.errors import value_errors
 from flaxgpt.tokenizer.folder import tokenizer_fingerprint, tokenizer_recipe
 from flaxgpt.typing import Progress
 
-END_OF_TEXT = "<|endoftext|>"
-
+_END_OF_TEXT = "<|endoftext|>"
 _VERSION = 1
 _EDGE = 2**16  # bytes
 _REPEAT = "delete it and tokenize the text again"
@@ -82,17 +79,15 @@ def write_ids(
     """Tokenize text files, or a range of their characters, into a file for `read_ids`.
 
     The ids are those of `tokenizer.encode` for the whole range; see `corpus.pieces` for the limits
-    of that. If the tokenizer has "<|endoftext|>", its id separates files. The same characters
-    within a file are ordinary text.
-
-    The array and its JSON file appear when they are complete and on disk. After an error nothing
-    new remains; a killed process leaves hidden temporary files.
+    of that. If the tokenizer has "<|endoftext|>", its id separates files; the same characters
+    within a file are ordinary text. The files appear when they are complete and on disk. A killed
+    process leaves hidden temporary files.
 
     Args:
-        path: the array file, ending in ".npy". It is replaced if it exists, and its folder is
-            created if necessary. The description has the same name with ".json".
+        path: the array file to create or replace, ending in ".npy". The description has the same
+            name with ".json". The folder is created if necessary.
         source: the text files, as returned by `scan_texts`.
-        tokenizer: any tokenizer that `tokenizer_recipe` can store.
+        tokenizer: any tokenizer of flaxgpt.
         start: index of the first character to encode, counted over all files.
         stop: index after the last one; None means the end of the text.
         progress: called with (characters tokenized, characters in total).
@@ -127,14 +122,20 @@ def write_ids(
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("xb") as file:
-            count = _write_array(
-                file, dtype, encode_range(source, tokenizer, start, stop, progress)
-            )
+            header = {"descr": dtype.str, "fortran_order": False, "shape": (0,)}
+            np.lib.format.write_array_header_1_0(file, header)
+            count = 0
+            for ids in encode_range(source, tokenizer, start, stop, progress):
+                count += len(ids)
+                file.write(np.asarray(ids, dtype).tobytes())
             if not count:
                 raise ValueError(
                     f"characters {start} to {stop} encode to no ids; expected a tokenizer that "
                     "does not drop all of them"
                 )
+            # NumPy leaves room in the header for an array to grow along its first axis.
+            file.seek(0)
+            np.lib.format.write_array_header_1_0(file, header | {"shape": (count,)})
             file.flush()
             os.fsync(file.fileno())
         edges = _edges_sha256(temporary)
@@ -167,25 +168,6 @@ def _both_files(path: str | os.PathLike[str]) -> tuple[Path, Path]:
     return target, target.with_suffix(".json")
 
 
-def _write_array(file: BinaryIO, dtype: np.dtype, blocks: Iterable[Sequence[int]]) -> int:
-    """Write an array of a length that is not known in advance, and return the length."""
-    count, begin = 0, _write_header(file, dtype, 0)
-    for ids in blocks:
-        count += len(ids)
-        file.write(np.asarray(ids, dtype).tobytes())
-    file.seek(0)
-    # NumPy leaves room in the header for an array to grow along its first axis.
-    if _write_header(file, dtype, count) != begin:
-        raise AssertionError("the length of the array does not fit into its header")
-    return count
-
-
-def _write_header(file: BinaryIO, dtype: np.dtype, count: int) -> int:
-    header = {"descr": dtype.str, "fortran_order": False, "shape": (count,)}
-    np.lib.format.write_array_header_1_0(file, header)
-    return file.tell()
-
-
 def _check_alphabet(source: TextScan, tokenizer: Tokenizer) -> None:
     # This fails before hours of work rather than in the middle.
     if not isinstance(tokenizer, CharTokenizer):
@@ -207,7 +189,7 @@ def encode_range(
 ) -> Iterator[Sequence[int]]:
     """Yield the ids that `write_ids` writes, piece by piece."""
     texts: Iterable[Iterator[str]] = read_texts(source, start, stop)
-    separator = tokenizer.special_tokens.get(END_OF_TEXT)
+    separator = tokenizer.special_tokens.get(_END_OF_TEXT)
     if separator is None:
         texts = [itertools.chain.from_iterable(texts)]
     done = start
@@ -216,12 +198,9 @@ def encode_range(
             yield [separator]
         before = ""
         for piece in pieces(text):
-            try:
-                yield _encode_after(tokenizer, before, piece)
-            except ValueError as error:
-                raise ValueError(
-                    f"characters {done} to {done + len(piece)} of the text: {error}"
-                ) from error
+            with value_errors(f"characters {done} to {done + len(piece)} of the text"):
+                ids = _encode_after(tokenizer, before, piece)
+            yield ids
             before = (piece.split() or [""])[-1][-32:]
             done += len(piece)
             if progress:
@@ -229,11 +208,8 @@ def encode_range(
 
 
 def _encode_after(tokenizer: Tokenizer, before: str, piece: str) -> list[int]:
-    """Encode a piece of text that follows another, of which `before` is the last word.
-
-    Some tokenizers, such as Llama's, add a space to the beginning of a text, so a piece alone would
-    not have the ids that it has within the text.
-    """
+    """Encode a piece of text that follows another, of which `before` is the last word."""
+    # Some tokenizers, such as Llama's, add a space to the beginning of a text.
     if before:
         given, both = tokenizer.encode(before), tokenizer.encode(before + piece)
         if both[: len(given)] == given:
@@ -242,13 +218,13 @@ def _encode_after(tokenizer: Tokenizer, before: str, piece: str) -> list[int]:
 
 
 def read_ids(path: str | os.PathLike[str]) -> TokenFile:
-    """Map a file of ids that `write_ids` has written into memory.
+    """Map a file of ids that `write_ids` has written into memory, and check it at its ends.
 
     Args:
         path: the array file, ending in ".npy".
 
     Returns:
-        The ids and their description. Only the ends of the file have been read.
+        The ids and their description.
 
     Raises:
         FileNotFoundError: the file does not exist.
@@ -260,7 +236,8 @@ def read_ids(path: str | os.PathLike[str]) -> TokenFile:
         raise FileNotFoundError(f"{path} does not exist; write_ids creates it from text")
     if not sidecar.exists():
         raise ValueError(f"{path} has no {sidecar.name} beside it, which describes it; {_REPEAT}")
-    with _reporting_damage(sidecar, f"delete {target.name} and tokenize the text again"):
+    advice = f"; delete {target.name} and tokenize the text again"
+    with value_errors(f"{sidecar} is damaged", advice):
         description = json.loads(sidecar.read_text(encoding="utf-8"))
         version = description.pop("version")
     if version != _VERSION:
@@ -272,7 +249,7 @@ def read_ids(path: str | os.PathLike[str]) -> TokenFile:
 
 
 def _map(path: Path, description: dict[str, Any]) -> TokenFile:
-    with _reporting_damage(path, _REPEAT):
+    with value_errors(f"{path} is damaged", f"; {_REPEAT}"):
         dtype, count = np.dtype(description.pop("dtype")), description.pop("count")
         edges = description.pop("edges_sha256")
         files = tuple(description.pop("files"))
@@ -301,17 +278,6 @@ def _edges_sha256(path: Path) -> str:
         file.seek(max(0, file.seek(0, os.SEEK_END) - _EDGE))
         digest.update(file.read(_EDGE))
     return digest.hexdigest()
-
-
-@contextlib.contextmanager
-def _reporting_damage(path: Path, advice: str) -> Iterator[None]:
-    """Raise a ValueError that names the file for anything but an error of the system."""
-    try:
-        yield
-    except (OSError, MemoryError):
-        raise
-    except Exception as error:  # NumPy and JSON raise several types for damaged files
-        raise ValueError(f"{path} is damaged: {error}; {advice}") from error
 
 
 def check_same_source(ids: TokenFile, source: TextScan) -> None:

@@ -1,20 +1,15 @@
-"""Windows of ids: endless shuffled batches for training, and ordered windows for evaluation.
-
-A window is T + 1 ids, where T is the context length: the first T are the inputs, the last T their
-targets.
-"""
+"""Windows of T + 1 ids, where T is the context length: T inputs and, shifted by one, T targets."""
 
 from __future__ import annotations
 
 import functools
 import sys
 from collections.abc import Iterator
-from types import ModuleType
 from typing import Any, Protocol
 
 import numpy as np
 
-from flaxgpt._checks import check_size
+from flaxgpt._checks import check_size, require_extra
 
 
 class BatchIterator(Protocol):
@@ -26,15 +21,12 @@ class BatchIterator(Protocol):
 
     def get_state(self) -> dict[str, Any]:
         """Return the position of the iterator as a JSON object."""
-        ...
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Restore the position of an iterator that was created with the same arguments."""
-        ...
 
     def close(self) -> None:
         """Stop the prefetching thread, if there is one."""
-        ...
 
 
 def count_windows(n_ids: int, length: int) -> int:
@@ -43,9 +35,6 @@ def count_windows(n_ids: int, length: int) -> int:
     Args:
         n_ids: number of ids.
         length: T, the context length.
-
-    Returns:
-        The number of windows, 1 or more.
 
     Raises:
         ValueError: there are fewer ids than one window needs.
@@ -77,10 +66,9 @@ def batches(
 ) -> BatchIterator:
     """Return an endless iterator over batches that visits every window once per epoch.
 
-    Window i of an epoch starts at id `i * length` plus a random offset below `length`, so each
-    epoch cuts the text in different places; the last window is moved back if it would exceed the
-    ids. The last batch of an epoch is completed with windows of the next. A batch depends only on
-    the arguments and its number, so that number is the state of the iterator.
+    Window i of an epoch starts at id `i * length` plus a random offset below `length`; the last is
+    moved back if it would exceed the ids. The last batch of an epoch is completed with windows of
+    the next. A batch depends only on the arguments and its number, the state of the iterator.
 
     Args:
         ids: integer [n], such as `TokenFile.ids`. Only the windows in use are read.
@@ -88,13 +76,11 @@ def batches(
         batch_size: B, windows per batch, across all processes.
         seed: 0 or more; together with the epoch it determines order and offset.
         shuffle: whether to shuffle the windows of each epoch.
-        shift: whether to draw an offset for each epoch. Without it the offset is 0, as in the
-            book's data loader with a stride of the context length.
-        process_index: index of this process, 0 to `process_count - 1`. Each process gets
-            consecutive rows; concatenated in process order they are the batch of a single process.
+        shift: whether to draw an offset for each epoch. Otherwise it is 0, as in the book.
+        process_index: index of this process. Each gets consecutive rows of the whole batch.
         process_count: number of processes.
-        prefetch: number of batches that a thread prepares ahead, for ids on a slow disk. With 0
-            there is no thread, which is faster if the ids are in memory or in the page cache.
+        prefetch: number of batches that a thread prepares ahead, for ids on a slow disk; 0 for no
+            thread, which is faster if the ids are in memory or in the page cache.
 
     Returns:
         An iterator over int32 [batch_size // process_count, length + 1].
@@ -102,7 +88,7 @@ def batches(
     Raises:
         ValueError: there are fewer ids than one window needs or fewer windows than `batch_size`,
             `batch_size` is not divisible by `process_count`, or an argument is out of range.
-        ModuleNotFoundError: grain is not installed.
+        ImportError: grain is not installed.
     """
     ids = _flat(ids)
     windows = count_windows(len(ids), length)
@@ -123,7 +109,7 @@ def batches(
             f"process_index={process_index} is out of range; expected 0 to {process_count - 1}"
         )
     seed, prefetch = check_size("seed", seed, 0), check_size("prefetch", prefetch, 0)
-    grain = _grain()
+    grain = require_extra("grain", "drawing batches", "train")
     rows = batch_size // process_count
     every_window = np.lib.stride_tricks.sliding_window_view(ids, length + 1)
 
@@ -177,13 +163,3 @@ def _flat(ids: np.ndarray) -> np.ndarray:
             "integers"
         )
     return ids
-
-
-def _grain() -> ModuleType:
-    try:
-        import grain
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "batches needs grain; install it with pip install 'flaxgpt[train]'", name="grain"
-        ) from error
-    return grain
