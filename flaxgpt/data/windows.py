@@ -12,12 +12,8 @@ import numpy as np
 from flaxgpt._checks import check_size, require_extra
 
 
-class BatchIterator(Protocol):
+class BatchIterator(Iterator[np.ndarray], Protocol):
     """The type that `batches` returns, a `grain.DatasetIterator`; checkpoints store its state."""
-
-    def __iter__(self) -> Iterator[np.ndarray]: ...
-
-    def __next__(self) -> np.ndarray: ...
 
     def get_state(self) -> dict[str, Any]:
         """Return the position of the iterator as a JSON object."""
