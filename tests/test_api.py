@@ -20,10 +20,13 @@ def test_the_public_names_are_in_the_order_data_flows():
         "load_tokenizer",
         "GPT",
         "forward",
+        "states",
+        "logits",
         "score",
         "KVCache",
         "init_cache",
         "extend",
+        "Sampling",
         "generate",
         "stream",
         "generate_text",
@@ -45,7 +48,7 @@ def test_every_public_name_explains_itself():
         assert len(text) > 60, name
         if inspect.isfunction(item) or hasattr(item, "__wrapped__"):
             assert "Args:" in text, name
-            assert "Returns" in text or "yields" in text or "Write" in text, name
+            assert "Returns:" in text or "Yields:" in text or "Write" in text, name
 
 
 def test_the_configuration_comes_first_so_that_it_can_be_bound():
@@ -53,6 +56,8 @@ def test_the_configuration_comes_first_so_that_it_can_be_bound():
         "init",
         "book_params",
         "forward",
+        "states",
+        "logits",
         "score",
         "init_cache",
         "extend",

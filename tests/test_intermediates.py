@@ -259,7 +259,7 @@ def test_the_lens_looks_at_a_patched_model():
         (lambda *a: flaxgpt.logit_lens(*a, patches={"logits": abs}), "logits cannot be patched"),
         (
             lambda *a: flaxgpt.patch(*a, {"final_norm": lambda x: x[0]}),
-            r"the patch of final_norm returned shape \(24, 64\) instead of \(4, 24, 64\)",
+            r"the patch of final_norm returned shape \(24, 64\); expected \(4, 24, 64\)",
         ),
     ],
 )

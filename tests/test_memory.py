@@ -54,7 +54,7 @@ def xla_training(cfg, batch, length):
     [
         (WIDE, 12, 64),
         pytest.param(WIDE, 1, 64, marks=pytest.mark.slow),
-        (DROPPING, 4, 128),
+        pytest.param(DROPPING, 4, 128, marks=pytest.mark.slow),
         pytest.param(LONG, 4, 512, marks=pytest.mark.slow),
         pytest.param(WORDY, 8, 64, marks=pytest.mark.slow),
     ],

@@ -716,6 +716,7 @@ class TestFolders:
         word = data.draw(st.text("ab", max_size=30), label="word")
         assert tokenizer.encode(word) == [vocab_of(merges)[part] for part in merged(word, merges)]
 
+    @pytest.mark.slow  # the merges of two vocabularies of 50,257 tokens
     @needs(ENCODER_JSON)
     def test_openais_files_under_the_names_of_hugging_face_are_gpt2(
         self, gpt2: BPETokenizer, tmp_path: Path
