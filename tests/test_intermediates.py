@@ -1,4 +1,4 @@
-"""Looking inside a model, and putting something else there."""
+"""Intermediate values of a model: reading, replacing, the logit lens and gradient norms."""
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ def seen():
     return flaxgpt.activations(*example())
 
 
-# Looking
+# Reading
 
 
 def test_every_intermediate_has_its_shape(seen):
@@ -46,7 +46,7 @@ def test_every_intermediate_has_its_shape(seen):
     assert {name: seen[name].shape for name in shapes} == shapes
 
 
-def test_hidden_states_are_hugging_faces(seen):
+def test_hidden_states_match_hugging_face(seen):
     cfg, _, _ = example()
     expected = golden.model("hf-small")[2]
     for i in range(cfg.n_layers + 1):
@@ -54,13 +54,13 @@ def test_hidden_states_are_hugging_faces(seen):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_logits_are_those_of_forward(name):
+def test_logits_match_forward(name):
     cfg, params, ids = example(name)
     logits = flaxgpt.activations(cfg, params, ids, select=["logits"])["logits"]
     golden.assert_logits_agree(logits, flaxgpt.forward(cfg, params, ids))
 
 
-def test_attention_weights_are_probabilities_of_the_past(seen):
+def test_attention_weights_are_causal_and_sum_to_one(seen):
     cfg, _, ids = example()
     for i in range(cfg.n_layers):
         weights = np.asarray(seen[f"trf_blocks_{i}/att/weights"])
@@ -69,7 +69,7 @@ def test_attention_weights_are_probabilities_of_the_past(seen):
         assert (weights[..., future] == 0).all() and (weights >= 0).all()
 
 
-def test_the_stream_is_the_sum_of_what_was_added(seen):
+def test_the_residual_stream_is_the_sum_of_the_outputs_added_to_it(seen):
     np.testing.assert_array_equal(seen["embeddings"], seen["tok_emb"] + seen["pos_emb"])
     x = seen["embeddings"]
     for i in range(example()[0].n_layers):
@@ -84,14 +84,14 @@ def test_heads_are_weighted_means_of_the_values(seen):
     np.testing.assert_allclose(seen["trf_blocks_0/att/heads"], made, atol=1e-6)
 
 
-def test_only_what_is_selected_is_returned():
+def test_only_selected_values_are_returned():
     cfg, params, ids = example()
     found = flaxgpt.activations(cfg, params, ids, select=["*/att/weights", "hidden_1"])
     weights = [f"trf_blocks_{i}/att/weights" for i in range(cfg.n_layers)]
     assert list(found) == [*weights, "hidden_1"]
 
 
-def test_what_is_not_selected_takes_no_memory():
+def test_values_that_are_not_selected_take_no_memory():
     cfg, params, _ = example()
     ids = jax.ShapeDtypeStruct((8, 24), jnp.int32)
 
@@ -106,7 +106,7 @@ def test_what_is_not_selected_takes_no_memory():
     assert result_bytes(None) > 20 * one
 
 
-def test_looking_is_pure_under_jit_grad_and_vmap():
+def test_activations_support_jit_grad_and_vmap():
     cfg, params, ids = example()
 
     def one(params, row):
@@ -120,18 +120,18 @@ def test_looking_is_pure_under_jit_grad_and_vmap():
     assert (np.asarray(gradient["trf_blocks_0"]["att"]["out_proj"]["weight"]) != 0).any()
 
 
-# Intervening
+# Replacing
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_patch_that_changes_nothing_changes_nothing(name):
+def test_identity_patches_leave_the_logits_unchanged(name):
     cfg, params, ids = example(name)
     logits = flaxgpt.forward(cfg, params, ids)
     everywhere = dict.fromkeys(flaxgpt.activation_names(cfg), lambda x: x)
     golden.assert_logits_agree(flaxgpt.patch(cfg, params, ids, everywhere), logits)
 
 
-def test_every_intermediate_has_its_effect_in_its_place():
+def test_a_patch_changes_later_values_and_not_earlier_ones():
     cfg, params, ids = example()
     names = flaxgpt.activation_names(cfg)
     base = flaxgpt.activations(cfg, params, ids)
@@ -146,7 +146,7 @@ def test_every_intermediate_has_its_effect_in_its_place():
         assert not np.allclose(changed["logits"], base["logits"], atol=1e-4), name
 
 
-def test_the_stream_of_another_prompt_makes_the_answer_that_prompts():
+def test_the_residual_stream_of_another_prompt_gives_the_logits_of_that_prompt():
     cfg, params, ids = example()
     other = flaxgpt.activations(cfg, params, ids[::-1])
     for name in ("embeddings", "trf_blocks_1/middle", "hidden_2", "final_norm"):
@@ -154,13 +154,13 @@ def test_the_stream_of_another_prompt_makes_the_answer_that_prompts():
         golden.assert_logits_agree(swapped, other["logits"])
 
 
-def test_a_head_set_to_zero_is_a_head_whose_output_weights_are_zero():
+def test_zeroing_a_head_equals_zeroing_its_output_weights():
     cfg, params, ids = example()
     n, h = 2, cfg.head_dim
     weight = params["trf_blocks_1"]["att"]["out_proj"]["weight"]
-    silenced = jax.tree.map(lambda x: x, params)
-    silenced["trf_blocks_1"]["att"]["out_proj"]["weight"] = weight.at[:, n * h : (n + 1) * h].set(0)
-    expected = flaxgpt.forward(cfg, silenced, ids)
+    zeroed = jax.tree.map(lambda x: x, params)
+    zeroed["trf_blocks_1"]["att"]["out_proj"]["weight"] = weight.at[:, n * h : (n + 1) * h].set(0)
+    expected = flaxgpt.forward(cfg, zeroed, ids)
     patches = {"trf_blocks_1/att/heads": lambda heads: heads.at[:, n].set(0)}
     golden.assert_logits_agree(flaxgpt.patch(cfg, params, ids, patches), expected)
     weights = {"trf_blocks_1/att/weights": lambda weights: weights.at[:, n].set(0)}
@@ -179,7 +179,7 @@ def test_a_patch_has_a_gradient():
     np.testing.assert_allclose(slope, (near[1] - near[0]) / 2e-2, rtol=0.02)
 
 
-def test_patched_models_do_not_leak_into_others():
+def test_a_patch_does_not_affect_later_calls():
     cfg, params, ids = example()
     before = flaxgpt.forward(cfg, params, ids)
     flaxgpt.patch(cfg, params, ids, {"final_norm": lambda x: 0 * x})
@@ -188,7 +188,7 @@ def test_patched_models_do_not_leak_into_others():
 
 def test_a_patch_may_run_models_itself():
     cfg, params, ids = example()
-    other = ids[:1, :7]  # of a shape that is first traced here, in the midst of another model
+    other = ids[:1, :7]  # this shape is first traced here, while another model runs
     seen = []
 
     def look(x):
@@ -206,7 +206,7 @@ def test_a_patch_may_run_models_itself():
 # The logit lens
 
 
-def test_the_lens_begins_at_the_embeddings_and_ends_at_the_logits():
+def test_the_lens_starts_at_the_embeddings_and_ends_at_the_logits():
     cfg, params, ids = example()
     lens = flaxgpt.logit_lens(cfg, params, ids)
     assert lens.shape == (cfg.n_layers + 1, *ids.shape, cfg.vocab_size)
@@ -216,16 +216,16 @@ def test_the_lens_begins_at_the_embeddings_and_ends_at_the_logits():
     golden.assert_logits_agree(lens[1], flaxgpt.patch(cfg, params, ids, last))
 
 
-def test_the_lens_looks_at_a_patched_model():
+def test_the_lens_applies_patches():
     cfg, params, ids = example()
     patches = {"trf_blocks_1": lambda x: 0 * x}
     plain = flaxgpt.logit_lens(cfg, params, ids)
     patched = flaxgpt.logit_lens(cfg, params, ids, patches=patches)
     golden.assert_logits_agree(patched[:2], plain[:2])
-    assert np.ptp(patched[2], axis=(0, 1)).max() == 0  # the same everywhere: nothing is left
+    assert np.ptp(patched[2], axis=(0, 1)).max() == 0  # the same at every position
 
 
-# Bad input
+# Invalid input
 
 
 @pytest.mark.parametrize(
@@ -263,18 +263,18 @@ def test_the_lens_looks_at_a_patched_model():
         ),
     ],
 )
-def test_bad_names_and_patches_are_refused(call, message):
+def test_invalid_names_and_patches_are_errors(call, message):
     with pytest.raises(ValueError, match=message):
         call(*example())
 
 
 @pytest.mark.parametrize("function", [flaxgpt.activation_names, without_shortcuts])
-def test_what_is_no_configuration_has_no_intermediates(function):
+def test_a_configuration_of_another_type_is_an_error(function):
     with pytest.raises(ValueError, match="cfg must be a GPTConfig, got dict"):
         function({})
 
 
-def test_bad_ids_and_parameters_are_refused_as_by_forward():
+def test_invalid_ids_and_parameters_are_errors():
     cfg, params, ids = example()
     with pytest.raises(ValueError, match="outside the vocabulary"):
         flaxgpt.activations(cfg, params, ids + cfg.vocab_size)
@@ -284,10 +284,10 @@ def test_bad_ids_and_parameters_are_refused_as_by_forward():
         flaxgpt.logit_lens(cfg, params, np.zeros((1, cfg.context_length + 1), int))
 
 
-# NumPy, and the gradients by depth
+# NumPy parameters and gradient norms
 
 
-def test_numpy_parameters_are_patched_like_others():
+def test_numpy_parameters_can_be_patched():
     cfg, params, ids = example()
     plain = jax.tree.map(np.asarray, params)
     patches = {"trf_blocks_0/att": lambda x: 0 * x}
@@ -300,16 +300,16 @@ def _flat(tree):
     return [np.ravel(leaf) for leaf in jax.tree.leaves(tree)]
 
 
-def test_gradient_norms_are_those_of_the_loss():
+def test_gradient_norms_match_the_gradient_of_the_loss():
     cfg, params, ids = example()
     gradient = jax.grad(lambda p: loss(cfg, p, ids))(params)
     blocks = [gradient[f"trf_blocks_{i}"] for i in range(cfg.n_layers)]
     expected = [np.linalg.norm(np.concatenate(flat)) for flat in map(_flat, blocks)]
-    # Sums of thousands of squares in another order.
+    # Thousands of squares are added in another order.
     np.testing.assert_allclose(gradient_norms(cfg, params, ids), expected, rtol=1e-4)
 
 
-def test_without_shortcuts_a_block_passes_on_what_it_adds():
+def test_without_shortcuts_a_block_returns_only_its_own_output():
     cfg, params, ids = example()
     seen = flaxgpt.activations(cfg, params, ids, patches=without_shortcuts(cfg))
     for i in range(cfg.n_layers):
@@ -319,7 +319,7 @@ def test_without_shortcuts_a_block_passes_on_what_it_adds():
 
 
 @pytest.mark.parametrize("ids", [[[1, 2, 99999]], [[1, -1]], [[1]]])
-def test_gradient_norms_take_ids_that_can_be_predicted(ids):
+def test_gradient_norms_require_valid_ids_with_a_target(ids):
     cfg, params, _ = example()
     with pytest.raises(ValueError, match=r"outside the vocabulary|nothing to predict"):
         gradient_norms(cfg, params, ids)

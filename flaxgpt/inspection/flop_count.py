@@ -12,19 +12,17 @@ from flaxgpt.model.attend import query_blocks
 
 @dataclasses.dataclass(frozen=True)
 class FlopCount:
-    """Floating-point operations of the matrix products; a multiply-add is two operations.
+    """Operations of the matrix products of a forward pass; a multiply-add is two operations.
 
-    Embeddings are lookups and add none. Norms, softmax and GELU, about 1 % of a large model, are
-    not counted, as in all published figures.
+    Norms, softmax and GELU, about 1 % of a large model, are not counted, as in all published
+    figures.
 
     Attributes:
-        projections: forward pass, query, key, value and output projections.
-        scores: forward pass, products of queries with keys and of weights with values, with all
-            keys for each query. A causal model needs half of them; flaxgpt computes
-            `scores_computed`.
+        projections: query, key, value and output projections.
+        scores: queries with keys and weights with values, all pairs (a causal model needs half).
         scores_computed: `scores` without the blocks of later keys that `forward` skips.
-        feed_forward: forward pass, feed-forward layers.
-        head: forward pass, output head, tied or not.
+        feed_forward: feed-forward layers.
+        head: output head, tied or not.
     """
 
     projections: int
@@ -62,9 +60,8 @@ class FlopCount:
 def flops(cfg: GPTConfig, batch: int, length: int) -> FlopCount:
     """Count the operations of a forward pass and of a training step.
 
-    Published figures count different things. The book's (performance analysis of chapter 4: 5.1e11
-    for 124M with qkv bias, batch 2, length 1024) is `forward_without_scores`; nanoGPT's
-    (transformer_sizing.ipynb: 291,648,307,200 for batch 1, length 1024) is `forward`.
+    The book's figure (performance analysis of chapter 4) is `forward_without_scores`, and nanoGPT's
+    (transformer_sizing.ipynb) is `forward`.
 
     >>> import flaxgpt
     >>> gpt2 = flaxgpt.GPTConfig.preset("gpt2")
@@ -109,8 +106,7 @@ def mfu(
 ) -> float:
     """Return the model FLOPs utilization: the share of a device's peak that a throughput uses.
 
-    As defined by PaLM (Chowdhery et al. 2022, appendix B), it counts the operations that the model
-    requires, so recomputed activations do not count.
+    As in PaLM (Chowdhery et al. 2022, appendix B), recomputed activations do not count.
 
     >>> import flaxgpt
     >>> gpt2 = flaxgpt.GPTConfig.preset("gpt2")
@@ -120,8 +116,7 @@ def mfu(
     Args:
         cfg: the configuration.
         tokens_per_second: measured throughput of all devices.
-        peak_flops: peak operations per second of all devices in the dtype used, from the vendor's
-            data sheet.
+        peak_flops: peak operations per second of all devices, in the dtype used.
         length: ids per row (T).
         training: whether the throughput is of training steps or of forward passes.
         scores: whether to count attention scores.
@@ -130,8 +125,7 @@ def mfu(
         The utilization, from 0 to 1.
 
     Raises:
-        ValueError: the throughput or the peak is not a positive number, or `length` is out of
-            range.
+        ValueError: the throughput or peak is not a positive number, or `length` is out of range.
     """
     rate = check_positive("tokens_per_second", tokens_per_second)
     peak = check_positive("peak_flops", peak_flops)

@@ -24,8 +24,7 @@ def gradient_norms(
         cfg: the architecture.
         params: its parameters.
         ids: int [B, T], T at least 2: each id except the first is a target.
-        shortcuts: whether to keep the shortcut connections. Without them, each block passes on only
-            the result of attention and then feed-forward.
+        shortcuts: whether to keep the shortcut connections.
 
     Returns:
         float32 [L].

@@ -19,15 +19,15 @@ The names follow the modules, like those of the parameters:
     final_norm                       [B, T, D]
     logits                           [B, T, V]
 
-Hugging Face's hidden states have names as well: `hidden_0` is `embeddings`, `hidden_1` is
-`trf_blocks_0`, and so on up to `hidden_L`, which is `final_norm`.
+Hugging Face's hidden states are aliases: `hidden_0` is `embeddings`, `hidden_1` is `trf_blocks_0`,
+and so on up to `hidden_L`, which is `final_norm`.
 
-The model contains no hooks. Linen's `intercept_methods` wraps the call of each module, and `sow`
-stores the requested values.
+The model contains no hooks: linen's `intercept_methods` wraps the call of each module.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
 from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
@@ -47,20 +47,8 @@ from flaxgpt.typing import Params
 
 Intervention = Callable[[jax.Array], ArrayLike]
 
-_OF_A_BLOCK = (
-    "norm1",
-    "att/query",
-    "att/key",
-    "att/value",
-    "att/weights",
-    "att/heads",
-    "att",
-    "middle",
-    "norm2",
-    "ff/wide",
-    "ff/active",
-    "ff",
-)
+_ATTENTION = ("att/query", "att/key", "att/value", "att/weights", "att/heads", "att")
+_OF_A_BLOCK = ("norm1", *_ATTENTION, "middle", "norm2", "ff/wide", "ff/active", "ff")
 
 
 def activation_names(cfg: GPTConfig) -> tuple[str, ...]:
@@ -89,16 +77,14 @@ def activations(
 ) -> dict[str, jax.Array]:
     """Return intermediate values of the forward pass, by name.
 
-    Pure, and compatible with `jit`, `grad` and `vmap`. Compiled on its own when called outside of
-    them without patches.
+    Pure, and compatible with `jit`, `grad` and `vmap`. Without patches, compiled on its own.
 
     Args:
         cfg: the architecture, static.
         params: its parameters.
         ids: int [B, T], T at most `cfg.context_length`.
-        select: names to return; by default all of `activation_names(cfg)` and the `hidden_i`. `*`
-            matches any characters: `trf_blocks_*/att/weights`, `hidden_*`. Values that are not
-            selected take no memory.
+        select: names to return, by default all and the `hidden_i`. `*` matches any characters, as
+            in `trf_blocks_*/att/weights`. Values that are not selected take no memory.
         patches: interventions to apply, as for `patch`.
         dtype: dtype to compute in.
 
@@ -106,14 +92,12 @@ def activations(
         Arrays by name, in the order in which they are computed.
 
     Raises:
-        ValueError: bad ids, params or names; for an unknown name the message lists similar ones.
+        ValueError: bad ids, params or names.
     """
     checked, dtype = check_inputs(cfg, params, ids), check_dtype(dtype)
     chosen = _chosen(cfg, select)
-    if patches is None:
-        found = _activations(cfg, params, checked, frozenset(chosen.values()), dtype)
-    else:
-        found = _recorded(cfg, params, checked, chosen.values(), _functions(cfg, patches), dtype)
+    arguments = cfg, params, checked, frozenset(chosen.values()), dtype
+    found = _compiled(*arguments) if patches is None else _run(*arguments, _functions(cfg, patches))
     return {name: found[place] for name, place in chosen.items()}
 
 
@@ -127,8 +111,8 @@ def patch(
 ) -> jax.Array:
     """Return the logits of the model with some intermediates replaced.
 
-    Pure and differentiable. Outside `jit` it runs operation by operation, because the functions may
-    differ in every call; wrap it in `jit` if you call it often.
+    Pure and differentiable. It is not compiled, because the functions may differ in every call;
+    wrap it in `jit` if you call it often.
 
     >>> import flaxgpt, jax
     >>> cfg = flaxgpt.GPTConfig(emb_dim=8, n_heads=2, n_layers=1)
@@ -142,9 +126,8 @@ def patch(
         cfg: the architecture, static.
         params: its parameters.
         ids: int [B, T], T at most `cfg.context_length`.
-        patches: a function for each name in `activation_names(cfg)` (or `hidden_i`) to replace. It
-            takes the computed value and returns its replacement, of the same shape. To insert a
-            value from another prompt, take it from `activations`: `{name: lambda _: other[name]}`.
+        patches: by name, a function from the computed value to its replacement of the same shape.
+            `{name: lambda _: other[name]}` inserts `other = activations(...)` of another prompt.
         dtype: dtype to compute in.
 
     Returns:
@@ -155,7 +138,7 @@ def patch(
             returns another shape.
     """
     checked, dtype = check_inputs(cfg, params, ids), check_dtype(dtype)
-    return _recorded(cfg, params, checked, ["logits"], _functions(cfg, patches), dtype)["logits"]
+    return _run(cfg, params, checked, ["logits"], dtype, _functions(cfg, patches))["logits"]
 
 
 def _places(cfg: GPTConfig) -> dict[str, str]:
@@ -169,18 +152,15 @@ def _chosen(cfg: GPTConfig, select: Iterable[str] | None) -> dict[str, str]:
     places = _places(cfg)
     if select is None:
         return places
-    if isinstance(select, str):
+    if isinstance(select, str) or not isinstance(select, Iterable):
         raise ValueError(
             f"select={select!r} must be a list of names; for one name, use [{select!r}]"
         )
-    if not isinstance(select, Iterable):
-        raise ValueError(f"select={select!r} must be a list of names")
     wanted: set[str] = set()
     for name in select:
         if not isinstance(name, str):
             raise ValueError(f"select has {name!r}, which is not the name of an intermediate")
-        matching = fnmatch.filter(places, name)
-        wanted.update(matching or [_known(cfg, name)])
+        wanted.update(fnmatch.filter(places, name) or [_known(cfg, name)])
     return {name: place for name, place in places.items() if name in wanted}
 
 
@@ -196,9 +176,7 @@ def _functions(cfg: GPTConfig, patches: Mapping[str, Intervention]) -> dict[str,
                 f"{type(function).__name__}: to insert a fixed value, use lambda _: value"
             )
         if place in functions:
-            raise ValueError(
-                f"{name} is {place}, which already has a patch: combine the two functions"
-            )
+            raise ValueError(f"{name} is {place}, which already has a patch: combine the two")
         functions[place] = function
     return functions
 
@@ -210,32 +188,27 @@ def _known(cfg: GPTConfig, name: str) -> str:
     return name
 
 
-@partial(jax.jit, static_argnums=(0, 3, 4))
-def _activations(
-    cfg: GPTConfig, params: Params, ids: jax.Array, wanted: frozenset[str], dtype: Any
-) -> dict[str, jax.Array]:
-    return _recorded(cfg, params, ids, wanted, {}, dtype)
-
-
-def _recorded(
+def _run(
     cfg: GPTConfig,
     params: Params,
     ids: jax.Array,
     wanted: Collection[str],
-    functions: Mapping[str, Any],
     dtype: Any,
+    functions: Mapping[str, Intervention] | None = None,
 ) -> dict[str, jax.Array]:
     """Run the model with interventions and return the requested intermediates."""
     params = jax.tree.map(jnp.asarray, params)  # linen does not accept NumPy arrays
-    replaced = {name: partial(_replaced, name, function) for name, function in functions.items()}
-    with nn.intercept_methods(_Visits(cfg, replaced, wanted)):
+    with nn.intercept_methods(_Visits(cfg, wanted, functions or {})):
         variables = {"params": params}
         _, sown = make_model(cfg, dtype).apply(variables, ids, mutable=["intermediates"])
     leaves = jax.tree_util.tree_flatten_with_path(sown)[0]
     return {path[-2].key: value for path, value in leaves}  # {module: {name: (value,)}}
 
 
-def _replaced(name: str, function: Intervention, value: jax.Array) -> jax.Array:
+_compiled = jax.jit(_run, static_argnums=(0, 3, 4))
+
+
+def _replace(name: str, function: Intervention, value: jax.Array) -> jax.Array:
     given = function(value)
     try:
         new = jnp.asarray(given)
@@ -254,26 +227,19 @@ def _replaced(name: str, function: Intervention, value: jax.Array) -> jax.Array:
     return new.astype(value.dtype)
 
 
+@dataclasses.dataclass
 class _Visits:
-    """A linen interceptor that visits each intermediate as it is computed.
+    """A linen interceptor that patches each intermediate, and sows those that were requested.
 
-    Visiting an intermediate replaces it with the result of its patch, if any, and sows it if it was
-    requested. Most intermediates are the result of a module. The others come from a module's
-    input: attention weights and heads from that of `out_proj`, the middle of the stream from that
-    of `norm2`.
+    Most intermediates are the result of a module. The others come from a module's input: attention
+    weights and heads from that of `out_proj`, the middle of the stream from that of `norm2`.
     """
 
-    def __init__(
-        self,
-        cfg: GPTConfig,
-        functions: Mapping[str, Callable[[jax.Array], jax.Array]],
-        wanted: Collection[str],
-    ):
-        self.cfg = cfg
-        self.functions = functions
-        self.wanted = wanted
-        self.held: dict[str, jax.Array] = {}  # values of the current block that later visits need
-        self.root: Any = None  # scope of the visited model
+    cfg: GPTConfig
+    wanted: Collection[str]
+    functions: Mapping[str, Intervention]
+    held: dict[str, jax.Array] = dataclasses.field(default_factory=dict)  # for later in the block
+    root: Any = None  # scope of the visited model
 
     def __call__(
         self, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any], context: Any
@@ -324,7 +290,7 @@ class _Visits:
 
     def _visit(self, module: nn.Module, name: str, value: jax.Array) -> jax.Array:
         if name in self.functions:
-            value = self.functions[name](value)
+            value = _replace(name, self.functions[name], value)
         if name in self.wanted:
             module.sow("intermediates", name, value)
         return value

@@ -26,8 +26,7 @@ def logit_lens(
 ) -> jax.Array:
     """Return the logits of the residual stream at its start and after each block.
 
-    The final norm and the output head are applied to each state of the stream. The last entry
-    equals the result of `forward`.
+    The final norm and the output head are applied to each state; the last is as from `forward`.
 
     Args:
         cfg: the architecture, static.

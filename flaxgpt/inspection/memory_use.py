@@ -1,27 +1,12 @@
 """Estimates of the memory that generation and training need, without allocating any.
 
-Weights, cache and optimizer state are exact. XLA decides how much memory a computation needs in
-between: the formulas below are fitted to its `memory_analysis` on CPU (jax 0.7 to 0.12, float32)
-and agree with it within 15 %. Their unit is one residual stream, B x T x D numbers:
+Weights, cache and optimizer state are exact. The rest is fitted to XLA's `memory_analysis` on CPU
+(jax 0.7 to 0.12, float32), within 15 %. Activations are freed by the time the gradients are
+complete, so the two do not add up.
 
-    kept per block for the backward pass   22: the inputs of each product and norm, three of them of
-                                           width F = 4 D; and 5/4 of the attention weights, which
-                                           are N x T / D streams without the blocks of later keys
-                                           that are skipped
-    also kept with dropout                 5 before the shortcuts; 2 x the computed attention
-                                           weights, for dropout on them
-    temporaries of one block               13
-    logits                                 2 x, for the loss and its gradient
-    temporaries of one block in a prefill  9, or 2 and all attention weights if that is more; with
-                                           4,096 ids or more, 23, or 20 and all attention weights
-                                           (jax 0.7 needs the smaller amount)
-
-Activations and gradients do not add up: the activations are freed by the time the gradients are
-complete. The optimizer then holds gradients and updates together.
-
-XLA on CPU undoes `remat` (it merges duplicate computations), so remat saves no memory there. It
-also computes bfloat16 via float32 copies, which need up to 2.5 times the estimate. The estimates
-have not been verified on GPU and TPU.
+XLA on CPU merges the duplicate computations of `remat`, so remat saves no memory there. It also
+computes bfloat16 via float32 copies, which need up to 2.5 times the estimate. The estimates have
+not been verified on GPU and TPU.
 """
 
 from __future__ import annotations
@@ -39,12 +24,14 @@ from flaxgpt.config import GPTConfig, check_config
 from flaxgpt.inspection.parameters import count_params
 from flaxgpt.model.attend import query_blocks
 
-_KEPT = 22
-_KEPT_WEIGHTS = 1.25
-_DROPOUT = 5
-_DROPOUT_WEIGHTS = 2
-_TEMPORARY = 13
-_PREFILL = 9
+# The unit is one residual stream, B x T x D numbers; "weights" are attention weights, N x T x T.
+_KEPT = 22  # per block for the backward pass: inputs of products and norms, three of width F = 4 D
+_KEPT_WEIGHTS = 1.25  # of the weights that are computed, without skipped blocks of later keys
+_DROPOUT = 5  # also kept per block, before the shortcuts
+_DROPOUT_WEIGHTS = 2  # also kept per block, for dropout on the computed weights
+_TEMPORARY = 13  # of one block
+_PREFILL, _PREFILL_BESIDE_WEIGHTS = 9, 2  # of one block in a prefill; the second plus all weights
+# With many ids; jax 0.7 needs the smaller amount.
 _MANY_IDS, _LARGE_PREFILL, _LARGE_PREFILL_BESIDE_WEIGHTS = 4096, 23, 20
 
 
@@ -59,8 +46,7 @@ class MemoryUse:
         optimizer: the two moments of AdamW, float32.
         gradients: gradients and updates, float32.
         activations: activations kept for the backward pass, and logits.
-        activations_with_remat: the same with `remat=True`, except on CPU (see the module
-            docstring).
+        activations_with_remat: the same with `remat=True`, which has no effect on CPU.
     """
 
     weights: int
@@ -121,10 +107,11 @@ def memory(cfg: GPTConfig, batch: int, length: int, *, dtype: DTypeLike = jnp.fl
     kept += _DROPOUT * stream if cfg.drop_rates.shortcut else 0
     kept += _DROPOUT_WEIGHTS * computed * weights if cfg.drop_rates.attn else 0
     kv_cache = 2 * cfg.n_layers * stream
-    prefill = max(_PREFILL * stream, weights + 2 * stream)
+    prefill = max(_PREFILL * stream, weights + _PREFILL_BESIDE_WEIGHTS * stream)
     if batch * length >= _MANY_IDS and cfg.n_layers > 1:  # the last block computes one id per row
         prefill = max(_LARGE_PREFILL * stream, weights + _LARGE_PREFILL_BESIDE_WEIGHTS * stream)
-    temporary = _TEMPORARY * stream + 2 * batch * length * cfg.vocab_size * 4
+    logits = 2 * batch * length * cfg.vocab_size * 4  # for the loss and its gradient
+    temporary = _TEMPORARY * stream + logits
     parameters = 4 * _count(cfg)
     return MemoryUse(
         weights=parameters,
@@ -144,13 +131,7 @@ def _count(cfg: GPTConfig) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class LargestBatch:
-    """Largest batch that fits in memory, 0 if a single row does not fit.
-
-    Attributes:
-        generating: for `generate`.
-        training: for a training step.
-        training_with_remat: for a training step with `remat=True`.
-    """
+    """Largest batch that fits in memory by purpose, 0 if a single row does not fit."""
 
     generating: int
     training: int
@@ -160,16 +141,13 @@ class LargestBatch:
 def largest_batch(
     cfg: GPTConfig, size: float, length: int, *, dtype: DTypeLike = jnp.float32
 ) -> LargestBatch:
-    """Return the largest batch that fits on a device, by purpose.
+    """Return the largest batch, in rows, that fits on a device.
 
     Args:
         cfg: the configuration.
         size: memory of the device in bytes, such as 16e9.
         length: ids per row.
-        dtype: dtype of the computation, as for `memory`.
-
-    Returns:
-        The numbers of rows.
+        dtype: dtype of the computation.
 
     Raises:
         ValueError: `size` is not a positive number, or as for `memory`.

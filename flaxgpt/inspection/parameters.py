@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,32 +14,17 @@ import jax.numpy as jnp
 from flaxgpt.config import GPTConfig, block_index, block_name
 from flaxgpt.model import param_shapes
 
-PARTS = (
-    "token_embedding",
-    "position_embedding",
-    "attention",
-    "feed_forward",
-    "norms",
-    "head",
-    "other",
-)
-
-_PART_OF = {
-    "tok_emb": "token_embedding",
-    "pos_emb": "position_embedding",
-    "att": "attention",
-    "W_query": "attention",
-    "W_key": "attention",
-    "W_value": "attention",
-    "out_proj": "attention",
-    "ff": "feed_forward",
-    "layers_0": "feed_forward",
-    "layers_2": "feed_forward",
-    "norm1": "norms",
-    "norm2": "norms",
-    "final_norm": "norms",
-    "out_head": "head",
+_MODULES: dict[str, tuple[str, ...]] = {
+    "token_embedding": ("tok_emb",),
+    "position_embedding": ("pos_emb",),
+    "attention": ("att", "W_query", "W_key", "W_value", "out_proj"),
+    "feed_forward": ("ff", "layers_0", "layers_2"),
+    "norms": ("norm1", "norm2", "final_norm"),
+    "head": ("out_head",),
+    "other": (),
 }
+PARTS = tuple(_MODULES)
+_PART_OF = {module: part for part, modules in _MODULES.items() for module in modules}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,8 +35,7 @@ class ParamCount:
         total: number of stored parameters, all of them trainable.
         tied: total if the output head shares the token embedding.
         untied: total if the output head is separate.
-        by_part: number by part: `token_embedding`, `position_embedding`, `attention`,
-            `feed_forward`, `norms`, `head`, and `other` for arrays of other models.
+        by_part: number by part; `other` is for arrays of other models.
         blocks: for each transformer block, the number by part.
         bytes_by_dtype: size in bytes by dtype, largest first.
     """
@@ -83,38 +68,27 @@ class ParamCount:
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """An array in a parameter tree, or its shape.
+    """An array in a parameter tree, or its shape."""
 
-    Attributes:
-        path: names from the root of the tree, without a leading `params`.
-        value: the array.
-        part: one of `PARTS`.
-        block: path of its transformer block, None outside the blocks.
-    """
-
-    path: tuple[str, ...]
+    path: tuple[str, ...]  # names from the root of the tree, without a leading "params"
     value: Any
-    part: str
-    block: tuple[str, ...] | None
+    part: str  # one of PARTS
+    block: tuple[str, ...] | None  # path of its transformer block, None outside the blocks
 
     @property
     def name(self) -> str:
-        """The path as a string, such as `trf_blocks_0/att/W_query/weight`."""
         return "/".join(self.path) or "(array)"
 
     @property
     def count(self) -> int:
-        """Number of elements."""
         return math.prod(self.value.shape)
 
     @property
     def dtype(self) -> str:
-        """Name of the dtype."""
         return jnp.dtype(self.value.dtype).name
 
     @property
     def bytes(self) -> int:
-        """Size in bytes; of a sharded array, over all devices."""
         return int(self.count * jnp.dtype(self.value.dtype).itemsize)
 
 
@@ -129,9 +103,8 @@ def count_params(tree: Any) -> ParamCount:
     {'attention': 2360064, 'feed_forward': 4722432, 'norms': 3072}
 
     Args:
-        tree: a `GPTConfig`; or a pytree of parameters or some of them, as JAX or NumPy arrays,
-            sharded or not, or as `jax.ShapeDtypeStruct`. A head that is the same array as the token
-            embedding is counted once.
+        tree: a `GPTConfig`, or a pytree of parameters as arrays or `jax.ShapeDtypeStruct`. A head
+            that is the same array as the token embedding is counted once.
 
     Returns:
         The numbers, and their size in bytes.
@@ -142,24 +115,19 @@ def count_params(tree: Any) -> ParamCount:
     leaves = list(leaves_of(tree))
     table = {leaf.path: leaf for leaf in leaves}
     tokens, head = table.get(("tok_emb", "weight")), table.get(("out_head", "weight"))
-    if (
-        tokens
-        and head
-        and head.value is tokens.value
-        and not isinstance(head.value, jax.ShapeDtypeStruct)
-    ):
+    shared = tokens and head and head.value is tokens.value
+    if head and shared and not isinstance(head.value, jax.ShapeDtypeStruct):
         leaves.remove(head)
         head = None
 
     by_part = dict.fromkeys(PARTS, 0)
-    blocks: dict[tuple[str, ...], dict[str, int]] = {}
-    by_dtype: dict[str, int] = {}
+    blocks: defaultdict[tuple[str, ...], Counter[str]] = defaultdict(Counter)
+    by_dtype: Counter[str] = Counter()
     for leaf in leaves:
         by_part[leaf.part] += leaf.count
+        by_dtype[leaf.dtype] += leaf.bytes
         if leaf.block is not None:
-            block = blocks.setdefault(leaf.block, {})
-            block[leaf.part] = block.get(leaf.part, 0) + leaf.count
-        by_dtype[leaf.dtype] = by_dtype.get(leaf.dtype, 0) + leaf.bytes
+            blocks[leaf.block][leaf.part] += leaf.count
     total = sum(by_part.values())
     return ParamCount(
         total=total,
@@ -167,7 +135,7 @@ def count_params(tree: Any) -> ParamCount:
         untied=total + tokens.count if tokens and not head else total,
         by_part=by_part,
         blocks=tuple(dict(sorted(block.items())) for block in blocks.values()),
-        bytes_by_dtype=dict(sorted(by_dtype.items(), key=lambda item: -item[1])),
+        bytes_by_dtype=dict(by_dtype.most_common()),
     )
 
 
@@ -182,9 +150,8 @@ def leaves_of(tree: Any) -> Iterator[Leaf]:
         path = path[1:] if path[:1] == ("params",) else path
         _check_leaf("/".join(path) or "the tree", value)
         part = next((_PART_OF[name] for name in path if name in _PART_OF), "other")
-        depths = (i for i, name in enumerate(path, 1) if block_index(name) is not None)
-        depth = next(depths, None)
-        leaf = Leaf(path, value, part, None if depth is None else path[:depth])
+        blocks = (path[:i] for i, name in enumerate(path, 1) if block_index(name) is not None)
+        leaf = Leaf(path, value, part, next(blocks, None))
         leaves.append((_flow_order(path, seen), leaf))
     yield from (leaf for _, leaf in sorted(leaves, key=lambda item: item[0]))
 

@@ -1,7 +1,4 @@
-"""Plots of a model. Each function returns a matplotlib Figure.
-
-The figures do not depend on the caller's pyplot backend and style.
-"""
+"""Plots of a model, as matplotlib Figures that do not depend on pyplot's backend and style."""
 
 from __future__ import annotations
 
@@ -31,14 +28,14 @@ def attention_maps(weights: ArrayLike, tokens: Sequence[str], title: str = "") -
     """Draw the attention weights of each head: one row per query, one column per key.
 
     Args:
-        weights: float [N, T, S], the weights of one block (`trf_blocks_i/att/weights`) for one
-            sequence; or [L, N, T, S] of all blocks, drawn smaller, one line of maps per block.
+        weights: float [N, T, S], `trf_blocks_i/att/weights` of one sequence; or [L, N, T, S] of all
+            blocks, drawn smaller.
         tokens: text of the T tokens.
         title: title of the figure.
 
     Raises:
         ValueError: weights of another shape, or empty ones.
-        ImportError: matplotlib is not installed. The message says how to install it.
+        ImportError: matplotlib is not installed.
     """
     maps = np.asarray(weights)
     if maps.ndim not in (3, 4) or maps.shape[-2:] != (len(tokens),) * 2:
@@ -48,13 +45,11 @@ def attention_maps(weights: ArrayLike, tokens: Sequence[str], title: str = "") -
         )
     if not maps.size:
         raise ValueError(f"weights of shape {maps.shape} are empty: expected at least one head")
+    lines, columns, side = *maps.shape[:2], 1.2
     if maps.ndim == 3:
         columns = min(4, len(maps))
         lines = math.ceil(len(maps) / columns)
         side = 0.6 + max(1.8, 0.17 * min(len(tokens), _MOST_LABELS))
-    else:
-        lines, columns = maps.shape[:2]
-        side = 1.2
     with new_figure(columns * side + 1.2, lines * side + 0.8) as figure:
         from matplotlib.colors import PowerNorm
 
@@ -62,26 +57,21 @@ def attention_maps(weights: ArrayLike, tokens: Sequence[str], title: str = "") -
         # weights of a long text would look alike.
         norm = PowerNorm(0.5, vmin=0, vmax=1)
         axes = figure.subplots(lines, columns, squeeze=False)
-        places = list(axes.flat)
         grids = maps.reshape(-1, *maps.shape[-2:])
-        for place in places[len(grids) :]:
+        for place in axes.flat[len(grids) :]:
             place.set_axis_off()
-        for i, grid in enumerate(grids):
-            place = places[i]
-            line, column = divmod(i, columns)
+        for i, (grid, place) in enumerate(zip(grids, axes.flat, strict=False)):
             image = place.imshow(grid, norm=norm, cmap="viridis")
+            left = i % columns == 0
             if maps.ndim == 3:
+                _label_tokens(place, tokens, bottom=i + columns >= len(maps), left=left)
+            else:
+                place.set(xticks=[], yticks=[], ylabel=f"block {i // columns}" if left else "")
+            if maps.ndim == 3 or i < columns:
                 place.set_title(f"head {i}", fontsize=9)
-                _label_tokens(place, tokens, bottom=i + columns >= len(maps), left=column == 0)
-                continue
-            place.set(xticks=[], yticks=[])
-            if line == 0:
-                place.set_title(f"head {column}", fontsize=9)
-            if column == 0:
-                place.set_ylabel(f"block {line}", fontsize=9)
         figure.colorbar(image, ax=axes, label="attention weight", shrink=0.8)
-        figure.supxlabel("key: the token attended to", fontsize=9)
-        figure.supylabel("query: the token that attends", fontsize=9)
+        figure.supxlabel("key (token attended to)", fontsize=9)
+        figure.supylabel("query (token attending)", fontsize=9)
         figure.suptitle(_plain(title), fontsize=10)
     return figure
 
@@ -89,7 +79,7 @@ def attention_maps(weights: ArrayLike, tokens: Sequence[str], title: str = "") -
 def lens_table(
     logits: ArrayLike, tokens: Sequence[str], spell: Callable[[int], str], title: str = ""
 ) -> Any:
-    """Draw the logit lens: the likeliest next token after each block, and its probability.
+    """Draw the logit lens: the most likely next token after each block, and its probability.
 
     Args:
         logits: float [L + 1, T, V], `logit_lens` of one sequence.
@@ -99,7 +89,7 @@ def lens_table(
 
     Raises:
         ValueError: logits of another shape or with NaN or infinities, or more than 64 tokens.
-        ImportError: matplotlib is not installed. The message says how to install it.
+        ImportError: matplotlib is not installed.
     """
     table = np.asarray(logits)
     if table.ndim != 3 or not table.size or table.shape[1] != len(tokens):
@@ -120,39 +110,28 @@ def lens_table(
             )
         best[i] = values.argmax(-1)
         sure[i] = 1 / np.exp(values - values.max(-1, keepdims=True)).sum(-1)
+    best, sure = best[::-1], sure[::-1]  # the last block is on top
     with new_figure(1.6 + 0.82 * len(tokens), 1.2 + 0.32 * len(table)) as figure:
         axes = figure.subplots()
-        # The last block is on top.
-        image = axes.imshow(sure[::-1], vmin=0, vmax=1, cmap="Blues", aspect="auto")
-        for row, column in np.ndindex(sure.shape):
-            value = sure[::-1][row, column]
-            text = shown(spell(int(best[::-1][row, column])))
-            axes.text(
-                column,
-                row,
-                text if len(text) <= 10 else text[:9] + "…",
-                ha="center",
-                va="center",
-                fontsize=8,
-                color="white" if value > 0.6 else "black",
-            )
+        image = axes.imshow(sure, vmin=0, vmax=1, cmap="Blues", aspect="auto")
+        for (row, column), token in np.ndenumerate(best):
+            text = shown(spell(int(token)))
+            text = text if len(text) <= 10 else text[:9] + "…"
+            color = "white" if sure[row, column] > 0.6 else "black"
+            axes.text(column, row, text, ha="center", va="center", fontsize=8, color=color)
         names = ["embeddings", *(f"block {i}" for i in range(len(table) - 1))]
         axes.set_yticks(range(len(table)), names[::-1], fontsize=8)
         axes.set_xticks(range(len(tokens)), [shown(token) for token in tokens], fontsize=8)
         axes.tick_params(axis="x", rotation=45)
         axes.set_xlabel("input token")
-        title = title or "likeliest next token after each block"
+        title = title or "most likely next token after each block"
         axes.set_title(_plain(title), fontsize=10)
         figure.colorbar(image, ax=axes, label="probability")
     return figure
 
 
 def parameter_shares(configs: Mapping[str, GPTConfig]) -> Any:
-    """Draw the share of each part in the parameters of several models.
-
-    Args:
-        configs: configurations by name.
-    """
+    """Draw the share of each part in the parameters of several models, given by name."""
     counts = {name: count_params(cfg) for name, cfg in configs.items()}
     parts = [part for part in PARTS if any(count.by_part[part] for count in counts.values())]
     with new_figure(9, 1.3 + 0.45 * len(counts)) as figure:
@@ -160,17 +139,15 @@ def parameter_shares(configs: Mapping[str, GPTConfig]) -> Any:
         left = np.zeros(len(counts))
         for part, color in zip(parts, _COLORS, strict=False):
             share = np.array([100 * count.by_part[part] / count.total for count in counts.values()])
-            axes.barh(
-                range(len(counts)), share, left=left, color=color, label=part.replace("_", " ")
-            )
-            for i, (start, width) in enumerate(zip(left, share, strict=True)):
-                if width >= 4:
-                    axes.text(start + width / 2, i, f"{width:.0f} %", ha="center", va="center")
+            label = part.replace("_", " ")
+            bars = axes.barh(range(len(counts)), share, left=left, color=color, label=label)
+            texts = [f"{width:.0f} %" if width >= 4 else "" for width in share]
+            axes.bar_label(bars, texts, label_type="center")
             left += share
         labels = [f"{name}\n{_short(count.total)}" for name, count in counts.items()]
         axes.set_yticks(range(len(counts)), labels)
         axes.invert_yaxis()
-        axes.set(xlim=(0, 100), xlabel="share of the parameters in %")
+        axes.set(xlim=(0, 100), xlabel="share of parameters (%)")
         axes.spines[["top", "right"]].set_visible(False)
         figure.legend(loc="outside upper center", ncols=len(parts), frameon=False, fontsize=9)
     return figure
@@ -191,17 +168,16 @@ def lines_by_depth(
 
     Raises:
         ValueError: there are no curves, or one is empty or has NaN or infinities.
-        ImportError: matplotlib is not installed. The message says how to install it.
+        ImportError: matplotlib is not installed.
     """
     if not curves or not all(np.size(values) for values in curves.values()):
-        raise ValueError(
-            f"curves {listed(list(curves)) or '{}'}: each must have at least one number"
-        )
+        names = listed(list(curves)) or "{}"
+        raise ValueError(f"curves {names}: each must have at least one number")
     sizes = np.concatenate([np.ravel(values) for values in curves.values()])
-    if not np.isfinite(sizes).all():
+    if broken := [name for name, values in curves.items() if not np.isfinite(values).all()]:
         raise ValueError(
-            f"{ylabel} of {listed([n for n, v in curves.items() if not np.isfinite(v).all()])} is "
-            "NaN or Inf: `flaxgpt params MODEL` lists parameters that have them"
+            f"{ylabel} of {listed(broken)} is NaN or Inf: `flaxgpt params MODEL` lists parameters "
+            "that have them"
         )
     with new_figure(7, 4) as figure:
         axes = figure.subplots()
@@ -230,9 +206,8 @@ def shown(token: str) -> str:
 def _plain(text: str) -> str:
     """Escape dollar signs, which start formulas, and characters that are not in the font."""
     known = _characters()
-    return "".join(c if ord(c) in known or c == "\n" else f"U+{ord(c):04X}" for c in text).replace(
-        "$", r"\$"
-    )
+    letters = (c if ord(c) in known or c == "\n" else f"U+{ord(c):04X}" for c in text)
+    return "".join(letters).replace("$", r"\$")
 
 
 @functools.cache

@@ -16,16 +16,11 @@ from flaxgpt.inspection.parameters import Leaf, leaves_of
 
 @dataclasses.dataclass(frozen=True)
 class Statistics:
-    """Statistics of an array; mean, std and norm are of its finite elements.
+    """Statistics of an array.
 
     Attributes:
-        mean: mean.
-        std: standard deviation (divided by n).
-        norm: square root of the sum of squares.
-        nan: number of NaN elements.
-        inf: number of infinite elements.
-        zero: number of elements that are 0.
-        count: number of elements.
+        mean, std, norm: of the finite elements; the standard deviation is divided by n.
+        nan, inf, zero, count: number of NaN, infinite, zero and all elements.
     """
 
     mean: float
@@ -52,7 +47,7 @@ class TreeRow:
     Attributes:
         path: names from the root.
         shape: shape of an array, None for a group.
-        dtype: name of the dtype; of a group, the names of all dtypes in it.
+        dtype: name of the dtype, or of all dtypes in a group.
         count: number of elements.
         bytes: size in bytes.
         statistics: statistics of the elements, if requested.
@@ -72,13 +67,8 @@ class TreeRow:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, ready for JSON; None stands for NaN and infinities."""
-        values: dict[str, Any] = {
-            "path": self.name,
-            "shape": list(self.shape or ()),
-            "dtype": self.dtype,
-            "count": self.count,
-            "bytes": self.bytes,
-        }
+        values: dict[str, Any] = {"path": self.name, "shape": list(self.shape or ())}
+        values |= {"dtype": self.dtype, "count": self.count, "bytes": self.bytes}
         if self.statistics is not None:
             values |= _plain(self.statistics) | {"faults": list(self.statistics.faults)}
         return values
@@ -94,17 +84,15 @@ def tree_rows(tree: Any, *, statistics: bool = False) -> list[TreeRow]:
         statistics: whether to compute statistics, which requires arrays and not shapes.
 
     Raises:
-        ValueError: a leaf is not a numeric array, or is a shape or complex if statistics are
-            requested. The message names it.
+        ValueError: a leaf is not a numeric array, or not a real one if statistics are requested.
     """
     members: dict[tuple[str, ...], list[Leaf]] = {}
     described: dict[tuple[str, ...], Statistics] = {}
     for leaf in leaves_of(tree):
         if statistics:
             described[leaf.path] = _describe_leaf(leaf)
-        for depth in range(
-            min(1, len(leaf.path)), len(leaf.path) + 1
-        ):  # a single array has no path
+        depths = range(1, len(leaf.path) + 1) if leaf.path else (0,)  # a single array has no path
+        for depth in depths:
             members.setdefault(leaf.path[:depth], []).append(leaf)
     return [
         TreeRow(
@@ -113,9 +101,7 @@ def tree_rows(tree: Any, *, statistics: bool = False) -> list[TreeRow]:
             dtype=", ".join(dict.fromkeys(leaf.dtype for leaf in leaves)),
             count=sum(leaf.count for leaf in leaves),
             bytes=sum(leaf.bytes for leaf in leaves),
-            statistics=combine_statistics([described[leaf.path] for leaf in leaves])
-            if described
-            else None,
+            statistics=_combine([described[leaf.path] for leaf in leaves]) if described else None,
         )
         for path, leaves in members.items()
     ]
@@ -131,7 +117,7 @@ def _describe_leaf(leaf: Leaf) -> Statistics:
     if np.iscomplexobj(values):
         raise ValueError(f"{leaf.name} is {leaf.dtype}: statistics require real numbers")
     starts = range(0, max(1, values.size), _PIECE)
-    return combine_statistics([_describe(values[start : start + _PIECE]) for start in starts])
+    return _combine([_describe(values[start : start + _PIECE]) for start in starts])
 
 
 def _describe(values: np.ndarray) -> Statistics:
@@ -149,7 +135,7 @@ def _describe(values: np.ndarray) -> Statistics:
     )
 
 
-def combine_statistics(parts: Sequence[Statistics]) -> Statistics:
+def _combine(parts: Sequence[Statistics]) -> Statistics:
     """Return the statistics of several arrays taken together, from the statistics of each."""
     if len(parts) == 1:
         return parts[0]
@@ -177,7 +163,7 @@ class Difference:
         b: dtype and shape in the second tree.
         changed: for `values`, the number of elements that differ.
         largest: for `values`, the largest absolute difference; NaN if one of the two is NaN.
-        relative: for `values`, the norm of the difference divided by the norm of the first array.
+        relative: for `values`, the norm of the difference divided by that of the first array.
     """
 
     name: str
@@ -196,28 +182,27 @@ class Difference:
 def compare(a: Any, b: Any) -> list[Difference]:
     """Return the differences between two trees of arrays.
 
-    Values are compared if both trees have an array of the same shape, whatever the dtypes. 0 equals
-    -0, and NaN equals NaN.
+    Arrays of the same shape are compared, whatever their dtypes. 0 equals -0, and NaN equals NaN.
 
     Args:
         a: the first tree, as for `count_params`.
         b: the second tree.
 
     Returns:
-        The differences by name, in the order in which data flows; empty if the trees are equal.
+        The differences, in the order in which data flows.
     """
     first, second = ({leaf.name: leaf for leaf in leaves_of(tree)} for tree in (a, b))
     found = []
     for name in dict.fromkeys([*first, *second]):
         one, other = first.get(name), second.get(name)
+        types = _type(one), _type(other)
         if one is None or other is None:
-            kind = "only in A" if other is None else "only in B"
-            found.append(Difference(name, kind, _type(one), _type(other)))
+            found.append(Difference(name, "only in A" if one else "only in B", *types))
         elif one.value.shape != other.value.shape:
-            found.append(Difference(name, "shape", _type(one), _type(other)))
+            found.append(Difference(name, "shape", *types))
         else:
             if one.dtype != other.dtype:
-                found.append(Difference(name, "dtype", _type(one), _type(other)))
+                found.append(Difference(name, "dtype", *types))
             found += _compare_values(one, other)
     return found
 
@@ -265,13 +250,10 @@ class _Html:
 
 
 def show(tree: Any) -> Any:
-    """Return a tree for display in a notebook, where its branches unfold and arrays are drawn.
-
-    Args:
-        tree: parameters, as arrays or shapes, or any other pytree.
+    """Return any pytree for display in a notebook, where branches unfold and arrays are drawn.
 
     Raises:
-        ImportError: treescope is not installed. The message says how to install it.
+        ImportError: treescope is not installed.
     """
     treescope = require_extra("treescope", "displaying trees", "notebook")
     with treescope.active_autovisualizer.set_scoped(treescope.ArrayAutovisualizer()):
