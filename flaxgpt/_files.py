@@ -21,15 +21,7 @@ _NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM)  # kerne
 
 
 def write_file_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that it is never seen half written, even after a power failure.
-
-    Args:
-        path: a new file, or one to replace. Its folder must exist.
-        data: the contents.
-
-    Raises:
-        OSError: the file cannot be written. An existing file is unchanged.
-    """
+    """Write or replace a file so that it is never seen half written, even after a power failure."""
     path = path.resolve()  # replace the target of a link, not the link
     temporary = _beside(path)
     try:
@@ -49,17 +41,16 @@ def write_file_atomically(path: Path, data: bytes) -> None:
 def replacing_folder(target: Path, replaceable: Collection[str]) -> Iterator[Path]:
     """Yield an empty folder that replaces `target` when the block ends without an exception.
 
-    The new folder is hidden, next to the target. It is synced to disk and then renamed. Linux swaps
-    it with an existing target in one step. Other systems move the old folder aside first, and a
-    crash between the two steps leaves both under hidden names. A killed process leaves the hidden
-    folder behind; an exception does not.
+    The new folder is hidden, next to the target; a killed process leaves it behind. It is synced to
+    disk and then renamed. Linux swaps it with an existing target in one step. Other systems move
+    the old folder aside first, and a crash between the two steps leaves both under hidden names.
 
     Args:
         target: a new folder, or one to replace. Missing parents are created.
         replaceable: patterns of file names. A folder that holds anything else is not replaced.
 
     Raises:
-        ValueError: `target` is a file, or a folder with other contents. Nothing is changed.
+        ValueError: `target` is a file, or a folder with other contents.
         OSError: the folder cannot be written. The target is unchanged.
     """
     target = target.resolve()  # replace the target of a link, not the link
@@ -118,13 +109,11 @@ def sync(path: Path) -> None:
 
 def _exchange(new: Path, old: Path) -> None:
     """Swap two folders, in one step if the system supports it."""
-    renameat2 = _renameat2()
-    if renameat2 is not None:
+    if (renameat2 := _renameat2()) is not None:
         names = os.fsencode(new), os.fsencode(old)
         if renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0:
             return
-        code = ctypes.get_errno()
-        if code not in _NO_EXCHANGE:
+        if (code := ctypes.get_errno()) not in _NO_EXCHANGE:
             raise OSError(code, os.strerror(code), str(old))
     aside = _beside(old)
     os.rename(old, aside)

@@ -30,6 +30,7 @@ import golden
 from flaxgpt import GPTConfig, forward, load, save
 from flaxgpt.model import param_shapes
 from flaxgpt.tokenizer import CharTokenizer
+from flaxgpt.tokenizer.folder import UnreadableTokenizerWarning
 from flaxgpt.weights.book import BOOK
 from flaxgpt.weights.table import export
 
@@ -103,10 +104,7 @@ def test_a_loaded_model_computes_the_gradients_of_pytorch(name: str) -> None:
 
 def test_shards_with_an_index_load_as_one_model(tmp_path: Path) -> None:
     tensors, config = read(HF)
-    names, files = (
-        sorted(tensors),
-        ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"],
-    )
+    names, files = sorted(tensors), [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
     parts = dict(zip(files, [names[:9], names[9:]], strict=True))
     for file, part in parts.items():
         write(tmp_path, {name: tensors[name] for name in part}, config, file)
@@ -146,9 +144,8 @@ def test_saved_attention_masks_are_ignored(prefix: str, tmp_path: Path) -> None:
     tensors, config = read(HF)
     mask = np.tril(np.ones((1, 1, 64, 64), np.uint8))
     masks = {f"{prefix}h.{block}.attn.bias": mask for block in range(3)}
-    masks |= {
-        f"{prefix}h.{block}.attn.masked_bias": np.array(-1e4, np.float32) for block in range(3)
-    }
+    low = np.array(-1e4, np.float32)
+    masks |= {f"{prefix}h.{block}.attn.masked_bias": low for block in range(3)}
     everything = {n.removeprefix("transformer."): v for n, v in tensors.items()} | masks
     assert_same_bits(load(write(tmp_path, everything, config))[1], load(HF)[1])
 
@@ -780,6 +777,14 @@ def test_an_unreadable_tokenizer_is_a_warning(tmp_path: Path) -> None:
     assert forward(cfg, params, [[1, 2]]).shape == (1, 2, cfg.vocab_size)
 
 
+def test_gpt2_is_not_assumed_if_the_folder_names_another_tokenizer(tmp_path: Path) -> None:
+    cfg = GPTConfig(50257, 8, 8, 1, 1)
+    save(tmp_path, cfg, random_params(cfg))
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "T5Tokenizer"}')
+    with pytest.warns(UnreadableTokenizerWarning, match="T5Tokenizer"):
+        assert load(tmp_path)[2] is None
+
+
 def test_offline_a_model_that_is_not_cached_is_an_error(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -802,14 +807,8 @@ def test_only_the_files_that_load_reads_are_downloaded(monkeypatch: pytest.Monke
 
     wanted = ["config.json", "merges.txt", "model.safetensors", "vocab.json", "tokenizer.json"]
     wanted += ["model-00001-of-00002.safetensors", "model.safetensors.index.json"]
-    unwanted = [
-        "64.tflite",
-        "flax_model.msgpack",
-        "pytorch_model.bin",
-        "rust_model.ot",
-        "README.md",
-    ]
-    unwanted += ["onnx/config.json", "onnx/decoder_model.onnx", "coreml/model.safetensors"]
+    unwanted = ["64.tflite", "flax_model.msgpack", "pytorch_model.bin", "rust_model.ot"]
+    unwanted += ["README.md", "onnx/config.json", "onnx/decoder.onnx", "coreml/model.safetensors"]
     taken: list[str] = []
 
     def download(model_id: str, **patterns: Any) -> str:

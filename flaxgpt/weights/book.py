@@ -3,32 +3,18 @@
 from __future__ import annotations
 
 import re
+from itertools import product
 
 from flaxgpt.config import GPTConfig
 from flaxgpt.weights.table import HEAD, TOKEN_EMBEDDING, Entry, Layout, block_path
 
-_BLOCK = (
-    "norm1/scale",
-    "norm1/shift",
-    "att/W_query/weight",
-    "att/W_query/bias",
-    "att/W_key/weight",
-    "att/W_key/bias",
-    "att/W_value/weight",
-    "att/W_value/bias",
-    "att/out_proj/weight",
-    "att/out_proj/bias",
-    "norm2/scale",
-    "norm2/shift",
-    "ff/layers_0/weight",
-    "ff/layers_0/bias",
-    "ff/layers_2/weight",
-    "ff/layers_2/bias",
-)
+_PROJECTIONS = ("att/W_query", "att/W_key", "att/W_value", "att/out_proj")
+_LINEAR = (*_PROJECTIONS, "ff/layers_0", "ff/layers_2")
+_BLOCK = (*product(("norm1", "norm2"), ("scale", "shift")), *product(_LINEAR, ("weight", "bias")))
 _PATHS = (
     TOKEN_EMBEDDING,
     "pos_emb/weight",
-    *map(block_path, _BLOCK),
+    *(block_path("/".join(names)) for names in _BLOCK),
     "final_norm/scale",
     "final_norm/shift",
     HEAD,

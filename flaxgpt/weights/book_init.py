@@ -1,7 +1,7 @@
 """The initial weights of the book's `GPTModel` for a PyTorch seed, reproduced in NumPy.
 
 The book prints the output of its untrained 124M model after `torch.manual_seed(123)`.
-PyTorch draws these weights on CPU from MT19937 with legacy seeding, one 32-bit word at a time
+PyTorch on CPU draws them from MT19937 with legacy seeding, one 32-bit word at a time
 (ATen/native/cpu/DistributionTemplates.h and ATen/core/TransformationHelper.h, PyTorch 2.13). NumPy
 reproduces uniform draws to within 4e-9, most of them exactly, and normal draws to within 1e-6.
 """
@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from flaxgpt.config import GPTConfig, check_config
+from flaxgpt.model import param_shapes
 from flaxgpt.typing import Params, Progress
 
 _CHUNK = 1 << 22  # values drawn at once: fast, and small next to the weights
@@ -27,14 +30,13 @@ def book_params(cfg: GPTConfig, seed: int = 123, *, progress: Progress | None = 
     Args:
         cfg: an untied configuration; all of the book's are.
         seed: seed of `torch.manual_seed`, 0 to 2**32 - 1.
-        progress: called with (parameters drawn, parameters in total).
+        progress: called with (parameters drawn, parameters to draw).
 
     Returns:
-        Nested dict of float32 arrays.
+        A nested dict of float32 arrays.
 
     Raises:
-        ValueError: the configuration is tied, the seed is out of range, or an embedding has fewer
-            than 16 values.
+        ValueError: a tied configuration, a seed out of range, or an embedding below 16 values.
     """
     check_config(cfg)
     if cfg.tie_embeddings:
@@ -42,12 +44,10 @@ def book_params(cfg: GPTConfig, seed: int = 123, *, progress: Progress | None = 
             "tie_embeddings=True: the book's model has a separate output head; use a book preset "
             "or tie_embeddings=False"
         )
-    draws = _TorchDraws(seed, progress)
+    shapes = flatten_dict(param_shapes(cfg))
+    drawn = [shapes[path].size for path in shapes if path[-1] in ("weight", "bias")]
+    draws = _TorchDraws(seed, sum(drawn), progress)
     width, wide = cfg.emb_dim, cfg.ff_dim
-    drawn_per_block = 4 * width * width + 2 * width * wide + 2 * width + wide
-    drawn_per_block += 3 * width if cfg.qkv_bias else 0
-    draws.total = (2 * cfg.vocab_size + cfg.context_length) * width
-    draws.total += cfg.n_layers * drawn_per_block
 
     def norm() -> Params:
         return {"scale": jnp.ones(width, jnp.float32), "shift": jnp.zeros(width, jnp.float32)}
@@ -77,53 +77,49 @@ def book_params(cfg: GPTConfig, seed: int = 123, *, progress: Progress | None = 
 class _TorchDraws:
     """PyTorch's CPU generator: a stream of 32-bit words."""
 
-    def __init__(self, seed: int, progress: Progress | None) -> None:
+    def __init__(self, seed: int, total: int, progress: Progress | None) -> None:
         try:
             self._words = np.random.RandomState(operator.index(seed))
         except (TypeError, ValueError) as error:
             raise ValueError(f"seed={seed!r} must be a whole number, 0 to 2**32 - 1") from error
         self._progress = progress
-        self._done = 0
-        self.total = 0
+        self._done, self._total = 0, total
 
     def linear(self, rows: int, columns: int, bias: bool = True) -> Params:
         """Draw `nn.Linear(columns, rows)`: weight and bias uniform in +-1/sqrt(columns)."""
         bound = 1 / math.sqrt(columns)
-        layer = {"weight": self._uniform_in(rows * columns, bound).reshape(rows, columns)}
-        if bias:
-            layer["bias"] = self._uniform_in(rows, bound)
-        return {name: jnp.asarray(values) for name, values in layer.items()}
+        # PyTorch fuses multiply and add; rounding once from float64 gives the same bits.
+        low, high = np.float64(np.float32(-bound)), np.float64(np.float32(bound))
+        shapes = {"weight": (rows, columns)} | ({"bias": (rows,)} if bias else {})
+        layer = {}
+        for name, shape in shapes.items():
+            values = np.empty(shape, np.float32)
+            self._fill(values.reshape(-1), lambda uniform: uniform * (high - low) + low)
+            layer[name] = jnp.asarray(values)
+        return layer
 
     def normal(self, rows: int, columns: int) -> jax.Array:
         """Draw `nn.Embedding(rows, columns)`: Box-Muller on blocks of 16 uniforms."""
-        size = rows * columns
-        values = np.empty(size, np.float32)
-        if size < 16:
+        values = np.empty(rows * columns, np.float32)
+        if values.size < 16:
             raise ValueError(
                 f"an embedding of {rows} x {columns} values cannot be reproduced: PyTorch draws "
                 "fewer than 16 values differently; use a larger vocabulary, context or emb_dim"
             )
-        whole = size - size % 16
-        for first in range(0, whole, _CHUNK):
-            count = min(_CHUNK, whole - first)
-            values[first : first + count] = _box_muller(self._uniform(count))
-            self._report(count)
-        if size % 16:
+        rest = values.size % 16
+        self._fill(values[: values.size - rest], _box_muller)
+        if rest:
             # PyTorch draws uniforms for the remainder but then draws the last 16 values again.
-            self._uniform(size % 16)
+            self._uniform(rest)
             values[-16:] = _box_muller(self._uniform(16))
-            self._report(size % 16)
+            self._report(rest)
         return jnp.asarray(values.reshape(rows, columns))
 
-    def _uniform_in(self, size: int, bound: float) -> np.ndarray:
-        values = np.empty(size, np.float32)
-        for first in range(0, size, _CHUNK):
-            count = min(_CHUNK, size - first)
-            # PyTorch fuses multiply and add; rounding once from float64 gives the same bits.
-            low, high = np.float64(np.float32(-bound)), np.float64(np.float32(bound))
-            values[first : first + count] = self._uniform(count) * (high - low) + low
-            self._report(count)
-        return values
+    def _fill(self, values: np.ndarray, convert: Callable[[np.ndarray], np.ndarray]) -> None:
+        for first in range(0, values.size, _CHUNK):
+            chunk = values[first : first + _CHUNK]
+            chunk[:] = convert(self._uniform(chunk.size))
+            self._report(chunk.size)
 
     def _uniform(self, size: int) -> np.ndarray:
         words = self._words.randint(0, 1 << 32, size, np.uint32)
@@ -132,7 +128,7 @@ class _TorchDraws:
     def _report(self, count: int) -> None:
         self._done += count
         if self._progress is not None:
-            self._progress(self._done, self.total)
+            self._progress(self._done, self._total)
 
 
 def _box_muller(uniform: np.ndarray) -> np.ndarray:  # [n], n a multiple of 16 -> float32 [n]

@@ -12,24 +12,14 @@ _NESTED = "*/*"
 
 
 def fetch(model_id: str) -> Path:
-    """Return the local folder of a model on the hub, downloading the files that are not cached.
-
-    Args:
-        model_id: name on the hub, such as `gpt2` or `openai-community/gpt2-medium`.
-
-    Raises:
-        FileNotFoundError: the hub has no such model.
-        PermissionError: the model is gated.
-        ConnectionError: the hub cannot be reached, and the cache does not have the whole model.
-        OSError: the cache cannot be written.
-    """
+    """Return the local folder of a model on the hub, downloading the files that are not cached."""
     # Imported only here: the import is slow, and nothing else needs it.
     from huggingface_hub import constants, errors, snapshot_download
 
     absent = f"there is no file or folder {model_id!r} here, and"
     try:
         return Path(
-            snapshot_download(model_id, allow_patterns=list(_WANTED), ignore_patterns=[_NESTED])
+            snapshot_download(model_id, allow_patterns=list(_WANTED), ignore_patterns=["*/*"])
         )
     except errors.GatedRepoError as error:
         raise PermissionError(
@@ -44,19 +34,12 @@ def fetch(model_id: str) -> Path:
     except Exception as error:  # the client's network errors have no common base class
         if isinstance(error, OSError) and error.errno is not None:
             raise  # from the file system, such as a full disk
-        response = getattr(error, "response", None)
-        if response is not None:
-            raise ConnectionError(
-                f"{absent} the Hugging Face hub responded with {response.status_code}: "
-                f"{str(error).strip().splitlines()[0]}; try again later, or give the path of a "
-                "folder"
-            ) from error
-        reason = (
-            "HF_HUB_OFFLINE is set: unset it to download the model"
-            if constants.HF_HUB_OFFLINE
-            else f"the hub could not be reached ({type(error).__name__}): check the network"
-        )
-        raise ConnectionError(
-            f"{absent} the whole model is not in the Hugging Face hub's cache, and {reason}, or "
-            "give the path of a folder"
-        ) from error
+        reason = "the whole model is not in the Hugging Face hub's cache, and "
+        if (response := getattr(error, "response", None)) is not None:
+            answer = f"{response.status_code}: {str(error).strip().splitlines()[0]}"
+            reason = f"the Hugging Face hub responded with {answer}; try again later"
+        elif constants.HF_HUB_OFFLINE:
+            reason += "HF_HUB_OFFLINE is set: unset it to download the model"
+        else:
+            reason += f"the hub could not be reached ({type(error).__name__}): check the network"
+        raise ConnectionError(f"{absent} {reason}, or give the path of a folder") from error

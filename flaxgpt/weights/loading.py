@@ -1,9 +1,10 @@
-"""Reading models: `load`, and `read_config` and `read_stored_bytes` for parts of one."""
+"""Reading models, or only their configuration and the size of their files."""
 
 from __future__ import annotations
 
 import os
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -33,28 +34,25 @@ def load(
     Args:
         source: one of
 
-            - a folder in Hugging Face's layout or the book's: `config.json` with either
-              `model.safetensors` or several shards and their index;
+            - a folder in Hugging Face's layout or the book's, with `config.json` and either
+              `model.safetensors` or shards and their index;
             - a `.safetensors` file with a `config.json` beside it;
             - the folder of a training run, for its best model;
-            - a model on the Hugging Face hub, such as `gpt2` or `openai-community/gpt2-medium`,
-              which is downloaded unless it is in the hub's cache;
-            - `tales`, the small trained model inside the package, or `book`, the book's untrained
-              124M model. Folders of these names are `./tales` and `./book`.
+            - a model on the Hugging Face hub, such as `gpt2`, downloaded unless it is cached;
+            - `tales`, the small trained model in the package, or `book`, the book's untrained 124M
+              model. Folders of these names are `./tales` and `./book`.
         progress: called with (parameters read, parameters in total).
 
     Returns:
-        The configuration; the parameters, a nested dict of float32 arrays, whatever the dtype in
-        the file; and the tokenizer stored with the model. Without one, a model with GPT-2's
-        vocabulary size gets GPT-2's tokenizer and others None. A tokenizer that flaxgpt cannot read
-        gives a warning and None.
+        The configuration; the parameters, as nested float32 arrays whatever the dtype in the file;
+        and the tokenizer stored with the model. Without one, a model with GPT-2's vocabulary size
+        gets GPT-2's tokenizer and others None. An unreadable tokenizer gives a warning and None.
 
     Raises:
         FileNotFoundError: there is no such folder, file or model.
         PermissionError: the model on the hub is gated.
         ConnectionError: the hub cannot be reached.
-        ValueError: a file is damaged, is of a kind that flaxgpt does not read, or does not fit the
-            configuration.
+        ValueError: a file is damaged, of an unsupported kind, or does not fit the configuration.
     """
     if source == "book":
         cfg = read_config(source)
@@ -77,11 +75,7 @@ def load(
 def read_config(source: str | os.PathLike[str]) -> GPTConfig:
     """Return the configuration of a model without reading its weights.
 
-    Args:
-        source: a model, as for `load`.
-
-    Raises:
-        FileNotFoundError, PermissionError, ConnectionError, ValueError: as for `load`.
+    `source` and the exceptions are those of `load`.
     """
     return GPTConfig.preset("book-124M") if source == "book" else read_config_file(locate(source))
 
@@ -89,35 +83,24 @@ def read_config(source: str | os.PathLike[str]) -> GPTConfig:
 def read_stored_bytes(source: str | os.PathLike[str]) -> dict[str, int]:
     """Return the size of a model's weights in its files, in bytes by dtype, largest first.
 
-    The dtypes are those of the files; `load` converts all weights to float32.
-
-    Args:
-        source: a model, as for `load`. `book` is computed and has no files.
-
-    Raises:
-        FileNotFoundError, PermissionError, ConnectionError, ValueError: as for `load`.
+    The dtypes are those of the files; `load` converts all weights to float32. `source` and the
+    exceptions are those of `load`; `book` is computed and has no files.
     """
-    sizes: dict[str, int] = {}
+    sizes: Counter[str] = Counter()
     paths = [] if source == "book" else weight_files(locate(source))
-    for tensor in (tensor for path in paths for tensor in tensors_in(path)):
+    for tensor in tensors_in(paths):
         if dtype := FLOATS.get(tensor.dtype):
-            size = tensor.size * int(jnp.dtype(dtype).itemsize)
-            sizes[dtype] = sizes.get(dtype, 0) + size
-    return dict(sorted(sizes.items(), key=lambda item: -item[1]))
+            sizes[dtype] += tensor.size * int(jnp.dtype(dtype).itemsize)
+    return dict(sizes.most_common())
 
 
 def _read_params(cfg: GPTConfig, paths: Sequence[Path], progress: Progress | None) -> Params:
-    """Return the parameters in the safetensors files of a model.
-
-    Host memory stays near the size of the parameters: the largest tensors are read first, while
-    there is room for a copy of them, and no copy is kept once a tensor is on the device.
-    """
     stamps = [stamp(path) for path in paths]
-    match = match_layout(cfg, [tensor for path in paths for tensor in tensors_in(path)], paths)
-    # A tied head comes after the token embedding, which has its size, because it is compared to it.
-    order = sorted(
-        match.tensors.values(), key=lambda pair: (-pair[0].size, pair[1].role == "tied head")
-    )
+    layout, tensors = match_layout(cfg, paths)
+    # The largest tensors are read first, while there is room for a copy of them, so that host
+    # memory stays near the size of the parameters. A tied head comes after the token embedding,
+    # which has its size, because it is compared to it.
+    order = sorted(tensors, key=lambda pair: (-pair[0].size, pair[1].role == "tied head"))
     total = sum(tensor.size for tensor, _ in order)
     params: dict[str, jax.Array] = {}
     done = 0
@@ -125,7 +108,7 @@ def _read_params(cfg: GPTConfig, paths: Sequence[Path], progress: Progress | Non
         if slot.role == "weights":
             params |= _put_on_device(tensor, slot)
         else:
-            _check_unused(match.layout, tensor, slot, params)
+            _check_unused(layout, tensor, slot, params)
         done += tensor.size
         if progress is not None:
             progress(done, total)

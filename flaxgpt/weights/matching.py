@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,62 +10,39 @@ from flaxgpt._checks import listed
 from flaxgpt.config import GPTConfig
 from flaxgpt.weights.layouts import LAYOUTS
 from flaxgpt.weights.table import Layout, Slot, slots
-from flaxgpt.weights.tensors import FLOATS, Tensor
+from flaxgpt.weights.tensors import FLOATS, Tensor, tensors_in
 
 _MESSAGES = {  # in the order of the report
-    "blocks": "the weights have {found} blocks instead of n_layers={expected}",
+    "blocks": "the weights have {0} blocks instead of n_layers={1}",
     "missing": "missing {tensor}",
     "unexpected": "unexpected {tensor}",
-    "duplicate": "unexpected second {tensor} in {found}",
-    "shape": "{tensor} has shape {found} instead of {expected}",
-    "dtype": "{tensor} is {found} instead of {expected}",
+    "duplicate": "unexpected second {tensor} in {0}",
+    "shape": "{tensor} has shape {0} instead of {1}",
+    "dtype": "{tensor} is {0} instead of floating point",
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Fault:
-    """One way in which a set of tensors does not fit a configuration.
-
-    Attributes:
-        kind: a key of `_MESSAGES`.
-        tensor: name of the tensor; empty for `blocks`.
-        block: number of its block, None outside the blocks.
-        found: what the files have.
-        expected: what the configuration requires.
-    """
-
-    kind: str
-    tensor: str = ""
-    block: int | None = None
-    found: Any = None
-    expected: Any = None
-
-    def __str__(self) -> str:
-        return _MESSAGES[self.kind].format(**vars(self))
+class _Fault(NamedTuple):
+    kind: str  # in _MESSAGES
+    tensor: str
+    block: int | None
+    details: tuple[Any, ...] = ()
 
 
-class Match(NamedTuple):
-    """How a set of tensors fits a layout and a configuration."""
-
+class _Match(NamedTuple):
     layout: Layout
-    tensors: dict[str, tuple[Tensor, Slot]]
-    """The tensors that the configuration requires or allows, by their full names."""
-    faults: list[Fault]
-    known: int
-    """Number of tensor names that belong to the layout."""
+    known: int  # tensors whose names belong to the layout
+    tensors: list[tuple[Tensor, Slot]]
+    faults: list[str]
 
 
-def match_layout(cfg: GPTConfig, tensors: Sequence[Tensor], paths: Sequence[Path]) -> Match:
-    """Return the match with the layout that knows the most names.
-
-    Args:
-        cfg: the configuration.
-        tensors: all tensors in the files.
-        paths: the files, for messages.
+def match_layout(cfg: GPTConfig, paths: Sequence[Path]) -> tuple[Layout, list[tuple[Tensor, Slot]]]:
+    """Return the layout that knows the most names in the files, and their tensors with slots.
 
     Raises:
         ValueError: no layout knows any of the names, or some tensors do not fit.
     """
+    tensors = list(tensors_in(paths))
     matches = [_match(layout, cfg, tensors) for layout in LAYOUTS.values()]
     best = max(matches, key=lambda match: (match.known, -len(match.faults)))
     if not best.known:
@@ -76,7 +52,7 @@ def match_layout(cfg: GPTConfig, tensors: Sequence[Tensor], paths: Sequence[Path
         )
         raise ValueError(
             f"{paths[0]} has no GPT-2 weights in a known layout. Its tensors: {names}. Expected "
-            f"{expected}"
+            + expected
         )
     if best.faults:
         place = paths[0] if len(paths) == 1 else paths[0].parent
@@ -84,16 +60,16 @@ def match_layout(cfg: GPTConfig, tensors: Sequence[Tensor], paths: Sequence[Path
             f"the weights in {place} do not fit vocab_size={cfg.vocab_size}, "
             f"context_length={cfg.context_length}, emb_dim={cfg.emb_dim}, n_layers={cfg.n_layers}, "
             f"qkv_bias={cfg.qkv_bias}, tie_embeddings={cfg.tie_embeddings} of config.json: "
-            f"{listed(list(map(str, best.faults)), '; ')}. Correct config.json, or get the weights "
-            "that belong to it"
+            f"{listed(best.faults, '; ')}. Correct config.json, or get the weights that belong to "
+            "it"
         )
-    return best
+    return best.layout, best.tensors
 
 
-def _match(layout: Layout, cfg: GPTConfig, tensors: Sequence[Tensor]) -> Match:
+def _match(layout: Layout, cfg: GPTConfig, tensors: Sequence[Tensor]) -> _Match:
     wanted = slots(layout, cfg)
     fitting: dict[str, tuple[Tensor, Slot]] = {}
-    faults: list[Fault] = []
+    faults: list[_Fault] = []
     known, blocks = 0, 0
     for tensor in tensors:
         name, block = layout.find(tensor.name) or (None, None)
@@ -102,18 +78,18 @@ def _match(layout: Layout, cfg: GPTConfig, tensors: Sequence[Tensor]) -> Match:
         if name is not None and layout.is_constant(name):
             continue
         if name is None or name not in wanted:
-            faults.append(Fault("unexpected", tensor.name, block))
+            faults.append(_Fault("unexpected", tensor.name, block))
         elif name in fitting:
-            faults.append(Fault("duplicate", tensor.name, block, found=tensor.path.name))
+            faults.append(_Fault("duplicate", tensor.name, block, (tensor.path.name,)))
         else:
             slot = wanted[name]
             fitting[name] = tensor, slot
             if tensor.shape != slot.shape:
-                faults.append(Fault("shape", tensor.name, block, tensor.shape, slot.shape))
+                faults.append(_Fault("shape", tensor.name, block, (tensor.shape, slot.shape)))
             if tensor.dtype not in FLOATS:
-                faults.append(Fault("dtype", tensor.name, block, tensor.dtype, "floating point"))
+                faults.append(_Fault("dtype", tensor.name, block, (tensor.dtype,)))
     faults += [
-        Fault("missing", name, slot.block)
+        _Fault("missing", name, slot.block)
         for name, slot in wanted.items()
         if name not in fitting and slot.role != "tied head"
     ]
@@ -121,7 +97,8 @@ def _match(layout: Layout, cfg: GPTConfig, tensors: Sequence[Tensor]) -> Match:
         # The number of blocks says more than the names of all tensors in the surplus ones.
         common = min(blocks, cfg.n_layers)
         faults = [fault for fault in faults if fault.block is None or fault.block < common]
-        faults.append(Fault("blocks", found=blocks, expected=cfg.n_layers))
+        faults.append(_Fault("blocks", "", None, (blocks, cfg.n_layers)))
     order = list(_MESSAGES)
     faults.sort(key=lambda fault: (order.index(fault.kind), fault.tensor))
-    return Match(layout, fitting, faults, known)
+    messages = [_MESSAGES[kind].format(*details, tensor=name) for kind, name, _, details in faults]
+    return _Match(layout, known, list(fitting.values()), messages)

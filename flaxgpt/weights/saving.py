@@ -49,15 +49,13 @@ def save(
 ) -> None:
     """Write a model to a folder atomically: after a crash it holds the old model or the new one.
 
-    transformers' `GPT2LMHeadModel` opens Hugging Face's layout, and the book's `GPTModel` the
-    book's. `load` reads both, bit for bit.
+    `load` reads both layouts, bit for bit.
 
     Args:
         folder: a new folder, or one that holds only a saved model, which is replaced.
         cfg: the configuration.
-        params: parameters of that configuration, as JAX or NumPy arrays. bfloat16 and float16 are
-            written unchanged, other dtypes as float32.
-        layout: `huggingface` or `book`.
+        params: its parameters; bfloat16 and float16 are written unchanged, the rest as float32.
+        layout: `huggingface`, for transformers' `GPT2LMHeadModel`, or `book`, for its `GPTModel`.
         tokenizer: if given, stored with the weights.
 
     Raises:

@@ -6,9 +6,10 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import Any
 
+from flaxgpt._checks import listed
 from flaxgpt.config import GPTConfig
+from flaxgpt.tokenizer.json_files import value_errors_naming
 from flaxgpt.weights.hub import fetch
 from flaxgpt.weights.tensors import INDEX, SINGLE, shards
 
@@ -22,8 +23,7 @@ def locate(source: str | os.PathLike[str]) -> Path:
     """Return the path of an existing file or folder, downloading a model on the hub."""
     if source == "tales":
         return _TALES
-    name = os.fspath(source)
-    path = Path(name).expanduser()
+    name, path = os.fspath(source), Path(source).expanduser()
     if name and path.exists():
         if not (path / "checkpoints").is_dir():
             return path
@@ -35,8 +35,7 @@ def locate(source: str | os.PathLike[str]) -> Path:
             f"there is no file or folder {name!r}, and the preset of that name has no weights: use "
             "'book' for the book's untrained 124M model"
         )
-    is_id = isinstance(source, str) and _HUB_ID.fullmatch(name) is not None
-    if is_id and path.suffix not in _FILES:
+    if isinstance(source, str) and _HUB_ID.fullmatch(name) and path.suffix not in _FILES:
         return fetch(name)
     raise FileNotFoundError(
         f"there is no file or folder {name!r}: expected a model's folder, a .safetensors file, a "
@@ -45,34 +44,24 @@ def locate(source: str | os.PathLike[str]) -> Path:
 
 
 def weight_files(path: Path) -> list[Path]:
-    """Return the safetensors files of a model.
-
-    Args:
-        path: a folder or one file, from `locate`.
-
-    Raises:
-        FileNotFoundError: the folder has no weights, or lacks some of them.
-        ValueError: the weights are pickles or files of another kind, or the index is damaged.
-    """
+    """Return the safetensors files of a model, given its folder or file from `locate`."""
     if path.is_file():
         if path.suffix in _PICKLES:
             raise ValueError(_explain_pickle(path))
         if path.suffix != ".safetensors":
-            raise ValueError(
-                f"{path} is not a .safetensors file: give one, or the folder of a model"
-            )
+            raise ValueError(f"{path} is not a .safetensors file: give one or a model's folder")
         return [path]
     if (path / SINGLE).exists():
         return [path / SINGLE]
     if (path / INDEX).exists():
         return shards(path / INDEX)
-    others = sorted(entry for entry in path.iterdir() if entry.suffix == ".safetensors")
-    if others:
+    entries = sorted(path.iterdir())
+    if others := [entry for entry in entries if entry.suffix == ".safetensors"]:
         raise FileNotFoundError(
-            f"{path} has no {SINGLE}, but it has {', '.join(other.name for other in others[:8])}: "
+            f"{path} has no {SINGLE}, but it has {listed([other.name for other in others])}: "
             f"give the path of the file to read, such as {str(others[0])!r}"
         )
-    if pickles := sorted(entry for entry in path.iterdir() if entry.suffix in _PICKLES):
+    if pickles := [entry for entry in entries if entry.suffix in _PICKLES]:
         raise ValueError(_explain_pickle(pickles[0]))
     raise FileNotFoundError(
         f"{path} has neither {SINGLE} nor {INDEX}: expected a model's folder in Hugging Face's or "
@@ -81,32 +70,21 @@ def weight_files(path: Path) -> list[Path]:
 
 
 def read_config_file(path: Path) -> GPTConfig:
-    """Return the configuration stored with a model.
-
-    Args:
-        path: the model's folder or one file in it, from `locate`.
-
-    Raises:
-        FileNotFoundError: there is no `config.json`.
-        ValueError: it is damaged, or describes a model that is not supported.
-    """
+    """Return the configuration stored with a model, given its folder or file from `locate`."""
     folder = path if path.is_dir() else path.parent
     config = folder / "config.json"
     try:
-        values: Any = json.loads(config.read_text(encoding="utf-8"))
+        values = json.loads(config.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"{folder} has no config.json: expected Hugging Face's, or the book's settings as "
             "written by GPTConfig.to_dict"
         ) from error
     except ValueError as error:
-        raise ValueError(
-            f"{config} is not valid JSON ({error}): copy or download it again"
-        ) from error
-    try:
+        message = f"{config} is not valid JSON ({error}): copy or download it again"
+        raise ValueError(message) from error
+    with value_errors_naming(config):
         return GPTConfig.from_dict(values)
-    except ValueError as error:
-        raise ValueError(f"{config}: {error}") from error
 
 
 def _explain_pickle(path: Path) -> str:

@@ -16,6 +16,7 @@ from flaxgpt.config import GPTConfig, block_name
 from flaxgpt.model import param_shapes
 from flaxgpt.typing import Params
 
+# A zero bias and a tied head have no parameter in the configuration.
 Role = Literal["weights", "zero bias", "tied head"]
 
 TOKEN_EMBEDDING, HEAD = "tok_emb/weight", "out_head/weight"
@@ -30,57 +31,34 @@ def block_path(path: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One parameter and the tensor that stores it.
+    """One parameter and the tensor that stores it."""
 
-    Attributes:
-        ours: path in the parameter tree; `{l}` stands for the number of the block.
-        theirs: name of the tensor in the file, with the same placeholder.
-        transposed: whether the file stores the weight as `[in, out]`.
-        third: which third of the tensor's last axis holds the parameter, where query, key and value
-            are fused.
-    """
-
-    ours: str
-    theirs: str
-    transposed: bool = False
-    third: int | None = None
+    ours: str  # path in the parameter tree, with "{l}" for the number of the block
+    theirs: str  # name of the tensor in the file, with the same placeholder
+    transposed: bool = False  # whether the file stores the weight as [in, out]
+    third: int | None = None  # part of the last axis, where query, key and value are fused
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """A way to store a model in a folder.
+    """A way to store a model in a folder."""
 
-    Attributes:
-        name: the name `save` knows it by.
-        title: the name in messages, such as "the book's".
-        entries: the name table.
-        constants: tensors that PyTorch saves although they are not weights.
-        prefix: start of the names that some files omit.
-        writes_tied_head: whether the output head is written even if it is the token embedding.
-        tie_key: the key of `tie_embeddings` in `config.json`.
-        write_config: returns the contents of `config.json`.
-        metadata: metadata of the safetensors file.
-    """
-
-    name: str
-    title: str
-    entries: tuple[Entry, ...]
-    constants: tuple[str, ...]
-    prefix: str
-    writes_tied_head: bool
-    tie_key: str
-    write_config: Callable[[GPTConfig], dict[str, Any]]
-    metadata: dict[str, str] | None
+    name: str  # for `save`
+    title: str  # for messages, such as "the book's"
+    entries: tuple[Entry, ...]  # the name table
+    constants: tuple[str, ...]  # tensors that PyTorch saves although they are not weights
+    prefix: str  # start of the names that some files omit
+    writes_tied_head: bool  # whether the head is written even if it is the token embedding
+    tie_key: str  # the key of `tie_embeddings` in config.json
+    write_config: Callable[[GPTConfig], dict[str, Any]]  # returns the contents of config.json
+    metadata: dict[str, str] | None  # of the safetensors file
 
     @cached_property
     def _known(self) -> frozenset[str]:
         return frozenset(entry.theirs for entry in self.entries) | frozenset(self.constants)
 
     def find(self, name: str) -> tuple[str, int | None] | None:
-        """Return a tensor's full name and the number of its block, or None if it is unknown.
-
-        A known tensor outside the blocks has no number.
-        """
+        """Return a tensor's full name and its block (None outside), or None if it is unknown."""
         for full in (name, self.prefix + name):
             if full in self._known:
                 return full, None
@@ -106,20 +84,12 @@ def _with_placeholder(name: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Slot:
-    """A tensor that a file has for a given configuration.
+    """A tensor that a file has for a given configuration."""
 
-    Attributes:
-        shape: shape of the tensor in the file.
-        entries: the parameters it holds, in the order of their thirds.
-        role: `weights`, or `zero bias` and `tied head` for tensors that have no parameter in this
-            configuration.
-        block: number of its block, None outside the blocks.
-    """
-
-    shape: tuple[int, ...]
-    entries: tuple[Entry, ...]
+    shape: tuple[int, ...]  # in the file
+    entries: tuple[Entry, ...]  # the parameters it holds, in the order of their thirds
     role: Role
-    block: int | None
+    block: int | None  # None outside the blocks
 
     def split(self, tensor: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
         """Yield the path and values of each parameter in a tensor."""
@@ -130,34 +100,27 @@ class Slot:
 
 def slots(layout: Layout, cfg: GPTConfig) -> dict[str, Slot]:
     """Return every tensor that a file in this layout has, by its full name."""
-    ours = flatten_dict(param_shapes(cfg), sep="/")
+    used = flatten_dict(param_shapes(cfg), sep="/")
     largest = dataclasses.replace(cfg, qkv_bias=True, tie_embeddings=False)
     shapes = flatten_dict(param_shapes(largest), sep="/")
     found: dict[str, Slot] = {}
-    for block, entry in _entries_by_block(layout, cfg):
-        role: Role
-        if entry.ours in ours:
-            role = "weights"
-        elif entry.ours == HEAD:
-            role = "tied head"
-        elif entry.third is not None:  # a fused qkv bias cannot be omitted for one of the three
-            role = "zero bias"
-        else:
-            continue
-        shape = shapes[entry.ours].shape
-        shape = shape[::-1] if entry.transposed else shape
-        if entry.third is not None:
-            shape = (*shape[:-1], 3 * shape[-1])
-        earlier = found[entry.theirs].entries if entry.theirs in found else ()
-        found[entry.theirs] = Slot(shape, (*earlier, entry), role, block)
-    return found
-
-
-def _entries_by_block(layout: Layout, cfg: GPTConfig) -> Iterator[tuple[int | None, Entry]]:
     for entry in layout.entries:
         for block in range(cfg.n_layers) if _PLACEHOLDER in entry.ours else (None,):
             ours, theirs = entry.ours.format(l=block), entry.theirs.format(l=block)
-            yield block, dataclasses.replace(entry, ours=ours, theirs=theirs)
+            role: Role = "weights"
+            if ours == HEAD and cfg.tie_embeddings:
+                role = "tied head"
+            elif ours not in used and entry.third is None:
+                continue
+            elif ours not in used:  # a fused qkv bias cannot be omitted for one of the three
+                role = "zero bias"
+            shape = shapes[ours].shape[:: -1 if entry.transposed else 1]
+            if entry.third is not None:
+                shape = (*shape[:-1], 3 * shape[-1])
+            earlier = found[theirs].entries if theirs in found else ()
+            entries = (*earlier, dataclasses.replace(entry, ours=ours, theirs=theirs))
+            found[theirs] = Slot(shape, entries, role, block)
+    return found
 
 
 def export(layout: Layout, cfg: GPTConfig, params: Params) -> dict[str, np.ndarray]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,44 +21,30 @@ FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float6
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """A tensor whose values are still on disk.
-
-    Attributes:
-        path: the file.
-        name: its name in the file.
-        dtype: its dtype in safetensors' spelling: F32, BF16, I64, ...
-        shape: its shape.
-    """
+    """A tensor whose values are still on disk."""
 
     path: Path
     name: str
-    dtype: str
+    dtype: str  # in safetensors' spelling: F32, BF16, I64, ...
     shape: tuple[int, ...]
 
     @property
     def size(self) -> int:
-        """Number of elements."""
-        return int(np.prod(self.shape, dtype=np.int64))
+        return math.prod(self.shape)
 
 
-def tensors_in(path: Path) -> Iterator[Tensor]:
-    """Yield the tensors in a file.
-
-    Raises:
-        ValueError: the file is truncated or damaged.
-    """
-    with _open(path) as file:
-        for name in file.keys():  # noqa: SIM118 (the library's handle is no dict)
-            view = file.get_slice(name)
-            yield Tensor(path, name, view.get_dtype(), tuple(view.get_shape()))
+def tensors_in(paths: Sequence[Path]) -> Iterator[Tensor]:
+    """Yield the tensors in safetensors files, or raise ValueError for a damaged one."""
+    for path in paths:
+        with _open(path) as file:
+            for name in file.keys():  # noqa: SIM118 (the library's handle is no dict)
+                view = file.get_slice(name)
+                yield Tensor(path, name, view.get_dtype(), tuple(view.get_shape()))
 
 
 def read(tensor: Tensor) -> np.ndarray:
-    """Return a tensor's values as float32.
-
-    The file is opened for each tensor: everything read from it counts as memory of this process
-    until it is closed.
-    """
+    """Return a tensor's values as float32."""
+    # Everything read from a file counts as memory of this process until the file is closed.
     with _open(tensor.path) as file:
         return file.get_tensor(tensor.name).astype(np.float32, copy=False)
 
@@ -69,12 +56,7 @@ def stamp(path: Path) -> tuple[int, ...]:
 
 
 def shards(index: Path) -> list[Path]:
-    """Return the files listed in `model.safetensors.index.json`.
-
-    Raises:
-        ValueError: the index is damaged.
-        FileNotFoundError: a listed file does not exist.
-    """
+    """Return the files listed in `model.safetensors.index.json`, all of which exist."""
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         names = sorted(set(weight_map.values()))
@@ -100,12 +82,8 @@ def _open(path: Path) -> Iterator[safe_open]:
         with safe_open(path, "np") as file:
             yield file
     except SafetensorError as error:
+        fault = f"is truncated or damaged ({error}): download or copy it again"
         with path.open("rb") as raw:
-            pointer = raw.read(8) == b"version "
-        if pointer:
-            raise ValueError(
-                f"{path} is a Git LFS pointer instead of the weights: run `git lfs pull`"
-            ) from error
-        raise ValueError(
-            f"{path} is truncated or damaged ({error}): download or copy it again"
-        ) from error
+            if raw.read(8) == b"version ":
+                fault = "is a Git LFS pointer instead of the weights: run `git lfs pull`"
+        raise ValueError(f"{path} {fault}") from error
