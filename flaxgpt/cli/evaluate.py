@@ -43,9 +43,7 @@ class EvalCommand:
         if self.stride is not None:
             check_size("--stride", self.stride)
         with progress("reading") as advance:
-            text = scan_texts(
-                [Path(path) for path in self.data], errors=self.errors, progress=advance
-            )
+            text = scan_texts(list(map(Path, self.data)), errors=self.errors, progress=advance)
         cfg, params, tokenizer = load_with_tokenizer(self.model)
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "text.npy"
@@ -61,10 +59,10 @@ class EvalCommand:
                     dtype=self.dtype,
                     progress=advance,
                 )
-        say(f"loss           {found.loss:.4f} nats per token\n")
-        say(f"perplexity     {found.perplexity:.3f}\n")
-        say(f"bits per byte  {found.bits_per_byte:.4f}\n")
         say(
+            f"loss           {found.loss:.4f} nats per token\n"
+            f"perplexity     {found.perplexity:.3f}\n"
+            f"bits per byte  {found.bits_per_byte:.4f}\n"
             f"{found.tokens} tokens ({found.bytes} bytes) in {found.windows} windows of "
             f"{cfg.context_length}, stride {found.stride}\n"
         )

@@ -40,10 +40,10 @@ class GenerateCommand:
     """0 for greedy decoding; higher values give more varied text."""
 
     top_k: int | None = None
-    """Sample only from this many of the likeliest tokens."""
+    """Sample only from this many of the most likely tokens."""
 
     top_p: float | None = None
-    """Sample only from the likeliest tokens whose probabilities add up to this value."""
+    """Sample only from the most likely tokens whose probabilities add up to this value."""
 
     seed: int = 0
     """Random seed; the same seed gives the same text."""
@@ -99,12 +99,9 @@ class GenerateCommand:
 
 
 def _prompt(given: str | None) -> str:
-    if given is not None and given != "-":
-        prompt = given
-    elif given is None and sys.stdin.isatty():
+    if given is None and sys.stdin.isatty():
         raise ValueError('no prompt: give one, as in flaxgpt generate "Once upon a time"')
-    else:
-        prompt = sys.stdin.read().removesuffix("\n")
+    prompt = sys.stdin.read().removesuffix("\n") if given in (None, "-") else given
     if not prompt:
         raise ValueError("the prompt is empty: give at least one character to continue from")
     return prompt

@@ -41,8 +41,8 @@ class ParamsCommand:
     """
 
     model: Annotated[str | None, tyro.conf.Positional] = None
-    """A preset (gpt2, gpt2-xl, book-124M, ...); or a model as for generate: "tales", "book", a
-    folder, a run, a safetensors file or a hub id with a slash, such as openai-community/gpt2."""
+    """A preset (gpt2, gpt2-xl, book-124M, ...), or a model as for generate; a hub id needs a slash,
+    as in openai-community/gpt2."""
 
     depth: int = 4
     """Levels of the tree to show, from 1 (parts of the model) to 4 (every array)."""
@@ -84,9 +84,8 @@ class ParamsCommand:
         if self.fits is not None:
             self._print_largest_batches(parse_size(self.fits))
         elif self.model is None:
-            raise ValueError(
-                f"no model: give a preset ({', '.join(PRESETS)}), a folder, tales or book"
-            )
+            presets = ", ".join(PRESETS)
+            raise ValueError(f"no model: give a preset ({presets}), a folder, tales or book")
         elif self.diff is not None:
             self._print_differences(self.model, self.diff)
         else:
@@ -121,14 +120,13 @@ class ParamsCommand:
                 | ({"memory": extent | used.to_dict()} if used else {})
             )
             return
-        tables.print_table(tables.parameter_table(self._select(rows, cfg, params), count))
-        say(tables.format_totals(count, stored))
+        tables.print_parameters(self._select(rows, cfg, params), count, stored)
         if flops:
             say("\n")
-            tables.print_table(tables.flops_table(flops, self.batch, length))
+            tables.print_flops(flops, self.batch, length)
         if used:
             say("\n")
-            tables.print_table(tables.memory_table(used, self.batch, length))
+            tables.print_memory(used, self.batch, length)
 
     def _select(self, rows: list[TreeRow], cfg: GPTConfig, params: Params | None) -> list[TreeRow]:
         """Return the rows to show, in order."""
@@ -140,11 +138,9 @@ class ParamsCommand:
         shown = [row for row in rows if len(row.path) <= self.depth]
         if params is not None or cfg.n_layers == 1:
             return shown
-        folded = f"{block_name(0)} to {cfg.n_layers - 1}, each"
+        titles = {block_name(0): f"{block_name(0)} to {cfg.n_layers - 1}, each"}
         return [
-            dataclasses.replace(row, path=(folded, *row.path[1:]))
-            if row.path[0] == block_name(0)
-            else row
+            dataclasses.replace(row, path=(titles.get(row.path[0], row.path[0]), *row.path[1:]))
             for row in shown
             if block_index(row.path[0]) in (None, 0)
         ]
@@ -155,30 +151,18 @@ class ParamsCommand:
                 raise ValueError(f"{name} is a preset without weights: --diff compares two models")
         (cfg_a, params_a, stored_a), (cfg_b, params_b, stored_b) = _read(a), _read(b)
         differences = compare(params_a, params_b)
-        fields = dataclasses.asdict(cfg_a), dataclasses.asdict(cfg_b)
-        config = {name: [fields[0][name], fields[1][name]] for name in fields[0]}
-        config = {name: pair for name, pair in config.items() if pair[0] != pair[1]}
+        one, other = dataclasses.asdict(cfg_a), dataclasses.asdict(cfg_b)
+        config = {name: [one[name], other[name]] for name in one if one[name] != other[name]}
         if self.json:
-            _print_json(
-                {
-                    "a": a,
-                    "b": b,
-                    "config": config,
-                    "stored": [stored_a, stored_b],
-                    "differences": [item.to_dict() for item in differences],
-                }
-            )
+            stored, items = [stored_a, stored_b], [item.to_dict() for item in differences]
+            _print_json({"a": a, "b": b, "config": config, "stored": stored, "differences": items})
             return
-        for letter, name, stored in (("A", a, stored_a), ("B", b, stored_b)):
-            say(
-                f"{letter}: {name}, stored as {', '.join(stored)}\n"
-                if stored
-                else f"{letter}: {name}\n"
-            )
-        for name, (one, other) in config.items():
-            say(f"config {name}: {one} in A, {other} in B\n")
+        for letter, name, sizes in (("A", a, stored_a), ("B", b, stored_b)):
+            say(f"{letter}: {name}" + (f", stored as {', '.join(sizes)}\n" if sizes else "\n"))
+        for name, (first, second) in config.items():
+            say(f"config {name}: {first} in A, {second} in B\n")
         if differences:
-            tables.print_table(tables.difference_table(differences))
+            tables.print_differences(differences)
         else:
             say("the parameters are equal\n")
 
@@ -196,7 +180,7 @@ class ParamsCommand:
             fits = {name: dataclasses.asdict(found) for name, found in batches.items()}
             _print_json({"bytes": size, "fits": fits})
         else:
-            tables.print_table(tables.largest_batch_table(batches, lengths, size))
+            tables.print_largest_batches(batches, lengths, size)
 
 
 def parse_size(text: str) -> int:

@@ -16,12 +16,14 @@ from flaxgpt.cli.common import load_with_tokenizer, say
 from flaxgpt.config import PRESETS, GPTConfig
 from flaxgpt.inspection import gradient_norms, plots
 
+_STREAMS = {"residual stream": "", "attention output": "/att", "feed-forward output": "/ff"}
+
 
 @dataclasses.dataclass(frozen=True)
 class PlotCommand:
     """Plot what a model computes for a text, as a PNG file.
 
-    attention: attention weights of each head. lens: the likeliest next token after each block.
+    attention: attention weights of each head. lens: the most likely next token after each block.
     activations: size of the residual stream and of what is added to it, by block. gradients: norm
     of the gradient by block, with and without shortcuts. shares: parameters of the presets by part
     (no text).
@@ -70,9 +72,8 @@ class PlotCommand:
 
     def _plot_text(self) -> Any:
         if not self.text:
-            raise ValueError(
-                f'no text: give an input text, as in flaxgpt plot {self.kind} "The cat sat"'
-            )
+            example = f'flaxgpt plot {self.kind} "The cat sat"'
+            raise ValueError(f"no text: give an input text, as in {example}")
         if self.block is not None:
             check_size("--block", self.block, 0)
         cfg, params, tokenizer = load_with_tokenizer(self.model)
@@ -105,16 +106,11 @@ class PlotCommand:
                 }
                 return plots.lines_by_depth(curves, "norm of the gradient of the loss", title)
             case _:
-                parts = {
-                    "residual stream": "",
-                    "attention output": "/att",
-                    "feed-forward output": "/ff",
-                }
-                names = [block + part for block in blocks for part in parts.values()]
+                names = [block + part for block in blocks for part in _STREAMS.values()]
                 found = flaxgpt.activations(cfg, params, ids, select=names)
                 rms = {name: np.sqrt(np.square(value).mean()) for name, value in found.items()}
                 sizes = {
                     label: np.array([rms[block + part] for block in blocks])
-                    for label, part in parts.items()
+                    for label, part in _STREAMS.items()
                 }
                 return plots.lines_by_depth(sizes, "root mean square", title)

@@ -7,6 +7,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from flaxgpt.cli.common import say
 from flaxgpt.inspection.flop_count import FlopCount
 from flaxgpt.inspection.memory_use import LargestBatch, MemoryUse
 from flaxgpt.inspection.parameters import ParamCount
@@ -16,15 +17,8 @@ _PURPOSES = ("generation", "training", "training, remat")
 _NO_REMAT = "remat saves no memory on CPU, where XLA undoes it"
 
 
-def print_table(table: Table) -> None:
-    """Print a table at its full width: rich would drop columns that do not fit the terminal."""
-    wide = Console(width=1000)
-    width = Measurement.get(wide, wide.options, table).maximum
-    Console(width=max(width, Console().width)).print(table)
-
-
-def parameter_table(rows: list[TreeRow], count: ParamCount) -> Table:
-    """Return a table of arrays, and of groups, whose members are indented."""
+def print_parameters(rows: list[TreeRow], count: ParamCount, stored: dict[str, int]) -> None:
+    """Print arrays and groups, with indented members; `stored` is as from `read_stored_bytes`."""
     statistics = any(row.statistics for row in rows)
     columns = ["parameters", "shape", "dtype", "count", "share", "size"]
     table = _table(columns + ["mean", "std", "norm", ""] * statistics, left=(0, 2, 9))
@@ -36,31 +30,26 @@ def parameter_table(rows: list[TreeRow], count: ParamCount) -> Table:
             row.dtype,
             f"{row.count:,}",
             f"{100 * row.count / count.total:.2f} %",
-            format_bytes(row.bytes),
+            _bytes(row.bytes),
         ]
         if s := row.statistics:
             cells += [f"{s.mean:.3g}", f"{s.std:.3g}", f"{s.norm:.4g}", ", ".join(s.faults)]
         is_part = row.shape is None and len(row.path) == 1
         table.add_row(*map(Text, cells), style="bold" if is_part else "")
-    return table
-
-
-def format_totals(count: ParamCount, stored: dict[str, int]) -> str:
-    """Return the lines below the table of parameters; `stored` is as from `read_stored_bytes`."""
+    _print(table)
 
     def by_dtype(sizes: dict[str, int]) -> str:
-        return ", ".join(f"{format_bytes(n)} {dtype}" for dtype, n in sizes.items())
+        return ", ".join(f"{_bytes(n)} {dtype}" for dtype, n in sizes.items())
 
     in_file = "" if list(stored) in ([], ["float32"]) else f" ({by_dtype(stored)} in the file)"
-    return (
+    say(
         f"\ntotal {count.total:,} parameters, {by_dtype(count.bytes_by_dtype)}{in_file}\n"
         f"with a tied head {count.tied:,}, with a separate head {count.untied:,}\n"
     )
 
 
-def flops_table(flops: FlopCount, batch: int, length: int) -> Table:
-    """Return a table of operations by part."""
-    columns = [f"FLOPs, {batch} x {length} ids", "forward", "forward and backward"]
+def print_flops(flops: FlopCount, batch: int, length: int) -> None:
+    """Print operations by part."""
     parts = {
         "attention projections": flops.projections,
         "attention scores": flops.scores,
@@ -69,14 +58,14 @@ def flops_table(flops: FlopCount, batch: int, length: int) -> Table:
         "total without scores (as in the book)": flops.forward_without_scores,
         "total (as in nanoGPT)": flops.forward,
     }
-    table = _table(columns)
+    table = _table([f"FLOPs, {batch} x {length} ids", "forward", "forward and backward"])
     for name, value in parts.items():
         table.add_row(name, f"{value:.4g}", f"{3 * value:.4g}")
-    return table
+    _print(table)
 
 
-def memory_table(used: MemoryUse, batch: int, length: int) -> Table:
-    """Return a table of memory, with a column for each purpose."""
+def print_memory(used: MemoryUse, batch: int, length: int) -> None:
+    """Print memory by purpose."""
     rows: dict[str, tuple[int | None, int | None, int | None]] = {
         "weights": (used.weights, used.weights, used.weights),
         "KV cache": (used.kv_cache, None, None),
@@ -87,12 +76,12 @@ def memory_table(used: MemoryUse, batch: int, length: int) -> Table:
     }
     table = _table([f"memory, {batch} x {length} ids", *_PURPOSES], caption=_NO_REMAT)
     for name, sizes in rows.items():
-        table.add_row(name, *("" if size is None else format_bytes(size) for size in sizes))
-    return table
+        table.add_row(name, *("" if size is None else _bytes(size) for size in sizes))
+    _print(table)
 
 
-def difference_table(differences: list[Difference]) -> Table:
-    """Return a table of the differences between two models, A and B."""
+def print_differences(differences: list[Difference]) -> None:
+    """Print the differences between two models, A and B."""
     columns = ["parameters", "difference", "A", "B", "values changed", "largest change", "relative"]
     table = _table(columns, left=(0, 1, 2, 3))
     for item in differences:
@@ -100,23 +89,22 @@ def difference_table(differences: list[Difference]) -> Table:
         if item.kind == "values":
             cells += [f"{item.changed:,}", f"{item.largest:.3g}", f"{item.relative:.3g}"]
         table.add_row(*map(Text, cells))
-    return table
+    _print(table)
 
 
-def largest_batch_table(
+def print_largest_batches(
     batches: dict[str, LargestBatch], lengths: dict[str, int], size: int
-) -> Table:
-    """Return a table of the largest batches in `size` bytes, by model and purpose."""
-    columns = [f"largest batch in {format_bytes(size)}", "length", *_PURPOSES]
+) -> None:
+    """Print the largest batches in `size` bytes, by model and purpose."""
+    columns = [f"largest batch in {_bytes(size)}", "length", *_PURPOSES]
     table = _table(columns, caption=_NO_REMAT)
     for name, found in batches.items():
         rows = (found.generating, found.training, found.training_with_remat)
-        cells = [name, str(lengths[name]), *(f"{n:,}" if n else "-" for n in rows)]
-        table.add_row(*map(Text, cells))
-    return table
+        table.add_row(name, str(lengths[name]), *(f"{n:,}" if n else "-" for n in rows))
+    _print(table)
 
 
-def format_bytes(count: int) -> str:
+def _bytes(count: int) -> str:
     """Return a size with a binary unit."""
     for size, unit in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
         if count >= size:
@@ -130,3 +118,10 @@ def _table(columns: list[str], *, left: tuple[int, ...] = (0,), caption: str = "
     for i, name in enumerate(columns):
         table.add_column(name, justify="left" if i in left else "right", no_wrap=True)
     return table
+
+
+def _print(table: Table) -> None:
+    """Print a table at its full width: rich would drop columns that do not fit the terminal."""
+    wide = Console(width=1000)
+    width = Measurement.get(wide, wide.options, table).maximum
+    Console(width=max(width, Console().width)).print(table)

@@ -58,11 +58,7 @@ class TrainCommand:
 
 
 def defaults(arguments: Sequence[str]) -> TrainCommand:
-    """Return the command's default options, which depend on --recipe, --init-from and --out.
-
-    Raises:
-        ValueError, OSError: the recipe is unknown, or the model to start from cannot be read.
-    """
+    """Return the command's default options, which depend on --recipe, --init-from and --out."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     for name in ("recipe", "out", "init-from", "vocab-size"):
         parser.add_argument(f"--{name}", f"--{name.replace('-', '_')}", nargs="?", default="")
