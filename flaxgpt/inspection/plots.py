@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -18,8 +17,7 @@ from flaxgpt.inspection.parameters import PARTS, count_params
 
 __all__ = ["attention_maps", "lens_table", "lines_by_depth", "parameter_shares", "shown", "to_png"]
 
-_COLORS = ("#4477aa", "#66ccee", "#228833", "#ccbb44", "#bbbbbb", "#ee6677")  # Tol's bright
-_LINE_COLORS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377")
+_COLORS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#aa3377", "#66ccee")  # Tol's bright
 _MOST_LABELS = 40  # beside an axis
 _MOST_COLUMNS = 64  # of a table of words
 
@@ -136,11 +134,12 @@ def parameter_shares(configs: Mapping[str, GPTConfig]) -> Any:
     parts = [part for part in PARTS if any(count.by_part[part] for count in counts.values())]
     with new_figure(9, 1.3 + 0.45 * len(counts)) as figure:
         axes = figure.subplots()
+        axes.set_prop_cycle(color=_COLORS)
         left = np.zeros(len(counts))
-        for part, color in zip(parts, _COLORS, strict=False):
+        for part in parts:
             share = np.array([100 * count.by_part[part] / count.total for count in counts.values()])
             label = part.replace("_", " ")
-            bars = axes.barh(range(len(counts)), share, left=left, color=color, label=label)
+            bars = axes.barh(range(len(counts)), share, left=left, label=label)
             texts = [f"{width:.0f} %" if width >= 4 else "" for width in share]
             axes.bar_label(bars, texts, label_type="center")
             left += share
@@ -181,9 +180,9 @@ def lines_by_depth(
         )
     with new_figure(7, 4) as figure:
         axes = figure.subplots()
-        colors = itertools.cycle(_LINE_COLORS)
-        for (name, values), color in zip(curves.items(), colors, strict=False):
-            axes.plot(np.ravel(values), "o-", color=color, markersize=4, label=_plain(name))
+        axes.set_prop_cycle(color=_COLORS)
+        for name, values in curves.items():
+            axes.plot(np.ravel(values), "o-", markersize=4, label=_plain(name))
         longest = max(np.size(values) for values in curves.values())
         axes.set_xticks(range(0, longest, math.ceil(longest / 20)))
         if (sizes > 0).all() and sizes.max() > 10 * sizes.min():

@@ -27,7 +27,6 @@ def _torch_name(path: str) -> str:
 
 
 BOOK = Layout(
-    name="book",
     title="the book's",
     entries=tuple(Entry(path, _torch_name(path)) for path in _PATHS),
     constants=(_torch_name(block_path("att/mask")),),

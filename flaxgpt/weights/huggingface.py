@@ -52,7 +52,6 @@ _BLOCK = (
 )
 
 HUGGINGFACE = Layout(
-    name="huggingface",
     title="Hugging Face's",
     entries=(
         Entry(TOKEN_EMBEDDING, "transformer.wte.weight"),

@@ -3,4 +3,4 @@
 from flaxgpt.weights.book import BOOK
 from flaxgpt.weights.huggingface import HUGGINGFACE
 
-LAYOUTS = {layout.name: layout for layout in (HUGGINGFACE, BOOK)}
+LAYOUTS = {"huggingface": HUGGINGFACE, "book": BOOK}

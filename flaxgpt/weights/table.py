@@ -43,7 +43,6 @@ class Entry:
 class Layout:
     """A way to store a model in a folder."""
 
-    name: str  # for `save`
     title: str  # for messages, such as "the book's"
     entries: tuple[Entry, ...]  # the name table
     constants: tuple[str, ...]  # tensors that PyTorch saves although they are not weights
