@@ -8,7 +8,6 @@ from pathlib import Path
 # variants such as model.fp16.safetensors. flaxgpt reads none of these.
 _TOKENIZERS = ("merges.txt", "vocab.txt", "*.model", "*.tiktoken")  # also to tell their kind
 _WANTED = ("model.safetensors", "model-*.safetensors", "*.json", *_TOKENIZERS)
-_NESTED = "*/*"
 
 
 def fetch(model_id: str) -> Path:

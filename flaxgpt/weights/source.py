@@ -9,7 +9,7 @@ from pathlib import Path
 
 from flaxgpt._checks import listed
 from flaxgpt.config import GPTConfig
-from flaxgpt.tokenizer.json_files import value_errors_naming
+from flaxgpt.tokenizer.errors import value_errors
 from flaxgpt.weights.hub import fetch
 from flaxgpt.weights.tensors import INDEX, SINGLE, shards
 
@@ -83,7 +83,7 @@ def read_config_file(path: Path) -> GPTConfig:
     except ValueError as error:
         message = f"{config} is not valid JSON ({error}): copy or download it again"
         raise ValueError(message) from error
-    with value_errors_naming(config):
+    with value_errors(config):
         return GPTConfig.from_dict(values)
 
 
