@@ -1,8 +1,7 @@
 """The pure parts of training: configuration, recipes, losses, optimizer and training step."""
 
-from flaxgpt.training.batch import Batch
 from flaxgpt.training.config import TrainConfig
-from flaxgpt.training.losses import LossFn, loss, mean_loss, token_loss
+from flaxgpt.training.losses import Batch, LossFn, loss, mean_loss, token_loss
 from flaxgpt.training.optimizer import make_optimizer
 from flaxgpt.training.recipes import recipe
 from flaxgpt.training.step import TrainState, init_state, train_step, train_steps

@@ -103,10 +103,8 @@ class TrainConfig:
         for name in ("beta1", "beta2", "val_fraction", "warmup_fraction"):
             if getattr(self, name) >= 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and below 1")
-        if self.min_learning_rate_fraction > 1:
-            raise ValueError(
-                f"min_learning_rate_fraction={self.min_learning_rate_fraction} must be from 0 to 1"
-            )
+        if (fraction := self.min_learning_rate_fraction) > 1:
+            raise ValueError(f"min_learning_rate_fraction={fraction} must be from 0 to 1")
         if self.learning_rate == 0:
             raise ValueError("learning_rate=0.0 would not change the parameters: try 1e-3")
         if self.resolved_min_learning_rate > self.learning_rate:
@@ -114,14 +112,12 @@ class TrainConfig:
                 f"min_learning_rate={self.min_learning_rate} must not exceed "
                 f"learning_rate={self.learning_rate}, the peak of the schedule"
             )
-        if self.resolved_warmup_steps >= self.steps:
-            raise ValueError(
-                f"warmup_steps={self.warmup_steps} must be less than steps={self.steps}"
-            )
+        if self.resolved_warmup_steps >= (steps := self.steps):
+            raise ValueError(f"warmup_steps={self.warmup_steps} must be less than steps={steps}")
         if self.batch_size % self.accumulate:
             raise ValueError(
-                f"accumulate={self.accumulate} does not divide batch_size={self.batch_size}: all "
-                "pieces of a batch must have the same number of sequences"
+                f"accumulate={self.accumulate} does not divide batch_size={self.batch_size} into "
+                "pieces of the same size"
             )
         if self.seed >= 2**32:
             raise ValueError(f"seed={self.seed} must be from 0 to {2**32 - 1}")
@@ -129,16 +125,14 @@ class TrainConfig:
     @property
     def resolved_min_learning_rate(self) -> float:
         """Learning rate at the end of the schedule."""
-        if self.min_learning_rate is None:
-            return self.min_learning_rate_fraction * self.learning_rate
-        return self.min_learning_rate
+        relative = self.min_learning_rate_fraction * self.learning_rate
+        return relative if self.min_learning_rate is None else self.min_learning_rate
 
     @property
     def resolved_warmup_steps(self) -> int:
         """Number of warm-up steps."""
-        if self.warmup_steps is None:
-            return min(round(self.warmup_fraction * self.steps), self.steps - 1)
-        return self.warmup_steps
+        relative = min(round(self.warmup_fraction * self.steps), self.steps - 1)
+        return relative if self.warmup_steps is None else self.warmup_steps
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields, ready for JSON."""

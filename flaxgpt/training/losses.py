@@ -1,9 +1,10 @@
-"""Loss functions: a weighted sum of per-token losses, and the sum of the weights."""
+"""Batches, and loss functions: a weighted sum of per-token losses, and the sum of the weights."""
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -14,15 +15,39 @@ from flaxgpt._checks import check_ids
 from flaxgpt.config import GPTConfig
 from flaxgpt.model.gpt import forward
 from flaxgpt.model.log_probs import token_log_probs
-from flaxgpt.training.batch import Batch, as_batch
 from flaxgpt.typing import Params
+
+_NO_WEIGHT = "all weights are 0, so there is no mean loss: at least one target must count"
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=("ids", "weights"), meta_fields=())
+@dataclasses.dataclass(frozen=True, eq=False)
+class Batch:
+    """Token sequences, and the weight of each target: a pytree.
+
+    The loss of a batch is the weighted mean over its targets. A weight of 0 masks a target, such as
+    the prompt in instruction fine-tuning.
+
+    Attributes:
+        ids: int [B, T + 1]: in each row, the first T ids are inputs and the last T their targets.
+        weights: float32 or bool [B, T], 0 or more; None counts every target once, at no cost.
+    """
+
+    ids: Any
+    weights: Any = None
+
+
+def as_batch(batch: Batch | ArrayLike) -> Batch:
+    """Return `batch` itself, or the batch in which every target of an array of ids counts once."""
+    return batch if isinstance(batch, Batch) else Batch(batch)
 
 
 class LossFn(Protocol):
     """A pure function that training minimizes, such as `token_loss`.
 
-    It returns sums rather than their quotient, so that the batches of an evaluation and the pieces
-    of gradient accumulation add up to the exact mean.
+    It returns the weighted sum of the losses and the sum of the weights, both float32 [], so that
+    the batches of an evaluation and the pieces of gradient accumulation add up to the exact mean.
+    The sum of the weights must not depend on the parameters.
     """
 
     def __call__(
@@ -34,11 +59,7 @@ class LossFn(Protocol):
         *,
         dtype: DTypeLike,
         remat: bool,
-    ) -> tuple[jax.Array, jax.Array]:
-        """Return (weighted sum of the losses, sum of the weights), both float32 [].
-
-        The sum of the weights must not depend on the parameters.
-        """
+    ) -> tuple[jax.Array, jax.Array]: ...
 
 
 def token_loss(
@@ -71,9 +92,9 @@ def token_loss(
     ids = check_ids(cfg.vocab_size, batch.ids)
     if ids.shape[1] < 2:
         raise ValueError(f"ids of shape {ids.shape} have no targets: give at least 2 ids per row")
-    inputs, targets = ids[:, :-1], jnp.asarray(ids[:, 1:])
+    targets = jnp.asarray(ids[:, 1:])
     weights = None if batch.weights is None else _checked_weights(batch.weights, targets.shape)
-    logits = forward(cfg, params, inputs, dropout_key=dropout_key, dtype=dtype, remat=remat)
+    logits = forward(cfg, params, ids[:, :-1], dropout_key=dropout_key, dtype=dtype, remat=remat)
     losses = -token_log_probs(logits, targets)
     if weights is None:
         return losses.sum(), jnp.float32(losses.size)
@@ -92,10 +113,7 @@ def _checked_weights(weights: ArrayLike, shape: tuple[int, ...]) -> jax.Array:
 
 
 def mean(total: jax.Array, weight: jax.Array) -> jax.Array:
-    """Return the mean loss from what a `LossFn` returns, float32 [].
-
-    A batch in which no target counts has the mean 0, and so a gradient of 0 instead of NaN.
-    """
+    # A batch in which no target counts has the mean 0, and so a gradient of 0 instead of NaN.
     return total / jnp.where(weight == 0, 1.0, weight)
 
 
@@ -161,9 +179,6 @@ def mean_loss(
     if weight == 0:
         raise ValueError(_NO_WEIGHT)
     return total / weight
-
-
-_NO_WEIGHT = "all weights are 0, so there is no mean loss: at least one target must count"
 
 
 @partial(jax.jit, static_argnums=(0, 1), static_argnames="dtype")

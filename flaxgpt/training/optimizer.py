@@ -49,10 +49,8 @@ def make_optimizer(train_cfg: TrainConfig) -> optax.GradientTransformation:
             muon_weight_dimension_numbers=contrib.MuonDimensionNumbers(1, 0),  # [out, in]
         )
         optimizer = optax.partition({"muon": muon, "adamw": optimizer}, _optimizer_names)
-    clip = (
-        optax.clip_by_global_norm(train_cfg.grad_clip) if train_cfg.grad_clip else optax.identity()
-    )
-    return optax.chain(clip, optimizer)
+    limit = train_cfg.grad_clip
+    return optax.chain(optax.clip_by_global_norm(limit) if limit else optax.identity(), optimizer)
 
 
 # Root mean square of AdamW's updates, to which Muon's are scaled (Liu et al. 2025, section 2.2).
@@ -60,11 +58,7 @@ _ADAMW_RMS = 0.2
 
 
 def _optimizer_names(params: Params) -> Params:
-    """Return the optimizer of each parameter: Muon for the matrices of the blocks.
-
-    Embeddings and output head train better with AdamW (Jordan et al. 2024).
-    """
-
+    # Embeddings and output head train better with AdamW than with Muon (Jordan et al. 2024).
     def name(path: tuple[Any, ...], p: jax.Array) -> str:
         return "muon" if block_index(path[0].key) is not None and p.ndim == 2 else "adamw"
 

@@ -13,9 +13,8 @@ from jax.typing import ArrayLike
 
 from flaxgpt.config import GPTConfig
 from flaxgpt.model import init
-from flaxgpt.training.batch import Batch, as_batch
 from flaxgpt.training.config import TrainConfig
-from flaxgpt.training.losses import LossFn, mean, token_loss
+from flaxgpt.training.losses import Batch, LossFn, as_batch, mean, token_loss
 from flaxgpt.training.optimizer import learning_rate, make_optimizer
 from flaxgpt.typing import Params
 
@@ -108,12 +107,8 @@ def _step(loss_fn: LossFn, state: TrainState, batch: Batch) -> tuple[TrainState,
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         rate = learning_rate(state.train_cfg)(state.step)
-    metrics = {
-        "loss": loss,
-        "weight": weight,
-        "grad_norm": optax.tree.norm(grads),
-        "learning_rate": rate,
-    }
+    norm = optax.tree.norm(grads)
+    metrics = {"loss": loss, "weight": weight, "grad_norm": norm, "learning_rate": rate}
     params = optax.apply_updates(state.params, updates)
     state = dataclasses.replace(state, params=params, opt_state=opt_state, step=state.step + 1)
     return state, metrics
@@ -123,20 +118,19 @@ def _gradients(
     loss_fn: LossFn, state: TrainState, batch: Batch
 ) -> tuple[jax.Array, jax.Array, Params]:
     """Return the mean loss, the sum of the weights, and the gradient of the mean loss."""
-    train_cfg = state.train_cfg
-    has_dropout = max(state.cfg.drop_rates) > 0
+    cfg, train_cfg, count = state.cfg, state.train_cfg, state.train_cfg.accumulate
     step_key = jax.random.fold_in(state.key, state.step)
 
     def sums(params: Params, piece: Batch, index: jax.Array | int) -> tuple[jax.Array, jax.Array]:
-        key = jax.random.fold_in(step_key, index) if has_dropout else None
+        key = jax.random.fold_in(step_key, index) if max(cfg.drop_rates) > 0 else None
         dtype = jnp.dtype(train_cfg.dtype)
-        return loss_fn(state.cfg, params, piece, key, dtype=dtype, remat=train_cfg.remat)
+        return loss_fn(cfg, params, piece, key, dtype=dtype, remat=train_cfg.remat)
 
     def mean_and_weight(params: Params) -> tuple[jax.Array, jax.Array]:
         total, weight = sums(params, batch, 0)
         return mean(total, weight), weight
 
-    if train_cfg.accumulate == 1:
+    if count == 1:
         (loss, weight), grads = jax.value_and_grad(mean_and_weight, has_aux=True)(state.params)
         return loss, weight, grads
 
@@ -144,7 +138,6 @@ def _gradients(
         return jax.tree.map(jnp.add, total, of_piece(state.params, *numbered)), None
 
     of_piece = jax.value_and_grad(sums, has_aux=True)
-    count = train_cfg.accumulate
     pieces = jax.tree.map(lambda x: x.reshape(count, -1, x.shape[-1]), batch)
     zeros = ((jnp.float32(0), jnp.float32(0)), jax.tree.map(jnp.zeros_like, state.params))
     ((total, weight), grads), _ = lax.scan(add, zeros, (pieces, jnp.arange(count)))
