@@ -70,7 +70,7 @@ def defaults(arguments: Sequence[str]) -> TrainCommand:
         return TrainCommand(given.recipe or None, given.out, cfg, train_cfg, not given.vocab_size)
 
     from flaxgpt.runs.folder import is_run, read_run
-    from flaxgpt.runs.resume import resumes
+    from flaxgpt.runs.start import resumes
     from flaxgpt.weights import read_config
 
     folder, out = Path(source).expanduser(), given.out or source

@@ -32,26 +32,24 @@ from flaxgpt._checks import check_size, listed
 from flaxgpt._files import sync
 from flaxgpt.runs.checksums import DamagedError, check_files, write_checksums
 
+Json = dict[str, Any]
+
 
 class Restored(NamedTuple):
     """The arguments of the `Checkpoints.save` call that wrote a checkpoint."""
 
     step: int
     state: Any
-    data: dict[str, Any]
-    config: dict[str, Any]
+    data: Json
+    config: Json
 
 
 class Checkpoints:
-    """The checkpoints of one run, open in one process at a time.
+    """The checkpoints of one run, open in one process at a time, inside a `with` block.
 
-    Checkpoints are written in the background while training continues. Every method first waits
-    for the checkpoint that is being written, and raises OSError once if that failed. Use as a
-    context manager or call `close`.
-
-    Args:
-        folder: RUN/checkpoints, created if missing; half-written checkpoints in it are removed.
-        keep: number of latest checkpoints to keep, besides the one with the lowest validation loss.
+    The latest `keep` checkpoints remain, and the one with the lowest validation loss. They are
+    written in the background while training continues. Every method first waits for the checkpoint
+    that is being written, and raises OSError once if that failed.
     """
 
     def __init__(self, folder: Path, keep: int) -> None:
@@ -70,23 +68,12 @@ class Checkpoints:
         self._writing: int | None = None
 
     def save(
-        self,
-        step: int,
-        state: Any,
-        data: dict[str, Any],
-        config: dict[str, Any],
-        validation_loss: float | None = None,
+        self, step: int, state: Any, data: Json, config: Json, validation_loss: float | None = None
     ) -> None:
         """Start writing a checkpoint, and return once the arrays are in host memory.
 
-        `state` may then be donated, and `data` and `config` modified.
-
-        Args:
-            step: optimizer steps so far, more than in any existing checkpoint.
-            state: pytree of JAX arrays, which may include random keys.
-            data: position in the data, JSON-serializable.
-            config: what is trained and how, JSON-serializable.
-            validation_loss: if None or not finite, this checkpoint is never the best one.
+        The state, a pytree of JAX arrays and random keys, may then be donated, and `data` and
+        `config` modified. Without a finite validation loss, the checkpoint is never the best one.
         """
         newest = self.latest_step()
         if newest is not None and step <= newest:
@@ -94,15 +81,14 @@ class Checkpoints:
                 f"step {step} is not after step {newest}, the newest checkpoint in {self._folder}: "
                 "restore that checkpoint first, or use another folder"
             )
-        finite = validation_loss is not None and math.isfinite(validation_loss)
-        self._losses[step] = float(validation_loss) if finite else None  # type: ignore[arg-type]
-        keys = {name: key for name, key in _named(state).items() if _is_key(key)}
+        loss = math.nan if validation_loss is None else float(validation_loss)
+        self._losses[step] = loss if math.isfinite(loss) else None
         run = {
             "validation_loss": self._losses[step],
             "data": data,
             "config": config,
             "arrays": _describe(state),
-            "keys": {name: str(jax.random.key_impl(key)) for name, key in keys.items()},
+            "keys": {name: str(jax.random.key_impl(x)) for name, x in _named(state) if _is_key(x)},
         }
         arrays = jax.tree.map(lambda x: jax.random.key_data(x) if _is_key(x) else x, state)
         items = ocp.args.Composite(
@@ -121,12 +107,8 @@ class Checkpoints:
     def restore(self, template: Any) -> Restored:
         """Restore the newest intact checkpoint, with a warning for each damaged one.
 
-        The next call of `save` removes the damaged checkpoints. Raises FileNotFoundError if there
-        is no intact one, and ValueError if it does not match the template.
-
-        Args:
-            template: pytree with the structure of the state, of arrays or jax.ShapeDtypeStructs.
-                Each array is placed by the template's sharding, or else on the default device.
+        The next call of `save` removes the damaged ones. The template is a pytree of arrays or
+        jax.ShapeDtypeStructs like the state, whose shardings, if any, place the arrays.
         """
         newest = self.latest_step()
         for step in sorted(self._losses, reverse=True):
@@ -139,7 +121,16 @@ class Checkpoints:
                 del self._losses[step]
                 continue
             run = _read_run(folder)
-            _check_template(folder, run["arrays"], _describe(template))
+            saved, wanted = run["arrays"], _describe(template)
+            if faults := [
+                f"{name} is {saved.get(name, 'missing')}, expected {wanted.get(name, 'none')}"
+                for name in {**wanted, **saved}
+                if saved.get(name) != wanted.get(name)
+            ]:
+                raise ValueError(
+                    f"checkpoint {folder} is of another model or optimizer: "
+                    f"{listed(faults, '; ')}; resume with the configuration it was saved with"
+                )
             state = self._read_state(step, template, run["keys"])
             return Restored(step, state, run["data"], run["config"])
         raise FileNotFoundError(
@@ -160,9 +151,8 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Wait until the last checkpoint is on disk."""
-        if self._writing is None:
+        if (step := self._writing) is None:
             return
-        step = self._writing
         try:
             self._manager.wait_until_finished()
         except Exception as error:
@@ -286,8 +276,8 @@ def _check_space(folder: Path, needed: int) -> None:
         raise OSError(f"it takes {needed / 1e6:,.0f} MB and {free / 1e6:,.0f} MB are free")
 
 
-def _named(tree: Any) -> dict[str, Any]:
-    return {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+def _named(tree: Any) -> list[tuple[str, Any]]:
+    return [(_name(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
 
 
 def _name(path: Any) -> str:
@@ -295,21 +285,8 @@ def _name(path: Any) -> str:
 
 
 def _describe(tree: Any) -> dict[str, str]:
-    return {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in _named(tree).items()}
+    return {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in _named(tree)}
 
 
 def _is_key(leaf: Any) -> bool:
     return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
-def _check_template(folder: Path, saved: dict[str, str], wanted: dict[str, str]) -> None:
-    faults = [
-        f"{name} is {saved.get(name, 'missing')}, expected {wanted.get(name, 'none')}"
-        for name in {**wanted, **saved}
-        if saved.get(name) != wanted.get(name)
-    ]
-    if faults:
-        raise ValueError(
-            f"checkpoint {folder} is of another model or optimizer: {listed(faults, '; ')}; resume "
-            "with the configuration it was saved with"
-        )

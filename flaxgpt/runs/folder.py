@@ -16,7 +16,6 @@ import fcntl
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
@@ -28,7 +27,8 @@ from flaxgpt.training.config import TrainConfig
 from flaxgpt.typing import Params
 
 _CONFIG = "config.json"
-_HASHES = ("sha256", "validation_sha256")
+_HASHES = ("sha256", "validation_sha256")  # of the training text and of the validation text
+Hashes = list[str | None]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -45,14 +45,6 @@ class Run:
     val_windows: np.ndarray | None  # int32 [windows, T + 1], or None without validation
 
 
-class RunConfig(NamedTuple):
-    """The contents of config.json."""
-
-    cfg: GPTConfig
-    train_cfg: TrainConfig
-    hashes: tuple[str | None, ...]  # SHA-256 of the training text and of the validation text
-
-
 def read_run(folder: Path) -> tuple[GPTConfig, TrainConfig]:
     """Return the architecture and the recipe of the run in a folder.
 
@@ -60,33 +52,28 @@ def read_run(folder: Path) -> tuple[GPTConfig, TrainConfig]:
         FileNotFoundError: the folder has no config.json.
         ValueError: its config.json is invalid.
     """
-    config = read_config(Path(folder))
-    return config.cfg, config.train_cfg
+    cfg, train_cfg, _ = read_config(Path(folder))
+    return cfg, train_cfg
 
 
-def read_config(folder: Path) -> RunConfig:
-    """Read config.json; raises as `read_run` does."""
+def read_config(folder: Path) -> tuple[GPTConfig, TrainConfig, Hashes]:
+    """Return the contents of config.json; raises as `read_run` does."""
     path = folder / _CONFIG
     if not path.exists():
         raise FileNotFoundError(f"{folder} has no {_CONFIG}: it is not the folder of a run")
     try:
         contents = json.loads(path.read_text(encoding="utf-8"))
-        return RunConfig(
-            GPTConfig.from_dict(contents["model"]),
-            TrainConfig.from_dict(contents["training"]),
-            tuple(contents["data"][name] for name in _HASHES),
-        )
+        cfg, train_cfg = GPTConfig.from_dict(contents["model"]), contents["training"]
+        hashes = [contents["data"][name] for name in _HASHES]
+        return cfg, TrainConfig.from_dict(train_cfg), hashes
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not the configuration of a run: {error!r}") from error
 
 
-def write_config(folder: Path, config: RunConfig) -> None:
+def write_config(folder: Path, cfg: GPTConfig, train_cfg: TrainConfig, hashes: Hashes) -> None:
     """Write config.json."""
-    contents = {
-        "model": config.cfg.to_dict(),
-        "training": config.train_cfg.to_dict(),
-        "data": dict(zip(_HASHES, config.hashes, strict=True)),
-    }
+    data = dict(zip(_HASHES, hashes, strict=True))
+    contents = {"model": cfg.to_dict(), "training": train_cfg.to_dict(), "data": data}
     write_file_atomically(folder / _CONFIG, (json.dumps(contents, indent=2) + "\n").encode())
 
 

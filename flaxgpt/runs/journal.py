@@ -7,7 +7,6 @@ import json
 import math
 import re
 import textwrap
-import unicodedata
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,9 +14,9 @@ from typing import Any
 
 from flaxgpt._files import write_file_atomically
 
-_CONTROLS = ("Cc", "Cs", "Zl", "Zp")  # controls, surrogates, line and paragraph separators
-# Bidirectional formatting characters: Unicode annex 9, sections 2.1 to 2.5.
-_DIRECTIONS = frozenset({"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"})
+# Control characters except tab and newline, surrogates, separators of lines and paragraphs, and
+# formatting that changes the direction of text (Unicode annex 9, sections 2.1 to 2.5).
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u2028-\u202e\u2066-\u2069]")
 
 
 def metrics_line(record: Mapping[str, float]) -> str:
@@ -33,15 +32,8 @@ def sample_block(step: int, text: str) -> str:
 
 def escape_controls(text: str) -> str:
     r"""Escape characters that would control a terminal, as in Python: ESC becomes `\x1b`."""
-
-    def is_control(char: str) -> bool:
-        kind, direction = unicodedata.category(char), unicodedata.bidirectional(char)
-        return char not in "\n\t" and (kind in _CONTROLS or direction in _DIRECTIONS)
-
-    return "".join(
-        char.encode("unicode_escape").decode() if is_control(char) else char
-        for char in text.replace("\r\n", "\n")
-    )
+    text = text.replace("\r\n", "\n")
+    return _CONTROLS.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def append(path: Path, text: str) -> None:
@@ -55,7 +47,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
     Raises ValueError with the number of a line that is not a record.
     """
-    return [_record(path, number, line) for number, line in enumerate(_lines(path), start=1)]
+    return [_record(path, number, line) for number, line in _lines(path)]
 
 
 def cut_back(metrics: Path, samples: Path, step: int) -> None:
@@ -84,21 +76,19 @@ def errors_naming(path: Path) -> Iterator[None]:
 
 def _cut_after(path: Path, step: int, step_of: Callable[[int, str], int]) -> None:
     """Cut a file off before the first line of a later step."""
-    if not path.exists():
-        return
-    lines = enumerate(_lines(path), start=1)
-    kept = itertools.takewhile(lambda line: step > 0 and step_of(*line) <= step, lines)
-    data = "".join(line + "\n" for _, line in kept).encode()
-    with errors_naming(path):
-        if data != path.read_bytes():
-            write_file_atomically(path, data)
+    if path.exists():
+        lines = itertools.takewhile(lambda x: step > 0 and step_of(*x) <= step, _lines(path))
+        data = "".join(line + "\n" for _, line in lines).encode()
+        with errors_naming(path):
+            if data != path.read_bytes():
+                write_file_atomically(path, data)
 
 
-def _lines(path: Path) -> list[str]:
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
     with errors_naming(path):
         text = path.read_text(encoding="utf-8", errors="replace")
     # The last newline is followed by nothing, or by a line that a killed run did not complete.
-    return text.split("\n")[:-1]
+    return enumerate(text.split("\n")[:-1], start=1)
 
 
 def _record(path: Path, number: int, line: str) -> dict[str, Any]:

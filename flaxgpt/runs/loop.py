@@ -20,9 +20,8 @@ from flaxgpt.generation.batch import generate
 from flaxgpt.runs.checkpoints import Checkpoints
 from flaxgpt.runs.folder import Run, lock_run
 from flaxgpt.runs.report import Report
-from flaxgpt.runs.resume import resume_run, resumes
 from flaxgpt.runs.signals import catch_signals
-from flaxgpt.runs.start import start_run
+from flaxgpt.runs.start import resume_run, resumes, start_run
 from flaxgpt.training.config import TrainConfig
 from flaxgpt.training.losses import mean_loss
 from flaxgpt.training.step import TrainState, init_state, train_steps
@@ -140,7 +139,7 @@ def _train_until_done(context: _Context, state: TrainState) -> TrainState:
         # The model that fine-tuning starts from may remain the best one.
         _save_checkpoint(context, state, run.batches.get_state(), _validate(context, state))
     compiled: dict[int, Any] = {}
-    unlogged: list[tuple[float, float]] = []
+    unlogged: list[tuple[float, float]] = []  # loss and seconds
     upcoming = _next_chunk(run, step)
     while upcoming is not None:
         ids, position = upcoming
@@ -154,16 +153,24 @@ def _train_until_done(context: _Context, state: TrainState) -> TrainState:
         state, on_device = compiled[size](state, ids)
         upcoming = _next_chunk(run, step + size)  # while the device computes
         metrics = jax.device_get(on_device)
-        seconds = time.perf_counter() - started
+        seconds = (time.perf_counter() - started) / size
         _check_finite(checkpoints, step, metrics)
-        _log(context, step, metrics, seconds / size, unlogged)
-        step += size
+        names = ("loss", "grad_norm", "learning_rate")
+        for loss, norm, rate in zip(*(metrics[name].tolist() for name in names), strict=True):
+            step += 1
+            unlogged.append((loss, seconds))
+            if _due(step, recipe.log_every, recipe):
+                losses, times = zip(*unlogged, strict=True)
+                tokens = len(losses) * recipe.batch_size * run.cfg.context_length
+                mean = sum(losses) / len(losses)
+                report.training(step, mean, rate, norm, tokens, sum(times))
+                unlogged.clear()
         stopping = bool(signals)
-        loss = _validate(context, state) if _due(step, recipe.eval_every, recipe) else None
+        val_loss = _validate(context, state) if _due(step, recipe.eval_every, recipe) else None
         if recipe.sample_every and _due(step, recipe.sample_every, recipe):
             report.sample(step, _sample(run, state.params))
-        if loss is not None or _due(step, recipe.save_every, recipe) or stopping:
-            _save_checkpoint(context, state, position, loss)
+        if val_loss is not None or _due(step, recipe.save_every, recipe) or stopping:
+            _save_checkpoint(context, state, position, val_loss)
         if stopping:
             break
     return state
@@ -199,30 +206,12 @@ def _check_finite(checkpoints: Checkpoints, step: int, metrics: Any) -> None:
     )
 
 
-def _log(
-    context: _Context, step: int, metrics: Any, seconds: float, unlogged: list[tuple[float, float]]
-) -> None:
-    """Report complete logging periods; keep loss and seconds of later steps in `unlogged`."""
-    run, recipe = context.run, context.run.train_cfg
-    names = ("loss", "grad_norm", "learning_rate")
-    for loss, norm, rate in zip(*(metrics[name].tolist() for name in names), strict=True):
-        step += 1
-        unlogged.append((loss, seconds))
-        if _due(step, recipe.log_every, recipe):
-            losses, times = zip(*unlogged, strict=True)
-            tokens = len(losses) * recipe.batch_size * run.cfg.context_length
-            mean = sum(losses) / len(losses)
-            context.report.training(step, mean, rate, norm, tokens, sum(times))
-            unlogged.clear()
-
-
 def _validate(context: _Context, state: TrainState) -> float | None:
     """Return the validation loss, None without validation; save the model if it is the best."""
     run, recipe = context.run, context.run.train_cfg
     if run.val_windows is None:
         return None
-    size = max(1, recipe.batch_size // recipe.accumulate)
-    dtype = recipe.dtype
+    size, dtype = recipe.batch_size // recipe.accumulate, recipe.dtype
     loss = mean_loss(run.cfg, state.params, run.val_windows, batch_size=size, dtype=dtype)
     best = context.checkpoints.best()
     is_best = best is None or loss < best[1]

@@ -39,9 +39,8 @@ class Report:
         self._recent_steps = self._recent_seconds = 0.0
         self._console = Console(stderr=True) if console is None else console
         # In a notebook, rich shows the bar as a widget.
-        self._live = self._console.is_interactive or (
-            self._console.is_jupyter and importlib.util.find_spec("ipywidgets") is not None
-        )
+        has_widgets = self._console.is_jupyter and importlib.util.find_spec("ipywidgets")
+        self._live = self._console.is_interactive or has_widgets
         self._bar = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}", markup=False),
@@ -68,28 +67,16 @@ class Report:
             self._bar.stop()
 
     def training(
-        self,
-        step: int,
-        loss: float,
-        learning_rate: float,
-        grad_norm: float,
-        tokens: int,
-        seconds: float,
+        self, step: int, loss: float, rate: float, norm: float, tokens: int, seconds: float
     ) -> None:
         """Report the steps since the last call.
 
         The loss is their mean, in nats per token; learning rate and gradient norm, before clipping,
         are those of the last step; the seconds are without compilation and evaluation.
         """
-        tokens_per_s = tokens / seconds
-        record = {
-            "step": step,
-            "loss": loss,
-            "learning_rate": learning_rate,
-            "grad_norm": grad_norm,
-            "tokens_per_s": tokens_per_s,
-            "seconds": seconds,
-        }
+        speed = tokens / seconds
+        record = {"step": step, "loss": loss, "learning_rate": rate, "grad_norm": norm}
+        record |= {"tokens_per_s": speed, "seconds": seconds}
         journal.append(self._metrics, journal.metrics_line(record))
 
         # An exponential mean with a half-life of about seven calls: steady, but it follows changes.
@@ -97,10 +84,7 @@ class Report:
         self._recent_seconds = 0.9 * self._recent_seconds + seconds
         self._reported = step
         left = (self._total - step) * self._recent_seconds / self._recent_steps
-        figures = (
-            f"loss {loss:.4f}  lr {learning_rate:.1e}  {tokens_per_s:,.0f} tokens/s  "
-            f"{_clock(left)} left"
-        )
+        figures = f"loss {loss:.4f}  lr {rate:.1e}  {speed:,.0f} tokens/s  {_clock(left)} left"
         place = self._place(step)
         self._bar.update(self._task, completed=step, description=place, figures=figures)
         if not self._live:
@@ -112,16 +96,14 @@ class Report:
         journal.append(self._metrics, journal.metrics_line(record))
         line = f"{self._place(step)}  validation {loss:.4f}"
         self._say(f"{line} (best)" if best else line, "green" if best else "")
-        if not self._can_draw:
-            return
         try:
-            picture = draw_loss(journal.read_metrics(self._metrics))
+            if self._can_draw:
+                picture = draw_loss(journal.read_metrics(self._metrics))
+                with journal.errors_naming(self._picture):
+                    write_file_atomically(self._picture, picture)
         except ImportError as error:
             self._can_draw = False
             self.note(f"no loss.png: {error}")
-            return
-        with journal.errors_naming(self._picture):
-            write_file_atomically(self._picture, picture)
 
     def saved(self, step: int) -> None:
         """Report that a checkpoint is on disk."""

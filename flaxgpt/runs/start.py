@@ -1,7 +1,8 @@
-"""Starting a new run: its checks, initial parameters and tokenizer."""
+"""Starting and resuming a run: its inputs are checked before any of its files is changed."""
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -10,13 +11,23 @@ from typing import Any
 from flaxgpt._checks import listed
 from flaxgpt.config import GPTConfig, check_config
 from flaxgpt.data import TextScan
-from flaxgpt.runs.folder import Run, RunConfig, is_run, write_config
+from flaxgpt.runs.folder import Run, is_run, read_config, write_config
 from flaxgpt.runs.texts import survey_files, tokenize_files
 from flaxgpt.tokenizer import TOKENIZER_NAMES, CharTokenizer, Tokenizer, load_tokenizer
 from flaxgpt.tokenizer.folder import read_tokenizer, save_tokenizer
 from flaxgpt.training.config import TrainConfig
 from flaxgpt.typing import Params
 from flaxgpt.weights import book_params, load
+
+# Settings that cannot change when a run is resumed: the parameters, the optimizer state or the
+# position in the data would no longer fit.
+_FIXED = ("tokenizer", "val_fraction", "batch_size", "windows", "seed", "optimizer")
+
+
+def resumes(train_cfg: TrainConfig, out: Path) -> bool:
+    """Return whether a recipe resumes the run in `out` instead of starting a new one."""
+    source = Path(train_cfg.init_from).expanduser()
+    return source.is_dir() and out.is_dir() and source.samefile(out) and is_run(out)
 
 
 def start_run(cfg: GPTConfig, train_cfg: TrainConfig, out: Path, say: Callable[[str], None]) -> Run:
@@ -25,16 +36,20 @@ def start_run(cfg: GPTConfig, train_cfg: TrainConfig, out: Path, say: Callable[[
     If an input is invalid or unreadable, which raises ValueError or OSError, the folder is removed.
     """
     check_config(cfg)
-    _check_new_folder(out)
+    if out.parent.exists() and not out.parent.is_dir():
+        raise ValueError(f"{out.parent} is a file, so {out} cannot be a folder")
+    existed = out.exists()
+    # A killed process may have left temporary files.
+    if existed and (not out.is_dir() or any(not entry.match(".*.tmp") for entry in out.iterdir())):
+        advice = f"--init-from {out} resumes it" if is_run(out) else "choose a new folder"
+        raise ValueError(f"{out} is in use, and nothing in it is overwritten: {advice}")
     if not train_cfg.data:
         raise ValueError("data is empty: give at least one text file")
     texts = survey_files(train_cfg)
-    params, tokenizer = initial_model(cfg, train_cfg, texts.training)
-    check_prompt(train_cfg, tokenizer)
-    existed = out.exists()
+    params, tokenizer = _initial_model(cfg, train_cfg, texts.training)
     out.mkdir(parents=True, exist_ok=True)
     try:
-        write_config(out, RunConfig(cfg, train_cfg, texts.hashes))
+        write_config(out, cfg, train_cfg, texts.hashes)
         save_tokenizer(tokenizer, out)
         data = tokenize_files(cfg, train_cfg, out, tokenizer, texts, say)
     except BaseException:
@@ -46,15 +61,57 @@ def start_run(cfg: GPTConfig, train_cfg: TrainConfig, out: Path, say: Callable[[
     return Run(out, cfg, train_cfg, tokenizer, params, *data)
 
 
-def initial_model(
+def resume_run(
+    cfg: GPTConfig, train_cfg: TrainConfig, out: Path, say: Callable[[str], None]
+) -> Run:
+    """Check the inputs of a run against the folder it left, and update the folder.
+
+    Raises ValueError or OSError if a setting or text has changed that cannot, or a file is invalid.
+    """
+    check_config(cfg)
+    old_cfg, old, hashes = read_config(out)
+    for path in (*out.glob(".*.tmp"), *(out / "data").glob(".*.tmp")):  # of a killed process
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if faults := _changes(old_cfg, cfg, vars(cfg)) + _changes(old, train_cfg, _FIXED):
+        raise ValueError(
+            f"the run in {out} cannot resume with {listed(faults)}: use the old values, or start "
+            "a new run in another folder"
+        )
+    texts = survey_files(train_cfg, old)
+    if texts.training is None:
+        say(f"{listed(train_cfg.data)} no longer exists: using its ids in {out / 'data'}")
+    for was, now in zip(hashes, texts.hashes, strict=True):
+        if now not in (None, was):
+            raise ValueError(
+                f"the text has changed since the run in {out} started: its SHA-256 was "
+                f"{str(was)[:12]}... and is now {now[:12]}... Restore the old text, or start a new "
+                "run in another folder"
+            )
+    train_cfg = dataclasses.replace(train_cfg, init_from=old.init_from)
+    tokenizer, params = read_tokenizer(out), None
+    if tokenizer is None:  # killed before it was saved
+        params, tokenizer = _initial_model(cfg, train_cfg, texts.training)
+        save_tokenizer(tokenizer, out)
+    elif not any(path.name.isdecimal() for path in (out / "checkpoints").glob("*")):
+        params, _ = _load_source(cfg, train_cfg)
+    _check_prompt(train_cfg, tokenizer)
+    if train_cfg != old:
+        write_config(out, cfg, train_cfg, hashes)
+    data = tokenize_files(cfg, train_cfg, out, tokenizer, texts, say)
+    return Run(out, cfg, train_cfg, tokenizer, params, *data)
+
+
+def tokenizer_of(train_cfg: TrainConfig) -> Tokenizer:
+    """Return the tokenizer of a new run that trains from scratch."""
+    text = survey_files(train_cfg).training if train_cfg.tokenizer == "characters" else None
+    return _make_tokenizer(train_cfg.tokenizer or "gpt2", text)
+
+
+def _initial_model(
     cfg: GPTConfig, train_cfg: TrainConfig, text: TextScan | None
 ) -> tuple[Params | None, Tokenizer]:
-    """Return the initial parameters, None for random ones, and the tokenizer.
-
-    Raises ValueError if the model that `init_from` names has no tokenizer, another architecture or
-    too small a vocabulary.
-    """
-    params, tokenizer = load_source(cfg, train_cfg)
+    """Return the initial parameters, None for random ones, and the tokenizer."""
+    params, tokenizer = _load_source(cfg, train_cfg)
     if train_cfg.tokenizer or tokenizer is None:
         if params is not None and not train_cfg.tokenizer:
             raise ValueError(
@@ -68,10 +125,11 @@ def initial_model(
             f"the tokenizer has {tokenizer.vocab_size} ids, more than the model's vocab_size="
             f"{cfg.vocab_size}: set vocab_size={tokenizer.vocab_size} or more"
         )
+    _check_prompt(train_cfg, tokenizer)
     return params, tokenizer
 
 
-def load_source(cfg: GPTConfig, train_cfg: TrainConfig) -> tuple[Params | None, Tokenizer | None]:
+def _load_source(cfg: GPTConfig, train_cfg: TrainConfig) -> tuple[Params | None, Tokenizer | None]:
     """Return parameters and tokenizer of the model that `init_from` names, if any."""
     if train_cfg.init_from == "scratch":
         return None, None
@@ -79,44 +137,9 @@ def load_source(cfg: GPTConfig, train_cfg: TrainConfig) -> tuple[Params | None, 
         return book_params(cfg), load_tokenizer("gpt2")
     source_cfg, params, tokenizer = load(train_cfg.init_from)
     names = [name for name in vars(cfg) if not name.startswith("drop_rate")]
-    if faults := list_changes(source_cfg, cfg, names):
+    if faults := _changes(source_cfg, cfg, names):
         raise ValueError(f"{train_cfg.init_from} has another architecture: {listed(faults)}")
     return params, tokenizer
-
-
-def tokenizer_of(train_cfg: TrainConfig) -> Tokenizer:
-    """Return the tokenizer of a new run that trains from scratch."""
-    text = survey_files(train_cfg).training if train_cfg.tokenizer == "characters" else None
-    return _make_tokenizer(train_cfg.tokenizer or "gpt2", text)
-
-
-def check_prompt(train_cfg: TrainConfig, tokenizer: Tokenizer) -> None:
-    """Raise ValueError if samples are due and the tokenizer cannot encode their prompt."""
-    if train_cfg.sample_every:
-        try:
-            tokenizer.encode(train_cfg.sample_prompt)
-        except ValueError as error:
-            raise ValueError(f"sample_prompt={train_cfg.sample_prompt!r}: {error}") from error
-
-
-def list_changes(old: Any, new: Any, names: Iterable[str]) -> list[str]:
-    """Return "name=new (was old)" for each attribute that differs."""
-    return [
-        f"{name}={getattr(new, name)!r} (was {getattr(old, name)!r})"
-        for name in names
-        if getattr(old, name) != getattr(new, name)
-    ]
-
-
-def _check_new_folder(out: Path) -> None:
-    if out.parent.exists() and not out.parent.is_dir():
-        raise ValueError(f"{out.parent} is a file, so {out} cannot be a folder")
-    if not out.exists():
-        return
-    # A killed process may have left temporary files.
-    if not out.is_dir() or any(not entry.match(".*.tmp") for entry in out.iterdir()):
-        advice = f"--init-from {out} resumes it" if is_run(out) else "choose a new folder"
-        raise ValueError(f"{out} is in use, and nothing in it is overwritten: {advice}")
 
 
 def _make_tokenizer(name: str, text: TextScan | None) -> Tokenizer:
@@ -126,10 +149,27 @@ def _make_tokenizer(name: str, text: TextScan | None) -> Tokenizer:
         if text is None:
             raise ValueError("tokenizer='characters' needs text to take characters from: give data")
         return CharTokenizer(text.alphabet)
-    tokenizer = read_tokenizer(Path(name).expanduser()) if Path(name).is_dir() else None
-    if tokenizer is None:
-        raise ValueError(
-            f"tokenizer={name!r} must be one of {', '.join(TOKENIZER_NAMES)}, characters, or a "
-            "folder that holds a tokenizer"
-        )
-    return tokenizer
+    folder = Path(name).expanduser()
+    if folder.is_dir() and (tokenizer := read_tokenizer(folder)):
+        return tokenizer
+    raise ValueError(
+        f"tokenizer={name!r} must be one of {', '.join(TOKENIZER_NAMES)}, characters, or a folder "
+        "that holds a tokenizer"
+    )
+
+
+def _check_prompt(train_cfg: TrainConfig, tokenizer: Tokenizer) -> None:
+    if train_cfg.sample_every:
+        try:
+            tokenizer.encode(train_cfg.sample_prompt)
+        except ValueError as error:
+            raise ValueError(f"sample_prompt={train_cfg.sample_prompt!r}: {error}") from error
+
+
+def _changes(old: Any, new: Any, names: Iterable[str]) -> list[str]:
+    """Return "name=new (was old)" for each attribute that differs."""
+    return [
+        f"{name}={getattr(new, name)!r} (was {getattr(old, name)!r})"
+        for name in names
+        if getattr(old, name) != getattr(new, name)
+    ]

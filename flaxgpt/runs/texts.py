@@ -10,17 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from flaxgpt import data
 from flaxgpt.config import GPTConfig
-from flaxgpt.data import (
-    BatchIterator,
-    TextScan,
-    batches,
-    check_same_source,
-    evaluation_windows,
-    read_ids,
-    scan_texts,
-    write_ids,
-)
 from flaxgpt.tokenizer import Tokenizer
 from flaxgpt.training.config import TrainConfig
 from flaxgpt.typing import Progress
@@ -29,21 +20,21 @@ from flaxgpt.typing import Progress
 class Texts(NamedTuple):
     """The texts of a recipe; None for one that it does not name or that no longer exists."""
 
-    training: TextScan | None
-    validation: TextScan | None
+    training: data.TextScan | None
+    validation: data.TextScan | None
 
     @property
-    def hashes(self) -> tuple[str | None, ...]:
-        return tuple(text.sha256 if text else None for text in self)
+    def hashes(self) -> list[str | None]:
+        return [text.sha256 if text else None for text in self]
 
 
 def survey_files(train_cfg: TrainConfig, old: TrainConfig | None = None) -> Texts:
     """Return length, alphabet and hash of the texts; files that `old` names may be missing."""
 
-    def scan(name: str) -> TextScan | None:
+    def scan(name: str) -> data.TextScan | None:
         paths = getattr(train_cfg, name)
         is_gone = paths == getattr(old, name, None) and not all(map(os.path.exists, paths))
-        return None if is_gone or not paths else scan_texts(paths, errors=train_cfg.errors)
+        return None if is_gone or not paths else data.scan_texts(paths, errors=train_cfg.errors)
 
     return Texts(scan("data"), scan("validation_data"))
 
@@ -55,7 +46,7 @@ def tokenize_files(
     tokenizer: Tokenizer,
     texts: Texts,
     say: Callable[[str], None],
-) -> tuple[np.ndarray, BatchIterator, np.ndarray | None]:
+) -> tuple[np.ndarray, data.BatchIterator, np.ndarray | None]:
     """Return the ids, batches and validation windows of a `Run`.
 
     Texts whose ids are not in the run's folder yet are tokenized first. Raises ValueError if a text
@@ -69,28 +60,21 @@ def tokenize_files(
     if train_cfg.validation_data or train_cfg.val_fraction:
         parts.append((val_path, texts.validation or texts.training, split or 0, None))
     for path, source, start, stop in parts:
-        if path.exists():
-            if source is not None:
-                check_same_source(read_ids(path), source)
-            continue
-        if source is None:
-            raise FileNotFoundError(f"{path} is missing, and so is the text it is made from")
-        say(f"tokenizing into {path}")
-        progress = _say_every_ten_seconds(say, f"tokenizing into {path}")
-        write_ids(path, source, tokenizer, start=start, stop=stop, progress=progress)
-    ids = read_ids(train_path).ids
-    iterator = batches(
-        ids,
-        length=cfg.context_length,
-        batch_size=train_cfg.batch_size,
-        seed=train_cfg.seed,
-        shift=train_cfg.windows == "shifted",
-    )
+        if not path.exists():
+            if source is None:
+                raise FileNotFoundError(f"{path} is missing, and so is the text it is made from")
+            progress = _progress(say, f"tokenizing into {path}")
+            data.write_ids(path, source, tokenizer, start=start, stop=stop, progress=progress)
+        elif source is not None:
+            data.check_same_source(data.read_ids(path), source)
+    ids, length = data.read_ids(train_path).ids, cfg.context_length
+    size, seed, shift = train_cfg.batch_size, train_cfg.seed, train_cfg.windows == "shifted"
+    batches = data.batches(ids, length=length, batch_size=size, seed=seed, shift=shift)
     if not val_path.exists():
-        return ids, iterator, None
-    val_ids, limit = read_ids(val_path).ids, train_cfg.eval_windows or None
+        return ids, batches, None
+    val_ids, limit = data.read_ids(val_path).ids, train_cfg.eval_windows or None
     try:
-        return ids, iterator, evaluation_windows(val_ids, cfg.context_length, limit)
+        return ids, batches, data.evaluation_windows(val_ids, length, limit)
     except ValueError as error:
         raise ValueError(
             f"the validation text is too short: {error}; or set validation_data to another text, "
@@ -98,7 +82,9 @@ def tokenize_files(
         ) from error
 
 
-def _say_every_ten_seconds(say: Callable[[str], None], label: str) -> Progress:
+def _progress(say: Callable[[str], None], label: str) -> Progress:
+    """Say a label, and return a function that repeats it with the progress every ten seconds."""
+    say(label)
     last = time.monotonic()
 
     def report(done: int, total: int) -> None:
