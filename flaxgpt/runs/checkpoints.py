@@ -18,6 +18,7 @@ import math
 import os
 import shutil
 import warnings
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,8 +31,8 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, LatestN
 
 from flaxgpt._checks import check_size, listed
 from flaxgpt._files import sync
-from flaxgpt.runs.checksums import DamagedError, check_files, write_checksums
 
+_CHECKSUMS = "checksums.json"
 Json = dict[str, Any]
 
 
@@ -114,8 +115,8 @@ class Checkpoints:
         for step in sorted(self._losses, reverse=True):
             folder = self._folder / str(step)
             try:
-                check_files(folder)
-            except DamagedError as damage:
+                _check_files(folder)
+            except _DamagedError as damage:
                 warnings.warn(f"checkpoint {folder} is damaged, not used: {damage}", stacklevel=2)
                 self._damaged.append(step)
                 del self._losses[step]
@@ -217,8 +218,8 @@ class Checkpoints:
     def _read_loss(self, step: int) -> float | None:
         folder = self._folder / str(step)
         try:
-            check_files(folder, "run/")
-        except DamagedError:  # `restore` warns if it gets to this checkpoint
+            _check_files(folder, "run/")
+        except _DamagedError:  # `restore` warns if it gets to this checkpoint
             return None
         return _read_run(folder)["validation_loss"]
 
@@ -246,7 +247,11 @@ class _DurableFolder(ocp.path.atomicity.AtomicRenameTemporaryPath):
             await super().finalize()
             return
         self._checkpoint_metadata_store.wait_until_finished()
-        write_checksums(folder)
+        paths = sorted(folder.rglob("*"))
+        sums = {str(path.relative_to(folder)): _crc32(path) for path in paths if path.is_file()}
+        (folder / _CHECKSUMS).write_text(json.dumps(sums))
+        for path in (*paths, folder / _CHECKSUMS, folder):
+            sync(path)
         os.rename(folder, final)
         sync(final.parent)
 
@@ -259,6 +264,34 @@ class _KeepBest(NamedTuple):
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
         best_step, _ = self.best() or (None, None)
         return [checkpoint.step == best_step for checkpoint in checkpoints]
+
+
+class _DamagedError(Exception):
+    """A file of a checkpoint is missing or is not what was written."""
+
+
+def _check_files(folder: Path, prefix: str = "") -> None:
+    """Raise _DamagedError unless all files whose relative names have a prefix are as written.
+
+    A file without read permission is not damaged and raises PermissionError.
+    """
+    try:
+        sums = json.loads((folder / _CHECKSUMS).read_bytes())
+        for name in sums:
+            if name.startswith(prefix) and _crc32(folder / name) != sums[name]:
+                raise _DamagedError(f"{name} is not what was written")
+    except PermissionError:
+        raise
+    except (OSError, ValueError, LookupError) as error:
+        raise _DamagedError(str(error)) from error
+
+
+def _crc32(path: Path) -> int:
+    checksum = 0
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            checksum = zlib.crc32(block, checksum)
+    return checksum
 
 
 def _unfinished(folder: Path) -> list[Path]:

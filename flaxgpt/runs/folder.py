@@ -14,7 +14,7 @@ import contextlib
 import dataclasses
 import fcntl
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +29,7 @@ from flaxgpt.typing import Params
 _CONFIG = "config.json"
 _HASHES = ("sha256", "validation_sha256")  # of the training text and of the validation text
 Hashes = list[str | None]
+Say = Callable[[str], None]  # shows a line of text
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

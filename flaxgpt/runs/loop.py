@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import os
 import signal
 import time
@@ -137,7 +138,7 @@ def _train_until_done(context: _Context, state: TrainState) -> TrainState:
     is_new = checkpoints.latest_step() is None
     if is_new and run.params is not None and run.val_windows is not None:
         # The model that fine-tuning starts from may remain the best one.
-        _save_checkpoint(context, state, run.batches.get_state(), _validate(context, state))
+        _save_checkpoint(context, state, run.batches.get_state(), run.val_windows)
     compiled: dict[int, Any] = {}
     unlogged: list[tuple[float, float]] = []  # loss and seconds
     upcoming = _next_chunk(run, step)
@@ -154,10 +155,11 @@ def _train_until_done(context: _Context, state: TrainState) -> TrainState:
         upcoming = _next_chunk(run, step + size)  # while the device computes
         metrics = jax.device_get(on_device)
         seconds = (time.perf_counter() - started) / size
-        _check_finite(checkpoints, step, metrics)
         names = ("loss", "grad_norm", "learning_rate")
         for loss, norm, rate in zip(*(metrics[name].tolist() for name in names), strict=True):
             step += 1
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                raise _diverged(checkpoints.latest_step(), step, loss, norm, rate)
             unlogged.append((loss, seconds))
             if _due(step, recipe.log_every, recipe):
                 losses, times = zip(*unlogged, strict=True)
@@ -166,11 +168,11 @@ def _train_until_done(context: _Context, state: TrainState) -> TrainState:
                 report.training(step, mean, rate, norm, tokens, sum(times))
                 unlogged.clear()
         stopping = bool(signals)
-        val_loss = _validate(context, state) if _due(step, recipe.eval_every, recipe) else None
         if recipe.sample_every and _due(step, recipe.sample_every, recipe):
             report.sample(step, _sample(run, state.params))
-        if val_loss is not None or _due(step, recipe.save_every, recipe) or stopping:
-            _save_checkpoint(context, state, position, val_loss)
+        windows = run.val_windows if _due(step, recipe.eval_every, recipe) else None
+        if windows is not None or stopping or _due(step, recipe.save_every, recipe):
+            _save_checkpoint(context, state, position, windows)
         if stopping:
             break
     return state
@@ -192,43 +194,30 @@ def _due(step: int, every: int, recipe: TrainConfig) -> bool:
     return step % every == 0 or step == recipe.steps
 
 
-def _check_finite(checkpoints: Checkpoints, step: int, metrics: Any) -> None:
-    finite = np.isfinite(metrics["loss"]) & np.isfinite(metrics["grad_norm"])
-    if finite.all():
-        return
-    first = int(np.argmin(finite))
-    latest = checkpoints.latest_step()
+def _diverged(latest: int | None, step: int, loss: float, norm: float, rate: float) -> Exception:
     kept = "no checkpoint was saved" if latest is None else f"the last checkpoint: step {latest}"
-    raise DivergedError(
-        f"step {step + first + 1} has loss {metrics['loss'][first]} and gradient norm "
-        f"{metrics['grad_norm'][first]}; {kept}. Try a learning_rate below "
-        f"{metrics['learning_rate'].max():.1e}, more warmup_steps, grad_clip=1.0 or dtype=float32"
+    return DivergedError(
+        f"step {step} has loss {loss} and gradient norm {norm}; {kept}. Try a learning_rate below "
+        f"{rate:.1e}, more warmup_steps, grad_clip=1.0 or dtype=float32"
     )
 
 
-def _validate(context: _Context, state: TrainState) -> float | None:
-    """Return the validation loss, None without validation; save the model if it is the best."""
-    run, recipe = context.run, context.run.train_cfg
-    if run.val_windows is None:
-        return None
-    size, dtype = recipe.batch_size // recipe.accumulate, recipe.dtype
-    loss = mean_loss(run.cfg, state.params, run.val_windows, batch_size=size, dtype=dtype)
-    best = context.checkpoints.best()
-    is_best = best is None or loss < best[1]
-    context.report.validation(int(state.step), loss, is_best)
+def _save_checkpoint(
+    context: _Context, state: TrainState, position: dict[str, Any], windows: np.ndarray | None
+) -> None:
+    """Validate on the windows, if any, save the model if it is the best, and save a checkpoint."""
+    run, recipe, step, loss = context.run, context.run.train_cfg, int(state.step), None
+    is_best = run.val_windows is None  # without validation, the last model is saved
+    if windows is not None:
+        size, dtype = recipe.batch_size // recipe.accumulate, recipe.dtype
+        loss = mean_loss(run.cfg, state.params, windows, batch_size=size, dtype=dtype)
+        best = context.checkpoints.best()
+        is_best = best is None or loss < best[1]
+        context.report.validation(step, loss, is_best)
     if is_best:
         save(run.folder / "model", run.cfg, state.params, tokenizer=run.tokenizer)
-    return loss
-
-
-def _save_checkpoint(
-    context: _Context, state: TrainState, position: dict[str, Any], loss: float | None
-) -> None:
-    run = context.run
-    if run.val_windows is None:
-        save(run.folder / "model", run.cfg, state.params, tokenizer=run.tokenizer)
-    config = {"model": run.cfg.to_dict(), "training": run.train_cfg.to_dict()}
-    context.checkpoints.save(int(state.step), _arrays(state), position, config, loss)
+    config = {"model": run.cfg.to_dict(), "training": recipe.to_dict()}
+    context.checkpoints.save(step, _arrays(state), position, config, loss)
 
 
 def _arrays(state: TrainState) -> dict[str, Any]:

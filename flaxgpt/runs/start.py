@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from flaxgpt._checks import listed
 from flaxgpt.config import GPTConfig, check_config
 from flaxgpt.data import TextScan
-from flaxgpt.runs.folder import Run, is_run, read_config, write_config
+from flaxgpt.runs.folder import Run, Say, is_run, read_config, write_config
 from flaxgpt.runs.texts import survey_files, tokenize_files
 from flaxgpt.tokenizer import TOKENIZER_NAMES, CharTokenizer, Tokenizer, load_tokenizer
+from flaxgpt.tokenizer.errors import value_errors
 from flaxgpt.tokenizer.folder import read_tokenizer, save_tokenizer
 from flaxgpt.training.config import TrainConfig
 from flaxgpt.typing import Params
@@ -30,7 +31,7 @@ def resumes(train_cfg: TrainConfig, out: Path) -> bool:
     return source.is_dir() and out.is_dir() and source.samefile(out) and is_run(out)
 
 
-def start_run(cfg: GPTConfig, train_cfg: TrainConfig, out: Path, say: Callable[[str], None]) -> Run:
+def start_run(cfg: GPTConfig, train_cfg: TrainConfig, out: Path, say: Say) -> Run:
     """Check all inputs of a new run, then create its folder and tokenize its texts.
 
     If an input is invalid or unreadable, which raises ValueError or OSError, the folder is removed.
@@ -61,9 +62,7 @@ def start_run(cfg: GPTConfig, train_cfg: TrainConfig, out: Path, say: Callable[[
     return Run(out, cfg, train_cfg, tokenizer, params, *data)
 
 
-def resume_run(
-    cfg: GPTConfig, train_cfg: TrainConfig, out: Path, say: Callable[[str], None]
-) -> Run:
+def resume_run(cfg: GPTConfig, train_cfg: TrainConfig, out: Path, say: Say) -> Run:
     """Check the inputs of a run against the folder it left, and update the folder.
 
     Raises ValueError or OSError if a setting or text has changed that cannot, or a file is invalid.
@@ -160,10 +159,8 @@ def _make_tokenizer(name: str, text: TextScan | None) -> Tokenizer:
 
 def _check_prompt(train_cfg: TrainConfig, tokenizer: Tokenizer) -> None:
     if train_cfg.sample_every:
-        try:
+        with value_errors(f"sample_prompt={train_cfg.sample_prompt!r}"):
             tokenizer.encode(train_cfg.sample_prompt)
-        except ValueError as error:
-            raise ValueError(f"sample_prompt={train_cfg.sample_prompt!r}: {error}") from error
 
 
 def _changes(old: Any, new: Any, names: Iterable[str]) -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,7 +11,9 @@ import numpy as np
 
 from flaxgpt import data
 from flaxgpt.config import GPTConfig
+from flaxgpt.runs.folder import Hashes, Say
 from flaxgpt.tokenizer import Tokenizer
+from flaxgpt.tokenizer.errors import value_errors
 from flaxgpt.training.config import TrainConfig
 from flaxgpt.typing import Progress
 
@@ -24,7 +25,7 @@ class Texts(NamedTuple):
     validation: data.TextScan | None
 
     @property
-    def hashes(self) -> list[str | None]:
+    def hashes(self) -> Hashes:
         return [text.sha256 if text else None for text in self]
 
 
@@ -40,12 +41,7 @@ def survey_files(train_cfg: TrainConfig, old: TrainConfig | None = None) -> Text
 
 
 def tokenize_files(
-    cfg: GPTConfig,
-    train_cfg: TrainConfig,
-    out: Path,
-    tokenizer: Tokenizer,
-    texts: Texts,
-    say: Callable[[str], None],
+    cfg: GPTConfig, train_cfg: TrainConfig, out: Path, tokenizer: Tokenizer, texts: Texts, say: Say
 ) -> tuple[np.ndarray, data.BatchIterator, np.ndarray | None]:
     """Return the ids, batches and validation windows of a `Run`.
 
@@ -73,16 +69,12 @@ def tokenize_files(
     if not val_path.exists():
         return ids, batches, None
     val_ids, limit = data.read_ids(val_path).ids, train_cfg.eval_windows or None
-    try:
+    advice = "; or set validation_data to another text, or turn validation off with val_fraction=0"
+    with value_errors("the validation text is too short", advice):
         return ids, batches, data.evaluation_windows(val_ids, length, limit)
-    except ValueError as error:
-        raise ValueError(
-            f"the validation text is too short: {error}; or set validation_data to another text, "
-            "or turn validation off with val_fraction=0"
-        ) from error
 
 
-def _progress(say: Callable[[str], None], label: str) -> Progress:
+def _progress(say: Say, label: str) -> Progress:
     """Say a label, and return a function that repeats it with the progress every ten seconds."""
     say(label)
     last = time.monotonic()

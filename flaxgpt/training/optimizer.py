@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -10,7 +11,6 @@ from optax import contrib
 
 from flaxgpt.config import block_index
 from flaxgpt.training.config import TrainConfig
-from flaxgpt.typing import Params
 
 
 def learning_rate(train_cfg: TrainConfig) -> optax.Schedule:
@@ -29,37 +29,23 @@ def learning_rate(train_cfg: TrainConfig) -> optax.Schedule:
 def make_optimizer(train_cfg: TrainConfig) -> optax.GradientTransformation:
     """Return clipping by the global norm followed by the optimizer that `train_cfg` names."""
     rate = learning_rate(train_cfg)
-
-    def decayed(params: Params) -> Params:
-        return jax.tree.map(lambda p: train_cfg.decay == "everything" or p.ndim > 1, params)
-
-    optimizer = optax.adamw(
-        rate,
-        b1=train_cfg.beta1,
-        b2=train_cfg.beta2,
-        eps=train_cfg.eps,
-        weight_decay=train_cfg.weight_decay,
-        mask=decayed,
-    )
+    weight_decay = train_cfg.weight_decay
+    mask = partial(jax.tree.map, lambda p: train_cfg.decay == "everything" or p.ndim > 1)
+    moments = {"b1": train_cfg.beta1, "b2": train_cfg.beta2, "eps": train_cfg.eps}
+    optimizer = optax.adamw(rate, **moments, weight_decay=weight_decay, mask=mask)
     if train_cfg.optimizer == "muon":
         muon = contrib.muon(
             rate,
-            weight_decay=train_cfg.weight_decay,
-            consistent_rms=_ADAMW_RMS,
+            weight_decay=weight_decay,
+            consistent_rms=0.2,  # that of AdamW's updates (Liu et al. 2025, section 2.2)
             muon_weight_dimension_numbers=contrib.MuonDimensionNumbers(1, 0),  # [out, in]
         )
-        optimizer = optax.partition({"muon": muon, "adamw": optimizer}, _optimizer_names)
+        names = partial(jax.tree_util.tree_map_with_path, _optimizer_name)
+        optimizer = optax.partition({"muon": muon, "adamw": optimizer}, names)
     limit = train_cfg.grad_clip
     return optax.chain(optax.clip_by_global_norm(limit) if limit else optax.identity(), optimizer)
 
 
-# Root mean square of AdamW's updates, to which Muon's are scaled (Liu et al. 2025, section 2.2).
-_ADAMW_RMS = 0.2
-
-
-def _optimizer_names(params: Params) -> Params:
+def _optimizer_name(path: tuple[Any, ...], p: jax.Array) -> str:
     # Embeddings and output head train better with AdamW than with Muon (Jordan et al. 2024).
-    def name(path: tuple[Any, ...], p: jax.Array) -> str:
-        return "muon" if block_index(path[0].key) is not None and p.ndim == 2 else "adamw"
-
-    return jax.tree_util.tree_map_with_path(name, params)
+    return "muon" if block_index(path[0].key) is not None and p.ndim == 2 else "adamw"
