@@ -8,7 +8,6 @@ import fnmatch
 import functools
 import os
 import shutil
-import sys
 import uuid
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -127,8 +126,6 @@ def _exchange(new: Path, old: Path) -> None:
 
 @functools.cache
 def _renameat2() -> Callable[..., int] | None:
-    if not sys.platform.startswith("linux"):
-        return None
     function = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if function is not None:
         path, flags = ctypes.c_char_p, ctypes.c_uint

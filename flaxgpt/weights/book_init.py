@@ -45,8 +45,8 @@ def book_params(cfg: GPTConfig, seed: int = 123, *, progress: Progress | None = 
             "or tie_embeddings=False"
         )
     shapes = flatten_dict(param_shapes(cfg))
-    drawn = [shapes[path].size for path in shapes if path[-1] in ("weight", "bias")]
-    draws = _TorchDraws(seed, sum(drawn), progress)
+    drawn = sum(shapes[path].size for path in shapes if path[-1] in ("weight", "bias"))
+    draws = _TorchDraws(seed, drawn, progress)
     width, wide = cfg.emb_dim, cfg.ff_dim
 
     def norm() -> Params:
@@ -58,13 +58,10 @@ def book_params(cfg: GPTConfig, seed: int = 123, *, progress: Progress | None = 
         "pos_emb": {"weight": draws.normal(cfg.context_length, width)},
     }
     for name in cfg.block_names:
+        projections = ("W_query", "W_key", "W_value")
+        att = {key: draws.linear(width, width, bias=cfg.qkv_bias) for key in projections}
         params[name] = {
-            "att": {
-                "W_query": draws.linear(width, width, bias=cfg.qkv_bias),
-                "W_key": draws.linear(width, width, bias=cfg.qkv_bias),
-                "W_value": draws.linear(width, width, bias=cfg.qkv_bias),
-                "out_proj": draws.linear(width, width),
-            },
+            "att": att | {"out_proj": draws.linear(width, width)},
             "ff": {"layers_0": draws.linear(wide, width), "layers_2": draws.linear(width, wide)},
             "norm1": norm(),
             "norm2": norm(),
@@ -90,13 +87,13 @@ class _TorchDraws:
         bound = 1 / math.sqrt(columns)
         # PyTorch fuses multiply and add; rounding once from float64 gives the same bits.
         low, high = np.float64(np.float32(-bound)), np.float64(np.float32(bound))
-        shapes = {"weight": (rows, columns)} | ({"bias": (rows,)} if bias else {})
-        layer = {}
-        for name, shape in shapes.items():
+
+        def draw(*shape: int) -> jax.Array:
             values = np.empty(shape, np.float32)
             self._fill(values.reshape(-1), lambda uniform: uniform * (high - low) + low)
-            layer[name] = jnp.asarray(values)
-        return layer
+            return jnp.asarray(values)
+
+        return {"weight": draw(rows, columns)} | ({"bias": draw(rows)} if bias else {})
 
     def normal(self, rows: int, columns: int) -> jax.Array:
         """Draw `nn.Embedding(rows, columns)`: Box-Muller on blocks of 16 uniforms."""
@@ -111,24 +108,21 @@ class _TorchDraws:
         if rest:
             # PyTorch draws uniforms for the remainder but then draws the last 16 values again.
             self._uniform(rest)
-            values[-16:] = _box_muller(self._uniform(16))
-            self._report(rest)
+            self._done -= 16 - rest
+            self._fill(values[-16:], _box_muller)
         return jnp.asarray(values.reshape(rows, columns))
 
     def _fill(self, values: np.ndarray, convert: Callable[[np.ndarray], np.ndarray]) -> None:
         for first in range(0, values.size, _CHUNK):
             chunk = values[first : first + _CHUNK]
             chunk[:] = convert(self._uniform(chunk.size))
-            self._report(chunk.size)
+            self._done += chunk.size
+            if self._progress is not None:
+                self._progress(self._done, self._total)
 
     def _uniform(self, size: int) -> np.ndarray:
         words = self._words.randint(0, 1 << 32, size, np.uint32)
         return (words & 0xFFFFFF) * 2.0**-24  # float64 [size], exact
-
-    def _report(self, count: int) -> None:
-        self._done += count
-        if self._progress is not None:
-            self._progress(self._done, self._total)
 
 
 def _box_muller(uniform: np.ndarray) -> np.ndarray:  # [n], n a multiple of 16 -> float32 [n]

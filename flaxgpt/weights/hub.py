@@ -6,8 +6,8 @@ from pathlib import Path
 
 # A repository often has several copies of the weights: pickles, ONNX, other frameworks' files and
 # variants such as model.fp16.safetensors. flaxgpt reads none of these.
-_TOKENIZERS = ("merges.txt", "vocab.txt", "*.model", "*.tiktoken")  # also to tell their kind
-_WANTED = ("model.safetensors", "model-*.safetensors", "*.json", *_TOKENIZERS)
+_WANTED = ["model.safetensors", "model-*.safetensors", "*.json"]
+_WANTED += ["merges.txt", "vocab.txt", "*.model", "*.tiktoken"]  # also to tell kinds of tokenizers
 
 
 def fetch(model_id: str) -> Path:
@@ -17,9 +17,7 @@ def fetch(model_id: str) -> Path:
 
     absent = f"there is no file or folder {model_id!r} here, and"
     try:
-        return Path(
-            snapshot_download(model_id, allow_patterns=list(_WANTED), ignore_patterns=["*/*"])
-        )
+        return Path(snapshot_download(model_id, allow_patterns=_WANTED, ignore_patterns=["*/*"]))
     except errors.GatedRepoError as error:
         raise PermissionError(
             f"{absent} {model_id!r} on the Hugging Face hub is gated: request access on its page, "

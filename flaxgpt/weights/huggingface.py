@@ -8,6 +8,22 @@ from flaxgpt.config import GPTConfig
 from flaxgpt.weights.table import HEAD, TOKEN_EMBEDDING, Entry, Layout, block_path
 
 _END_OF_TEXT = 50256  # the id in GPT-2's vocabulary
+_BLOCK = "transformer.h.{l}."
+_NORMS = {
+    block_path("norm1"): _BLOCK + "ln_1",
+    block_path("norm2"): _BLOCK + "ln_2",
+    "final_norm": "transformer.ln_f",
+}
+# (path in the block, module, third). GPT-2's Conv1D computes x @ weight + bias, so its weights are
+# [in, out].
+_LINEAR = (
+    ("att/W_query", "attn.c_attn", 0),
+    ("att/W_key", "attn.c_attn", 1),
+    ("att/W_value", "attn.c_attn", 2),
+    ("att/out_proj", "attn.c_proj", None),
+    ("ff/layers_0", "mlp.c_fc", None),
+    ("ff/layers_2", "mlp.c_proj", None),
+)
 
 
 def _write_config(cfg: GPTConfig) -> dict[str, Any]:
@@ -35,41 +51,21 @@ def _write_config(cfg: GPTConfig) -> dict[str, Any]:
     return values if cfg.qkv_bias else {**values, "qkv_bias": False}
 
 
-_FUSED = "transformer.h.{l}.attn.c_attn"
-# (path in the block, tensor, whether it is transposed). GPT-2's Conv1D computes x @ weight + bias,
-# so its weights are [in, out].
-_BLOCK = (
-    ("norm1/scale", "ln_1.weight", False),
-    ("norm1/shift", "ln_1.bias", False),
-    ("att/out_proj/weight", "attn.c_proj.weight", True),
-    ("att/out_proj/bias", "attn.c_proj.bias", False),
-    ("norm2/scale", "ln_2.weight", False),
-    ("norm2/shift", "ln_2.bias", False),
-    ("ff/layers_0/weight", "mlp.c_fc.weight", True),
-    ("ff/layers_0/bias", "mlp.c_fc.bias", False),
-    ("ff/layers_2/weight", "mlp.c_proj.weight", True),
-    ("ff/layers_2/bias", "mlp.c_proj.bias", False),
-)
-
 HUGGINGFACE = Layout(
     title="Hugging Face's",
     entries=(
         Entry(TOKEN_EMBEDDING, "transformer.wte.weight"),
         Entry("pos_emb/weight", "transformer.wpe.weight"),
+        *(Entry(f"{path}/scale", f"{module}.weight") for path, module in _NORMS.items()),
+        *(Entry(f"{path}/shift", f"{module}.bias") for path, module in _NORMS.items()),
         *(
-            Entry(block_path(f"att/{name}/{kind}"), f"{_FUSED}.{kind}", kind == "weight", third)
-            for third, name in enumerate(("W_query", "W_key", "W_value"))
+            Entry(block_path(f"{path}/{kind}"), f"{_BLOCK}{module}.{kind}", kind == "weight", third)
+            for path, module, third in _LINEAR
             for kind in ("weight", "bias")
         ),
-        *(
-            Entry(block_path(path), f"transformer.h.{{l}}.{name}", transposed)
-            for path, name, transposed in _BLOCK
-        ),
-        Entry("final_norm/scale", "transformer.ln_f.weight"),
-        Entry("final_norm/shift", "transformer.ln_f.bias"),
         Entry(HEAD, "lm_head.weight"),
     ),
-    constants=("transformer.h.{l}.attn.bias", "transformer.h.{l}.attn.masked_bias"),
+    constants=(_BLOCK + "attn.bias", _BLOCK + "attn.masked_bias"),
     prefix="transformer.",
     writes_tied_head=False,
     tie_key="tie_word_embeddings",

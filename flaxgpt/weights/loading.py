@@ -101,9 +101,8 @@ def _read_params(cfg: GPTConfig, paths: Sequence[Path], progress: Progress | Non
     # memory stays near the size of the parameters. A tied head comes after the token embedding,
     # which has its size, because it is compared to it.
     order = sorted(tensors, key=lambda pair: (-pair[0].size, pair[1].role == "tied head"))
-    total = sum(tensor.size for tensor, _ in order)
+    done, total = 0, sum(tensor.size for tensor, _ in order)
     params: dict[str, jax.Array] = {}
-    done = 0
     for tensor, slot in order:
         if slot.role == "weights":
             params |= _put_on_device(tensor, slot)
@@ -126,7 +125,7 @@ def _put_on_device(tensor: Tensor, slot: Slot) -> dict[str, jax.Array]:
 
 
 def _check_unused(layout: Layout, tensor: Tensor, slot: Slot, params: dict[str, jax.Array]) -> None:
-    """Raise ValueError if omitting a tensor that has no parameter would change the model."""
+    # Omitting a tensor must not change the model.
     values = read(tensor)
     if slot.role == "zero bias" and values.any():
         raise ValueError(

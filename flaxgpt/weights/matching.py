@@ -4,29 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from flaxgpt._checks import listed
 from flaxgpt.config import GPTConfig
 from flaxgpt.weights.layouts import LAYOUTS
 from flaxgpt.weights.table import Layout, Slot, slots
 from flaxgpt.weights.tensors import FLOATS, Tensor, tensors_in
-
-_MESSAGES = {  # in the order of the report
-    "blocks": "the weights have {0} blocks instead of n_layers={1}",
-    "missing": "missing {tensor}",
-    "unexpected": "unexpected {tensor}",
-    "duplicate": "unexpected second {tensor} in {0}",
-    "shape": "{tensor} has shape {0} instead of {1}",
-    "dtype": "{tensor} is {0} instead of floating point",
-}
-
-
-class _Fault(NamedTuple):
-    kind: str  # in _MESSAGES
-    tensor: str
-    block: int | None
-    details: tuple[Any, ...] = ()
 
 
 class _Match(NamedTuple):
@@ -69,36 +53,36 @@ def match_layout(cfg: GPTConfig, paths: Sequence[Path]) -> tuple[Layout, list[tu
 def _match(layout: Layout, cfg: GPTConfig, tensors: Sequence[Tensor]) -> _Match:
     wanted = slots(layout, cfg)
     fitting: dict[str, tuple[Tensor, Slot]] = {}
-    faults: list[_Fault] = []
+    unexpected: list[tuple[str, int]] = []  # the faults, each with its block
+    unfit: list[tuple[str, int]] = []
     known, blocks = 0, 0
     for tensor in tensors:
-        name, block = layout.find(tensor.name) or (None, None)
-        known += name is not None
-        blocks = max(blocks, 0 if block is None else block + 1)
-        if name is not None and layout.is_constant(name):
+        found = layout.find(tensor.name)
+        full, block, is_constant = found or ("", -1, False)
+        known += found is not None
+        blocks = max(blocks, block + 1)
+        if is_constant:
             continue
-        if name is None or name not in wanted:
-            faults.append(_Fault("unexpected", tensor.name, block))
-        elif name in fitting:
-            faults.append(_Fault("duplicate", tensor.name, block, (tensor.path.name,)))
+        if full not in wanted:
+            unexpected.append((f"unexpected {tensor.name}", block))
+        elif full in fitting:
+            unexpected.append((f"unexpected second {tensor.name} in {tensor.path.name}", block))
         else:
-            slot = wanted[name]
-            fitting[name] = tensor, slot
+            slot = wanted[full]
+            fitting[full] = tensor, slot
             if tensor.shape != slot.shape:
-                faults.append(_Fault("shape", tensor.name, block, (tensor.shape, slot.shape)))
+                fault = f"{tensor.name} has shape {tensor.shape} instead of {slot.shape}"
+                unfit.append((fault, block))
             if tensor.dtype not in FLOATS:
-                faults.append(_Fault("dtype", tensor.name, block, (tensor.dtype,)))
-    faults += [
-        _Fault("missing", name, slot.block)
+                unfit.append((f"{tensor.name} is {tensor.dtype} instead of floating point", block))
+    missing = [
+        (f"missing {name}", slot.block)
         for name, slot in wanted.items()
         if name not in fitting and slot.role != "tied head"
     ]
+    faults = [*sorted(missing), *sorted(unexpected), *sorted(unfit)]
+    # The number of blocks says more than the names of all tensors in the surplus ones.
+    messages = [fault for fault, block in faults if block < min(blocks, cfg.n_layers)]
     if faults and blocks != cfg.n_layers:
-        # The number of blocks says more than the names of all tensors in the surplus ones.
-        common = min(blocks, cfg.n_layers)
-        faults = [fault for fault in faults if fault.block is None or fault.block < common]
-        faults.append(_Fault("blocks", "", None, (blocks, cfg.n_layers)))
-    order = list(_MESSAGES)
-    faults.sort(key=lambda fault: (order.index(fault.kind), fault.tensor))
-    messages = [_MESSAGES[kind].format(*details, tensor=name) for kind, name, _, details in faults]
+        messages.insert(0, f"the weights have {blocks} blocks instead of n_layers={cfg.n_layers}")
     return _Match(layout, known, list(fitting.values()), messages)

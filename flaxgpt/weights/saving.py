@@ -19,23 +19,13 @@ from flaxgpt.tokenizer.folder import save_tokenizer
 from flaxgpt.typing import Params
 from flaxgpt.weights.layouts import LAYOUTS
 from flaxgpt.weights.table import export
-from flaxgpt.weights.tensors import SINGLE
+from flaxgpt.weights.tensors import INDEX, SINGLE
 
 # The files that `save` and transformers' save_pretrained write: only these may be replaced.
 _REPLACEABLE = (
-    "config.json",
-    "generation_config.json",
-    "model.safetensors",
-    "model-*-of-*.safetensors",
-    "model.safetensors.index.json",
-    "flaxgpt_tokenizer.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
+    *("config.json", "generation_config.json", SINGLE, INDEX, "model-*-of-*.safetensors"),
+    *("flaxgpt_tokenizer.json", "tokenizer.json", "tokenizer_config.json", "vocab.json"),
+    *("merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
 )
 
 

@@ -45,24 +45,30 @@ def locate(source: str | os.PathLike[str]) -> Path:
 
 def weight_files(path: Path) -> list[Path]:
     """Return the safetensors files of a model, given its folder or file from `locate`."""
-    if path.is_file():
-        if path.suffix in _PICKLES:
-            raise ValueError(_explain_pickle(path))
-        if path.suffix != ".safetensors":
-            raise ValueError(f"{path} is not a .safetensors file: give one or a model's folder")
+    if path.is_file() and path.suffix == ".safetensors":
         return [path]
     if (path / SINGLE).exists():
         return [path / SINGLE]
     if (path / INDEX).exists():
         return shards(path / INDEX)
-    entries = sorted(path.iterdir())
+    entries = [path] if path.is_file() else sorted(path.iterdir())
     if others := [entry for entry in entries if entry.suffix == ".safetensors"]:
         raise FileNotFoundError(
             f"{path} has no {SINGLE}, but it has {listed([other.name for other in others])}: "
             f"give the path of the file to read, such as {str(others[0])!r}"
         )
-    if pickles := [entry for entry in entries if entry.suffix in _PICKLES]:
-        raise ValueError(_explain_pickle(pickles[0]))
+    for entry in entries:
+        if entry.suffix in _PICKLES:
+            raise ValueError(
+                f"{entry} is a pickle, which can run arbitrary code when opened, so flaxgpt does "
+                "not read it. Convert it to safetensors where PyTorch is installed:\n"
+                f'    state = torch.load({str(entry)!r}, map_location="cpu", weights_only=True)\n'
+                # save_file refuses tensors that share memory, as tied weights do.
+                "    safetensors.torch.save_file({k: v.clone() for k, v in state.items()}, "
+                f"{str(entry.with_name(SINGLE))!r})"
+            )
+    if path.is_file():
+        raise ValueError(f"{path} is not a .safetensors file: give one or a model's folder")
     raise FileNotFoundError(
         f"{path} has neither {SINGLE} nor {INDEX}: expected a model's folder in Hugging Face's or "
         "the book's layout"
@@ -85,14 +91,3 @@ def read_config_file(path: Path) -> GPTConfig:
         raise ValueError(message) from error
     with value_errors(config):
         return GPTConfig.from_dict(values)
-
-
-def _explain_pickle(path: Path) -> str:
-    target = str(path.with_name(SINGLE))
-    return (
-        f"{path} is a pickle, which can run arbitrary code when opened, so flaxgpt does not read "
-        "it. Convert it to safetensors where PyTorch is installed:\n"
-        f'    state = torch.load({str(path)!r}, map_location="cpu", weights_only=True)\n'
-        # save_file refuses tensors that share memory, as tied weights do.
-        f"    safetensors.torch.save_file({{k: v.clone() for k, v in state.items()}}, {target!r})"
-    )

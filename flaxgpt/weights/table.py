@@ -6,7 +6,7 @@ import dataclasses
 import re
 from collections.abc import Callable, Iterator
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,9 +15,6 @@ from flax.traverse_util import flatten_dict
 from flaxgpt.config import GPTConfig, block_name
 from flaxgpt.model import param_shapes
 from flaxgpt.typing import Params
-
-# A zero bias and a tied head have no parameter in the configuration.
-Role = Literal["weights", "zero bias", "tied head"]
 
 TOKEN_EMBEDDING, HEAD = "tok_emb/weight", "out_head/weight"
 _PLACEHOLDER = "{l}"  # stands for the number of the block, in our paths and in tensor names
@@ -29,8 +26,7 @@ def block_path(path: str) -> str:
     return f"{block_name(_PLACEHOLDER)}/{path}"
 
 
-@dataclasses.dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """One parameter and the tensor that stores it."""
 
     ours: str  # path in the parameter tree, with "{l}" for the number of the block
@@ -54,20 +50,16 @@ class Layout:
 
     @cached_property
     def _known(self) -> frozenset[str]:
-        return frozenset(entry.theirs for entry in self.entries) | frozenset(self.constants)
+        return frozenset(entry.theirs for entry in self.entries).union(self.constants)
 
-    def find(self, name: str) -> tuple[str, int | None] | None:
-        """Return a tensor's full name and its block (None outside), or None if it is unknown."""
+    def find(self, name: str) -> tuple[str, int, bool] | None:
+        """Return a tensor's full name, its block (-1 outside) and whether it is a constant."""
         for full in (name, self.prefix + name):
-            if full in self._known:
-                return full, None
-            if (number := _NUMBER.search(full)) and _with_placeholder(full) in self._known:
-                return full, int(number[1])
+            number = _NUMBER.search(full)
+            pattern = _NUMBER.sub(f".{_PLACEHOLDER}.", full, count=1)
+            if pattern in self._known:
+                return full, int(number[1]) if number else -1, pattern in self.constants
         return None
-
-    def is_constant(self, full_name: str) -> bool:
-        """Return whether a tensor is a constant, which has no parameter."""
-        return _with_placeholder(full_name) in self.constants
 
     @property
     def examples(self) -> tuple[str, str]:
@@ -77,18 +69,13 @@ class Layout:
         return first, second
 
 
-def _with_placeholder(name: str) -> str:
-    return _NUMBER.sub(f".{_PLACEHOLDER}.", name, count=1)
-
-
-@dataclasses.dataclass(frozen=True)
-class Slot:
+class Slot(NamedTuple):
     """A tensor that a file has for a given configuration."""
 
     shape: tuple[int, ...]  # in the file
     entries: tuple[Entry, ...]  # the parameters it holds, in the order of their thirds
-    role: Role
-    block: int | None  # None outside the blocks
+    role: Literal["weights", "zero bias", "tied head"]  # the last two have no parameter
+    block: int  # -1 outside the blocks
 
     def split(self, tensor: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
         """Yield the path and values of each parameter in a tensor."""
@@ -104,21 +91,19 @@ def slots(layout: Layout, cfg: GPTConfig) -> dict[str, Slot]:
     shapes = flatten_dict(param_shapes(largest), sep="/")
     found: dict[str, Slot] = {}
     for entry in layout.entries:
-        for block in range(cfg.n_layers) if _PLACEHOLDER in entry.ours else (None,):
+        for block in range(cfg.n_layers) if _PLACEHOLDER in entry.ours else (-1,):
             ours, theirs = entry.ours.format(l=block), entry.theirs.format(l=block)
-            role: Role = "weights"
-            if ours == HEAD and cfg.tie_embeddings:
-                role = "tied head"
-            elif ours not in used and entry.third is None:
-                continue
-            elif ours not in used:  # a fused qkv bias cannot be omitted for one of the three
-                role = "zero bias"
             shape = shapes[ours].shape[:: -1 if entry.transposed else 1]
             if entry.third is not None:
                 shape = (*shape[:-1], 3 * shape[-1])
             earlier = found[theirs].entries if theirs in found else ()
-            entries = (*earlier, dataclasses.replace(entry, ours=ours, theirs=theirs))
-            found[theirs] = Slot(shape, entries, role, block)
+            entries = (*earlier, entry._replace(ours=ours, theirs=theirs))
+            if ours in used:
+                found[theirs] = Slot(shape, entries, "weights", block)
+            elif ours == HEAD:
+                found[theirs] = Slot(shape, (Entry(TOKEN_EMBEDDING, theirs),), "tied head", block)
+            elif entry.third is not None:  # a fused bias cannot be omitted for one of the three
+                found[theirs] = Slot(shape, entries, "zero bias", block)
     return found
 
 
@@ -127,13 +112,10 @@ def export(layout: Layout, cfg: GPTConfig, params: Params) -> dict[str, np.ndarr
     ours = flatten_dict(params, sep="/")
     tensors = {}
     for name, slot in slots(layout, cfg).items():
-        if slot.role == "tied head":
-            if layout.writes_tied_head:
-                tensors[name] = _as_stored(TOKEN_EMBEDDING, ours[TOKEN_EMBEDDING])
-        elif slot.role == "zero bias":
+        if slot.role == "zero bias":
             weight = slot.entries[0].ours.removesuffix("bias") + "weight"
             tensors[name] = np.zeros(slot.shape, _as_stored(weight, ours[weight]).dtype)
-        else:
+        elif slot.role == "weights" or layout.writes_tied_head:
             parts = [_as_stored(entry.ours, ours[entry.ours]) for entry in slot.entries]
             if len({part.dtype for part in parts}) > 1:
                 parts = [part.astype(np.float32) for part in parts]

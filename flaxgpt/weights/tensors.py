@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -19,8 +19,7 @@ INDEX = "model.safetensors.index.json"
 FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 
 
-@dataclasses.dataclass(frozen=True)
-class Tensor:
+class Tensor(NamedTuple):
     """A tensor whose values are still on disk."""
 
     path: Path
@@ -58,8 +57,7 @@ def stamp(path: Path) -> tuple[int, ...]:
 def shards(index: Path) -> list[Path]:
     """Return the files listed in `model.safetensors.index.json`, all of which exist."""
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        names = sorted(set(weight_map.values()))
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         plain = all(Path(name).name == name and name.endswith(".safetensors") for name in names)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(
