@@ -23,6 +23,10 @@ class FlopCount:
         scores_computed: `scores` without the blocks of later keys that `forward` skips.
         feed_forward: feed-forward layers.
         head: output head, tied or not.
+        forward: forward pass with scores: nanoGPT's count and PaLM's model FLOPs.
+        forward_without_scores: forward pass without scores, 2 per weight and token: the book's.
+        training: forward and backward pass with scores; backward has two products for each one.
+        training_without_scores: the same without scores, 6 per weight and token.
     """
 
     projections: int
@@ -30,31 +34,14 @@ class FlopCount:
     scores_computed: int
     feed_forward: int
     head: int
-
-    @property
-    def forward(self) -> int:
-        """Forward pass with scores: nanoGPT's count and PaLM's model FLOPs."""
-        return self.forward_without_scores + self.scores
-
-    @property
-    def forward_without_scores(self) -> int:
-        """Forward pass without scores, 2 per weight and token: the book's count."""
-        return self.projections + self.feed_forward + self.head
-
-    @property
-    def training(self) -> int:
-        """Forward and backward pass with scores; backward has two products for each one."""
-        return 3 * self.forward
-
-    @property
-    def training_without_scores(self) -> int:
-        """Forward and backward pass without scores, 6 per weight and token."""
-        return 3 * self.forward_without_scores
+    forward: int
+    forward_without_scores: int
+    training: int
+    training_without_scores: int
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, ready for JSON."""
-        names = ("forward", "forward_without_scores", "training", "training_without_scores")
-        return dataclasses.asdict(self) | {name: getattr(self, name) for name in names}
+        return dataclasses.asdict(self)
 
 
 def flops(cfg: GPTConfig, batch: int, length: int) -> FlopCount:
@@ -81,17 +68,23 @@ def flops(cfg: GPTConfig, batch: int, length: int) -> FlopCount:
     """
     check_config(cfg)
     batch, length = check_size("batch", batch), check_context(cfg.context_length, length)
-    tokens, width, depth = batch * length, cfg.emb_dim, cfg.n_layers
-
-    def product(pairs: int) -> int:  # scores, then the mean of the values
-        return depth * batch * 2 * 2 * pairs * width
-
+    depth, tokens, width = cfg.n_layers, batch * length, cfg.emb_dim
+    projections = depth * tokens * 2 * 4 * width * width
+    pair = depth * batch * 2 * 2 * width  # its score, then its term in the mean of the values
+    scores = pair * length * length
+    feed_forward = depth * tokens * 2 * 2 * width * cfg.ff_dim
+    head = tokens * 2 * width * cfg.vocab_size
+    weights = projections + feed_forward + head
     return FlopCount(
-        projections=depth * tokens * 2 * 4 * width * width,
-        scores=product(length * length),
-        scores_computed=product(sum((stop - start) * stop for start, stop in query_blocks(length))),
-        feed_forward=depth * tokens * 2 * 2 * width * cfg.ff_dim,
-        head=tokens * 2 * width * cfg.vocab_size,
+        projections=projections,
+        scores=scores,
+        scores_computed=pair * sum((stop - start) * stop for start, stop in query_blocks(length)),
+        feed_forward=feed_forward,
+        head=head,
+        forward=weights + scores,
+        forward_without_scores=weights,
+        training=3 * (weights + scores),
+        training_without_scores=3 * weights,
     )
 
 

@@ -18,16 +18,13 @@ from flaxgpt.typing import Params
 def gradient_norms(
     cfg: GPTConfig, params: Params, ids: ArrayLike, *, shortcuts: bool = True
 ) -> jax.Array:
-    """Return the norm of the gradient of the loss with respect to each block's parameters.
+    """Return the norm of the gradient of the loss for the parameters of each block, float32 [L].
 
     Args:
         cfg: the architecture.
         params: its parameters.
         ids: int [B, T], T at least 2: each id except the first is a target.
         shortcuts: whether to keep the shortcut connections.
-
-    Returns:
-        float32 [L].
 
     Raises:
         ValueError: as for `patch`, or too few ids.
@@ -43,16 +40,12 @@ def gradient_norms(
 @partial(jax.jit, static_argnums=(0, 3))
 def _norms(cfg: GPTConfig, params: Params, ids: jax.Array, shortcuts: bool) -> jax.Array:
     def loss(params: Params) -> jax.Array:
-        patches = {} if shortcuts else without_shortcuts(cfg)
-        logits = patch(cfg, params, ids, patches)
+        logits = patch(cfg, params, ids, {} if shortcuts else without_shortcuts(cfg))
         return -token_log_probs(logits[:, :-1], ids[:, 1:]).mean()
 
-    def norm(tree: Params) -> jax.Array:
-        squares = (jnp.square(leaf.astype(jnp.float32)).sum() for leaf in jax.tree.leaves(tree))
-        return jnp.sqrt(sum(squares))
-
     gradient = jax.grad(loss)(params)
-    return jnp.stack([norm(gradient[block]) for block in cfg.block_names])
+    squares = jax.tree.map(lambda leaf: jnp.square(leaf.astype(jnp.float32)).sum(), gradient)
+    return jnp.sqrt(jnp.stack([sum(jax.tree.leaves(squares[name])) for name in cfg.block_names]))
 
 
 def without_shortcuts(cfg: GPTConfig) -> dict[str, Intervention]:
@@ -64,12 +57,8 @@ def without_shortcuts(cfg: GPTConfig) -> dict[str, Intervention]:
         added.append(x)
         return x
 
-    patches: dict[str, Intervention] = {}
-    for block in cfg.block_names:
-        patches |= {
-            f"{block}/att": hold,
-            f"{block}/middle": lambda _: added.pop(),
-            f"{block}/ff": hold,
-            block: lambda _: added.pop(),
-        }
-    return patches
+    def release(_: jax.Array) -> jax.Array:
+        return added.pop()
+
+    patches = {"/att": hold, "/middle": release, "/ff": hold, "": release}
+    return {block + place: patches[place] for block in cfg.block_names for place in patches}

@@ -95,10 +95,21 @@ def activations(
         ValueError: bad ids, params or names.
     """
     checked, dtype = check_inputs(cfg, params, ids), check_dtype(dtype)
-    chosen = _chosen(cfg, select)
-    arguments = cfg, params, checked, frozenset(chosen.values()), dtype
-    found = _compiled(*arguments) if patches is None else _run(*arguments, _functions(cfg, patches))
-    return {name: found[place] for name, place in chosen.items()}
+    places = _places(cfg)
+    if select is not None:
+        if isinstance(select, str) or not isinstance(select, Iterable):
+            raise ValueError(
+                f"select={select!r} must be a list of names; for one name, use [{select!r}]"
+            )
+        wanted: set[str] = set()
+        for name in select:
+            if not isinstance(name, str):
+                raise ValueError(f"select has {name!r}, which is not the name of an intermediate")
+            wanted.update(fnmatch.filter(places, name) or [_known(cfg, name)])
+        places = {name: place for name, place in places.items() if name in wanted}
+    arguments = cfg, params, checked, frozenset(places.values()), dtype
+    found = _compiled(*arguments, {}) if patches is None else _run(*arguments, patches)
+    return {name: found[place] for name, place in places.items()}
 
 
 def patch(
@@ -138,7 +149,7 @@ def patch(
             returns another shape.
     """
     checked, dtype = check_inputs(cfg, params, ids), check_dtype(dtype)
-    return _run(cfg, params, checked, ["logits"], dtype, _functions(cfg, patches))["logits"]
+    return _run(cfg, params, checked, ["logits"], dtype, patches)["logits"]
 
 
 def _places(cfg: GPTConfig) -> dict[str, str]:
@@ -146,39 +157,6 @@ def _places(cfg: GPTConfig) -> dict[str, str]:
     places = {name: name for name in activation_names(cfg)}
     hidden = ["embeddings", *cfg.block_names[:-1], "final_norm"]
     return places | {f"hidden_{i}": place for i, place in enumerate(hidden)}
-
-
-def _chosen(cfg: GPTConfig, select: Iterable[str] | None) -> dict[str, str]:
-    places = _places(cfg)
-    if select is None:
-        return places
-    if isinstance(select, str) or not isinstance(select, Iterable):
-        raise ValueError(
-            f"select={select!r} must be a list of names; for one name, use [{select!r}]"
-        )
-    wanted: set[str] = set()
-    for name in select:
-        if not isinstance(name, str):
-            raise ValueError(f"select has {name!r}, which is not the name of an intermediate")
-        wanted.update(fnmatch.filter(places, name) or [_known(cfg, name)])
-    return {name: place for name, place in places.items() if name in wanted}
-
-
-def _functions(cfg: GPTConfig, patches: Mapping[str, Intervention]) -> dict[str, Any]:
-    if not isinstance(patches, Mapping):
-        raise ValueError(f"patches must be a dict of name: function, got {type(patches).__name__}")
-    functions: dict[str, Any] = {}
-    for name, function in patches.items():
-        place = _places(cfg)[_known(cfg, name)]
-        if not callable(function):
-            raise ValueError(
-                f"the patch of {name} must be a function of the value there, got "
-                f"{type(function).__name__}: to insert a fixed value, use lambda _: value"
-            )
-        if place in functions:
-            raise ValueError(f"{name} is {place}, which already has a patch: combine the two")
-        functions[place] = function
-    return functions
 
 
 def _known(cfg: GPTConfig, name: str) -> str:
@@ -194,37 +172,31 @@ def _run(
     ids: jax.Array,
     wanted: Collection[str],
     dtype: Any,
-    functions: Mapping[str, Intervention] | None = None,
+    patches: Mapping[str, Intervention],
 ) -> dict[str, jax.Array]:
     """Run the model with interventions and return the requested intermediates."""
+    if not isinstance(patches, Mapping):
+        raise ValueError(f"patches must be a dict of name: function, got {type(patches).__name__}")
+    functions: dict[str, Intervention] = {}
+    for name, function in patches.items():
+        place = _places(cfg)[_known(cfg, name)]
+        if not callable(function):
+            raise ValueError(
+                f"the patch of {name} must be a function of the value there, got "
+                f"{type(function).__name__}: to insert a fixed value, use lambda _: value"
+            )
+        if place in functions:
+            raise ValueError(f"{name} is {place}, which already has a patch: combine the two")
+        functions[place] = function
     params = jax.tree.map(jnp.asarray, params)  # linen does not accept NumPy arrays
-    with nn.intercept_methods(_Visits(cfg, wanted, functions or {})):
-        variables = {"params": params}
-        _, sown = make_model(cfg, dtype).apply(variables, ids, mutable=["intermediates"])
+    with nn.intercept_methods(_Visits(cfg, wanted, functions)):
+        model = make_model(cfg, dtype)
+        _, sown = model.apply({"params": params}, ids, mutable=["intermediates"])
     leaves = jax.tree_util.tree_flatten_with_path(sown)[0]
     return {path[-2].key: value for path, value in leaves}  # {module: {name: (value,)}}
 
 
 _compiled = jax.jit(_run, static_argnums=(0, 3, 4))
-
-
-def _replace(name: str, function: Intervention, value: jax.Array) -> jax.Array:
-    given = function(value)
-    try:
-        new = jnp.asarray(given)
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"the patch of {name} returned {type(given).__name__}, not an array"
-            + ("; does the function return its result?" if given is None else "")
-        ) from error
-    if jnp.iscomplexobj(new):
-        raise ValueError(f"the patch of {name} returned {new.dtype}; expected real numbers")
-    if new.shape != value.shape:
-        raise ValueError(
-            f"the patch of {name} returned shape {new.shape}; expected {value.shape}, the shape of "
-            "the value it replaces"
-        )
-    return new.astype(value.dtype)
 
 
 @dataclasses.dataclass
@@ -256,24 +228,27 @@ class _Visits:
         x = args[0]
         block, name = module.path[0], "/".join(module.path)
         match module.path[1:]:
-            case () if block_index(block) is not None:
+            case () | ("att",) if block_index(block) is not None:
                 self.held = {}
                 x, cache = call(*args, **kwargs)
-                if "middle" in self.held:
+                if "middle" in self.held:  # at the end of a block
                     x = self.held["middle"] + self.held["ff"]
                 return visit(name, x), cache
             case ():
-                name = "embeddings" if name == "drop_emb" else name
-                return visit(name, call(*args, **kwargs))
-            case ("att",):
-                x, cache = call(*args, **kwargs)
-                return visit(name, x), cache
+                return visit("embeddings" if name == "drop_emb" else name, call(*args, **kwargs))
             case ("att", "W_query" | "W_key" | "W_value" as projection):
                 role = projection.removeprefix("W_")
                 self.held[role] = visit(f"{block}/att/{role}", self._split(call(x)))
                 return self._join(self.held[role])
             case ("att", "out_proj"):
-                return call(self._join(self._heads(visit, f"{block}/att", self._split(x))))
+                heads = self._split(x)
+                if f"{block}/att/weights" in {*self.wanted, *self.functions}:
+                    query, keys, values = (self.held[role] for role in ("query", "key", "value"))
+                    every = range(query.shape[-2])
+                    weights = attention_weights(query, keys, Visibility().mask(every, every))
+                    if (patched := visit(f"{block}/att/weights", weights)) is not weights:
+                        heads = mean_of_values(patched, values)
+                return call(self._join(visit(f"{block}/att/heads", heads)))
             case ("norm2",):
                 middle = visit(f"{block}/middle", x)
                 if middle is not x:
@@ -290,25 +265,28 @@ class _Visits:
 
     def _visit(self, module: nn.Module, name: str, value: jax.Array) -> jax.Array:
         if name in self.functions:
-            value = _replace(name, self.functions[name], value)
+            given = self.functions[name](value)
+            try:
+                new = jnp.asarray(given)
+            except (TypeError, ValueError) as error:
+                raise ValueError(
+                    f"the patch of {name} returned {type(given).__name__}, not an array"
+                    + ("; does the function return its result?" if given is None else "")
+                ) from error
+            if jnp.iscomplexobj(new):
+                raise ValueError(f"the patch of {name} returned {new.dtype}; expected real numbers")
+            if new.shape != value.shape:
+                raise ValueError(
+                    f"the patch of {name} returned shape {new.shape}; expected {value.shape}, the "
+                    "shape of the value it replaces"
+                )
+            value = new.astype(value.dtype)
         if name in self.wanted:
             module.sow("intermediates", name, value)
         return value
-
-    def _heads(
-        self, visit: Callable[[str, jax.Array], jax.Array], att: str, heads: jax.Array
-    ) -> jax.Array:
-        if f"{att}/weights" in {*self.wanted, *self.functions}:
-            query, keys, values = (self.held[role] for role in ("query", "key", "value"))
-            every = range(query.shape[-2])
-            weights = attention_weights(query, keys, Visibility().mask(every, every))
-            if (patched := visit(f"{att}/weights", weights)) is not weights:
-                heads = mean_of_values(patched, values)
-        return visit(f"{att}/heads", heads)
 
     def _split(self, x: jax.Array) -> jax.Array:  # [B, T, D] -> [B, N, T, H]
         return x.reshape(*x.shape[:-1], self.cfg.n_heads, self.cfg.head_dim).swapaxes(1, 2)
 
     def _join(self, heads: jax.Array) -> jax.Array:  # [B, N, T, H] -> [B, T, D]
-        joined = heads.swapaxes(1, 2)
-        return joined.reshape(*joined.shape[:2], self.cfg.emb_dim)
+        return heads.swapaxes(1, 2).reshape(len(heads), heads.shape[2], self.cfg.emb_dim)

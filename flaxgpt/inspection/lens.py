@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +53,5 @@ def logit_lens(
 
 @partial(jax.jit, static_argnums=(0, 3))
 def _read(cfg: GPTConfig, params: Params, streams: jax.Array, dtype: DTypeLike) -> jax.Array:
-    def read(model: Any, x: jax.Array) -> jax.Array:
-        return model.logits(model.final_norm(x))
-
-    return make_model(cfg, dtype).apply({"params": params}, streams, method=read)
+    model = make_model(cfg, dtype).bind({"params": params})
+    return model.logits(model.final_norm(streams))

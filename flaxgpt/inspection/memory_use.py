@@ -158,9 +158,8 @@ def largest_batch(
     batches = range(1, 1 + min(most, 2**60))
 
     def largest(purpose: str) -> int:
-        def needed(batch: int) -> int:
-            return getattr(memory(cfg, batch, length, dtype=dtype), purpose)
-
-        return bisect.bisect_right(batches, size, key=needed)
+        return bisect.bisect_right(
+            batches, size, key=lambda n: getattr(memory(cfg, n, length, dtype=dtype), purpose)
+        )
 
     return LargestBatch(*(largest(field.name) for field in dataclasses.fields(LargestBatch)))

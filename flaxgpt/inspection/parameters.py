@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -88,6 +87,10 @@ class Leaf:
         return jnp.dtype(self.value.dtype).name
 
     @property
+    def type(self) -> str:
+        return f"{self.dtype}{list(self.value.shape)}"
+
+    @property
     def bytes(self) -> int:
         return int(self.count * jnp.dtype(self.value.dtype).itemsize)
 
@@ -112,7 +115,7 @@ def count_params(tree: Any) -> ParamCount:
     Raises:
         ValueError: a leaf is not a numeric array. The message names it.
     """
-    leaves = list(leaves_of(tree))
+    leaves = leaves_of(tree)
     table = {leaf.path: leaf for leaf in leaves}
     tokens, head = table.get(("tok_emb", "weight")), table.get(("out_head", "weight"))
     shared = tokens and head and head.value is tokens.value
@@ -139,30 +142,27 @@ def count_params(tree: Any) -> ParamCount:
     )
 
 
-def leaves_of(tree: Any) -> Iterator[Leaf]:
-    """Yield the arrays of a tree, as for `count_params`, in the order in which data flows."""
+def leaves_of(tree: Any) -> list[Leaf]:
+    """Return the arrays of a tree, as for `count_params`, in the order in which data flows."""
     if isinstance(tree, GPTConfig):
         tree = param_shapes(tree)
     leaves = []
-    seen: dict[tuple[str, ...], int] = {}
     for keys, value in jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: x is None)[0]:
         path = tuple(jax.tree_util.keystr((key,), simple=True) for key in keys)
         path = path[1:] if path[:1] == ("params",) else path
         _check_leaf("/".join(path) or "the tree", value)
         part = next((_PART_OF[name] for name in path if name in _PART_OF), "other")
         blocks = (path[:i] for i, name in enumerate(path, 1) if block_index(name) is not None)
-        leaf = Leaf(path, value, part, next(blocks, None))
-        leaves.append((_flow_order(path, seen), leaf))
-    yield from (leaf for _, leaf in sorted(leaves, key=lambda item: item[0]))
+        leaves.append(Leaf(path, value, part, next(blocks, None)))
+    seen: dict[tuple[str, ...], int] = {}
+    return sorted(leaves, key=lambda leaf: _flow_order(leaf.path, seen))
 
 
 _BLOCK = block_name("*")
 _FLOW = ("tok_emb", "pos_emb", _BLOCK, "norm1", "att", "norm2", "ff", "final_norm", "out_head")
 
 
-def _flow_order(
-    path: tuple[str, ...], seen: dict[tuple[str, ...], int]
-) -> tuple[tuple[int, int], ...]:
+def _flow_order(path: tuple[str, ...], seen: dict[tuple[str, ...], int]) -> list[tuple[int, int]]:
     """Return the sort key of a path: known names in data-flow order, others as first seen."""
     order = []
     for depth, name in enumerate(path, 1):
@@ -172,7 +172,7 @@ def _flow_order(
             order.append((_FLOW.index(known), index or 0))
         else:
             order.append((len(_FLOW), seen.setdefault(path[:depth], len(seen))))
-    return tuple(order)
+    return order
 
 
 def _check_leaf(name: str, value: Any) -> None:

@@ -58,11 +58,16 @@ def attention_maps(weights: ArrayLike, tokens: Sequence[str], title: str = "") -
         grids = maps.reshape(-1, *maps.shape[-2:])
         for place in axes.flat[len(grids) :]:
             place.set_axis_off()
+        ticks = range(0, len(tokens), math.ceil(len(tokens) / _MOST_LABELS))
+        names, empty = [shown(tokens[i]) for i in ticks], [""] * len(ticks)
+        size = 8 if len(ticks) <= 20 else 6
         for i, (grid, place) in enumerate(zip(grids, axes.flat, strict=False)):
             image = place.imshow(grid, norm=norm, cmap="viridis")
             left = i % columns == 0
             if maps.ndim == 3:
-                _label_tokens(place, tokens, bottom=i + columns >= len(maps), left=left)
+                bottom = i + columns >= len(maps)
+                place.set_xticks(ticks, names if bottom else empty, rotation=90, fontsize=size)
+                place.set_yticks(ticks, names if left else empty, fontsize=size)
             else:
                 place.set(xticks=[], yticks=[], ylabel=f"block {i // columns}" if left else "")
             if maps.ndim == 3 or i < columns:
@@ -143,7 +148,7 @@ def parameter_shares(configs: Mapping[str, GPTConfig]) -> Any:
             texts = [f"{width:.0f} %" if width >= 4 else "" for width in share]
             axes.bar_label(bars, texts, label_type="center")
             left += share
-        labels = [f"{name}\n{_short(count.total)}" for name, count in counts.items()]
+        labels = [f"{name}\n{count.total:,}" for name, count in counts.items()]
         axes.set_yticks(range(len(counts)), labels)
         axes.invert_yaxis()
         axes.set(xlim=(0, 100), xlabel="share of parameters (%)")
@@ -216,19 +221,3 @@ def _characters() -> frozenset[int]:
     with default_style():
         path = font_manager.findfont(font_manager.FontProperties())
     return frozenset(font_manager.get_font(path).get_charmap())
-
-
-def _label_tokens(axes: Any, tokens: Sequence[str], bottom: bool, left: bool) -> None:
-    step = math.ceil(len(tokens) / _MOST_LABELS)
-    places = range(0, len(tokens), step)
-    names = [shown(tokens[i]) for i in places]
-    size = 8 if len(names) <= 20 else 6
-    axes.set_xticks(places, names if bottom else [""] * len(names), rotation=90, fontsize=size)
-    axes.set_yticks(places, names if left else [""] * len(names), fontsize=size)
-
-
-def _short(count: int) -> str:
-    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if count >= size:
-            return f"{count / size:.3g} {letter}"
-    return str(count)

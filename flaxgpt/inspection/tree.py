@@ -75,9 +75,7 @@ class TreeRow:
 
 
 def tree_rows(tree: Any, *, statistics: bool = False) -> list[TreeRow]:
-    """Return the groups and arrays of a tree, in the order in which data flows.
-
-    Each group comes before its members.
+    """Return the arrays of a tree, in the order in which data flows, each group before its members.
 
     Args:
         tree: a configuration or parameters, as for `count_params`.
@@ -159,8 +157,7 @@ class Difference:
     Attributes:
         name: path of an array.
         kind: `only in A`, `only in B`, `shape`, `dtype` or `values`.
-        a: dtype and shape in the first tree.
-        b: dtype and shape in the second tree.
+        a, b: dtype and shape in the first and in the second tree.
         changed: for `values`, the number of elements that differ.
         largest: for `values`, the largest absolute difference; NaN if one of the two is NaN.
         relative: for `values`, the norm of the difference divided by that of the first array.
@@ -180,22 +177,19 @@ class Difference:
 
 
 def compare(a: Any, b: Any) -> list[Difference]:
-    """Return the differences between two trees of arrays.
+    """Return the differences between two trees of arrays, in the order in which data flows.
 
     Arrays of the same shape are compared, whatever their dtypes. 0 equals -0, and NaN equals NaN.
 
     Args:
         a: the first tree, as for `count_params`.
         b: the second tree.
-
-    Returns:
-        The differences, in the order in which data flows.
     """
     first, second = ({leaf.name: leaf for leaf in leaves_of(tree)} for tree in (a, b))
     found = []
     for name in dict.fromkeys([*first, *second]):
         one, other = first.get(name), second.get(name)
-        types = _type(one), _type(other)
+        types = one.type if one else None, other.type if other else None
         if one is None or other is None:
             found.append(Difference(name, "only in A" if one else "only in B", *types))
         elif one.value.shape != other.value.shape:
@@ -203,18 +197,16 @@ def compare(a: Any, b: Any) -> list[Difference]:
         else:
             if one.dtype != other.dtype:
                 found.append(Difference(name, "dtype", *types))
-            found += _compare_values(one, other)
+            values = one.value, other.value
+            if any(isinstance(value, jax.ShapeDtypeStruct) for value in values):
+                continue
+            changed, largest, relative = _compare_values(*(np.ravel(value) for value in values))
+            if changed:
+                found.append(Difference(name, "values", *types, changed, largest, relative))
     return found
 
 
-def _type(leaf: Leaf | None) -> str | None:
-    return None if leaf is None else f"{leaf.dtype}{list(leaf.value.shape)}"
-
-
-def _compare_values(one: Leaf, other: Leaf) -> Sequence[Difference]:
-    if any(isinstance(leaf.value, jax.ShapeDtypeStruct) for leaf in (one, other)):
-        return []
-    first, second = (np.asarray(leaf.value).reshape(-1) for leaf in (one, other))
+def _compare_values(first: np.ndarray, second: np.ndarray) -> tuple[int, float, float]:
     changed, largest, of_gap, of_first = 0, 0.0, 0.0, 0.0
     wide = np.complex128 if np.iscomplexobj(first) or np.iscomplexobj(second) else np.float64
     for start in range(0, first.size, _PIECE):
@@ -228,10 +220,7 @@ def _compare_values(one: Leaf, other: Leaf) -> Sequence[Difference]:
         largest = float(np.maximum(largest, gap.max()))
         of_gap += float(np.square(gap).sum())
         of_first += float(np.square(np.abs(x)).sum())
-    if not changed:
-        return []
-    relative = math.sqrt(of_gap / of_first) if of_first else math.inf
-    return [Difference(one.name, "values", _type(one), _type(other), changed, largest, relative)]
+    return changed, largest, math.sqrt(of_gap / of_first) if of_first else math.inf
 
 
 def _plain(values: Statistics | Difference) -> dict[str, Any]:
