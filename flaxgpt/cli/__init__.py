@@ -10,8 +10,8 @@ import re
 import sys
 from typing import Annotated, Any, Union
 
-import jax
 import tyro
+from jax.errors import JaxRuntimeError
 
 import flaxgpt
 from flaxgpt.cli.evaluate import EvalCommand
@@ -20,13 +20,7 @@ from flaxgpt.cli.params import ParamsCommand
 from flaxgpt.cli.plot import PlotCommand
 from flaxgpt.cli.train import TrainCommand, defaults
 
-_COMMANDS = {
-    "generate": GenerateCommand,
-    "train": TrainCommand,
-    "eval": EvalCommand,
-    "params": ParamsCommand,
-    "plot": PlotCommand,
-}
+_COMMANDS = (GenerateCommand, TrainCommand, EvalCommand, ParamsCommand, PlotCommand)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -46,39 +40,31 @@ def main(argv: list[str] | None = None) -> int:
         # The reader closed the pipe. Flushing the buffered output at exit must not fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (ValueError, OSError, ImportError, ArithmeticError) as error:
-        print(f"flaxgpt: {_one_line(error)}", file=sys.stderr)
-        return 1 if isinstance(error, ArithmeticError) else 2
-    except jax.errors.JaxRuntimeError as error:
-        print(
-            f"flaxgpt: the device failed ({_one_line(error)[:200]}): if it is out of memory, use a "
-            "smaller model, --dtype bfloat16, a shorter text or, in training, a smaller "
-            "--batch-size or a larger --accumulate",
-            file=sys.stderr,
-        )
-        return 1
+    except (ValueError, OSError, ImportError, ArithmeticError, JaxRuntimeError) as error:
+        message = " ".join(str(error).split())
+        if isinstance(error, JaxRuntimeError):
+            message = (
+                f"the device failed ({message[:200]}): if it is out of memory, use a smaller "
+                "model, --dtype bfloat16, a shorter text or, in training, a smaller --batch-size "
+                "or a larger --accumulate"
+            )
+        print(f"flaxgpt: {message}", file=sys.stderr)
+        return 1 if isinstance(error, ArithmeticError | JaxRuntimeError) else 2
     return 0
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 def _parse(argv: list[str]) -> Any:
     """Return the command, or raise ValueError with tyro's message in one line."""
-    defaults_of_train = defaults(argv[1:]) if argv[:1] == ["train"] else TrainCommand()
-    commands = [
-        Annotated[
-            command,
-            tyro.conf.subcommand(
-                name,
-                # By itself, tyro uses the docstring only up to the examples.
-                description=inspect.getdoc(command),
-                default=defaults_of_train if name == "train" else tyro.MISSING_NONPROP,
-            ),
-        ]
-        for name, command in _COMMANDS.items()
-    ]
+    commands = []
+    for command in _COMMANDS:
+        name = command.__name__.removesuffix("Command").lower()
+        default: Any = tyro.MISSING_NONPROP
+        if command is TrainCommand:
+            default = defaults(argv[1:] if argv[:1] == ["train"] else [])
+        # By itself, tyro uses the docstring only up to the examples.
+        about = inspect.getdoc(command)
+        subcommand = tyro.conf.subcommand(name, description=about, default=default)
+        commands.append(Annotated[command, subcommand])
     union: Any = Union[tuple(commands)]  # noqa: UP007 (built at run time)
     panel = io.StringIO()
     try:

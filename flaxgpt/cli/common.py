@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 import warnings
 from collections.abc import Iterator
 
@@ -46,5 +45,4 @@ def progress(label: str) -> Iterator[Progress]:
 
 def say(text: str) -> None:
     """Write to standard output without buffering."""
-    sys.stdout.write(text)
-    sys.stdout.flush()
+    print(text, end="", flush=True)

@@ -72,7 +72,13 @@ class GenerateCommand:
                 f"--n {self.n} at --temperature 0 would print the same text {self.n} times: "
                 "set a --temperature such as 0.8"
             )
-        prompt = _prompt(self.prompt)
+        prompt = self.prompt
+        if prompt is None and sys.stdin.isatty():
+            raise ValueError('no prompt: give one, as in flaxgpt generate "Once upon a time"')
+        if prompt is None or prompt == "-":
+            prompt = sys.stdin.read().removesuffix("\n")
+        if not prompt:
+            raise ValueError("the prompt is empty: give at least one character to continue from")
 
         cfg, params, tokenizer = load_with_tokenizer(self.model)
         ids = tokenizer.encode(prompt)
@@ -96,15 +102,6 @@ class GenerateCommand:
             for piece in tokenizer.decode_stream(new_ids, after=ids):
                 say(piece)
             say("\n")
-
-
-def _prompt(given: str | None) -> str:
-    if given is None and sys.stdin.isatty():
-        raise ValueError('no prompt: give one, as in flaxgpt generate "Once upon a time"')
-    prompt = sys.stdin.read().removesuffix("\n") if given in (None, "-") else given
-    if not prompt:
-        raise ValueError("the prompt is empty: give at least one character to continue from")
-    return prompt
 
 
 def _stop_ids(cfg: GPTConfig, tokenizer: Tokenizer, stops: tuple[str, ...]) -> list[int]:

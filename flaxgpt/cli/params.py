@@ -80,7 +80,15 @@ class ParamsCommand:
         check_size("--batch", self.batch)
         if self.length is not None:
             check_size("--length", self.length)
-        self._check_combination()
+        fields = dataclasses.fields(self)
+        given = {field.name for field in fields if getattr(self, field.name) != field.default}
+        for mode, names in _EXCLUDES.items():
+            if mode in given and (useless := given.intersection(names)):
+                raise ValueError(f"--{min(useless)} has no effect with --{mode}: omit one of them")
+        for name, modes in _REQUIRES_ONE_OF.items():
+            if name in given and not given.intersection(modes):
+                flags = listed([f"--{mode}" for mode in modes])
+                raise ValueError(f"--{name} has no effect without one of {flags}: omit it")
         if self.fits is not None:
             self._print_largest_batches(parse_size(self.fits))
         elif self.model is None:
@@ -90,18 +98,6 @@ class ParamsCommand:
             self._print_differences(self.model, self.diff)
         else:
             self._print_parameters(self.model)
-
-    def _check_combination(self) -> None:
-        fields = dataclasses.fields(self)
-        given = {field.name for field in fields if getattr(self, field.name) != field.default}
-        for mode, names in _EXCLUDES.items():
-            for name in names:
-                if {mode, name} <= given:
-                    raise ValueError(f"--{name} has no effect with --{mode}: omit one of them")
-        for name, modes in _REQUIRES_ONE_OF.items():
-            if name in given and not given.intersection(modes):
-                flags = listed([f"--{mode}" for mode in modes])
-                raise ValueError(f"--{name} has no effect without one of {flags}: omit it")
 
     def _print_parameters(self, model: str) -> None:
         cfg, params, stored = _read(model)

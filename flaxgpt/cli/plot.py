@@ -93,9 +93,9 @@ class PlotCommand:
                 names = [f"{block}/att/weights" for block in blocks]
                 found = flaxgpt.activations(cfg, params, ids, select=names)
                 maps = np.stack([found[name][0] for name in names])
-                if self.block is None:
-                    return plots.attention_maps(maps, tokens, title)
-                return plots.attention_maps(maps[0], tokens, f"{title}, block {self.block}")
+                if self.block is not None:
+                    maps, title = maps[0], f"{title}, block {self.block}"
+                return plots.attention_maps(maps, tokens, title)
             case "lens":
                 lens = flaxgpt.logit_lens(cfg, params, ids)[:, 0]
                 return plots.lens_table(lens, tokens, lambda id: tokenizer.decode([id]), title)
@@ -108,9 +108,8 @@ class PlotCommand:
             case _:
                 names = [block + part for block in blocks for part in _STREAMS.values()]
                 found = flaxgpt.activations(cfg, params, ids, select=names)
-                rms = {name: np.sqrt(np.square(value).mean()) for name, value in found.items()}
                 sizes = {
-                    label: np.array([rms[block + part] for block in blocks])
+                    label: np.sqrt([np.square(found[block + part]).mean() for block in blocks])
                     for label, part in _STREAMS.items()
                 }
                 return plots.lines_by_depth(sizes, "root mean square", title)
