@@ -76,8 +76,17 @@ def replacing_folder(target: Path, replaceable: Collection[str]) -> Iterator[Pat
             raise OSError(error.errno, f"{target} cannot be written: {error}") from error
         raise
     sync(target.parent)
-    if temporary.exists():
-        _remove(temporary, replaceable, target)
+    try:
+        # Check again: a file added since the first check must not be deleted.
+        if foreign := _foreign(temporary, replaceable):
+            raise FileExistsError(f"{listed(foreign)} was added meanwhile")
+        if temporary.exists():
+            shutil.rmtree(temporary)
+    except OSError as error:
+        raise OSError(
+            f"{target} is saved, but its previous contents could not be removed and are now in "
+            f"{temporary}: {error}"
+        ) from error
 
 
 def _beside(path: Path) -> Path:
@@ -131,16 +140,3 @@ def _renameat2() -> Callable[..., int] | None:
         path, flags = ctypes.c_char_p, ctypes.c_uint
         function.argtypes = (ctypes.c_int, path, ctypes.c_int, path, flags)
     return function
-
-
-def _remove(folder: Path, replaceable: Collection[str], target: Path) -> None:
-    # Check again: a file added since the first check must not be deleted.
-    try:
-        if foreign := _foreign(folder, replaceable):
-            raise FileExistsError(f"{listed(foreign)} was added meanwhile")
-        shutil.rmtree(folder)
-    except OSError as error:
-        raise OSError(
-            f"{target} is saved, but its previous contents could not be removed and are now in "
-            f"{folder}: {error}"
-        ) from error

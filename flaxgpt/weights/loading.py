@@ -118,10 +118,12 @@ def _read_params(cfg: GPTConfig, paths: Sequence[Path], progress: Progress | Non
 
 def _put_on_device(tensor: Tensor, slot: Slot) -> dict[str, jax.Array]:
     # In its own function, so that the copy on the host is freed before the next tensor is read.
-    return {
-        path: jax.device_put(np.ascontiguousarray(part)).block_until_ready()
-        for path, part in slot.split(read(tensor))
-    }
+    parts = np.split(read(tensor), len(slot.entries), axis=-1)
+    loaded = {}
+    for entry, part in zip(slot.entries, parts, strict=True):
+        values = np.ascontiguousarray(part.T if entry.transposed else part)
+        loaded[entry.ours] = jax.device_put(values).block_until_ready()
+    return loaded
 
 
 def _check_unused(layout: Layout, tensor: Tensor, slot: Slot, params: dict[str, jax.Array]) -> None:

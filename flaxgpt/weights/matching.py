@@ -32,7 +32,8 @@ def match_layout(cfg: GPTConfig, paths: Sequence[Path]) -> tuple[Layout, list[tu
     if not best.known:
         names = listed(sorted(tensor.name for tensor in tensors)) or "none"
         expected = " or ".join(
-            f"{layout.title} ({', '.join(layout.examples)}, ...)" for layout in LAYOUTS.values()
+            f"{layout.title} ({', '.join(entry.theirs for entry in layout.entries[:2])}, ...)"
+            for layout in LAYOUTS.values()
         )
         raise ValueError(
             f"{paths[0]} has no GPT-2 weights in a known layout. Its tensors: {names}. Expected "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
@@ -61,13 +61,6 @@ class Layout:
                 return full, int(number[1]) if number else -1, pattern in self.constants
         return None
 
-    @property
-    def examples(self) -> tuple[str, str]:
-        """Two tensor names that tell this layout from others."""
-        paths = (TOKEN_EMBEDDING, block_path("att/W_query/weight"))
-        first, second = (e.theirs.format(l=0) for e in self.entries if e.ours in paths)
-        return first, second
-
 
 class Slot(NamedTuple):
     """A tensor that a file has for a given configuration."""
@@ -76,12 +69,6 @@ class Slot(NamedTuple):
     entries: tuple[Entry, ...]  # the parameters it holds, in the order of their thirds
     role: Literal["weights", "zero bias", "tied head"]  # the last two have no parameter
     block: int  # -1 outside the blocks
-
-    def split(self, tensor: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
-        """Yield the path and values of each parameter in a tensor."""
-        for entry in self.entries:
-            part = tensor if entry.third is None else np.split(tensor, 3, axis=-1)[entry.third]
-            yield entry.ours, part.T if entry.transposed else part
 
 
 def slots(layout: Layout, cfg: GPTConfig) -> dict[str, Slot]:
