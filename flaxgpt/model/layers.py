@@ -129,8 +129,13 @@ def residual_std(cfg: GPTConfig) -> float:
 
 def _product(x: jax.Array, weight: jax.Array, dtype: DTypeLike | None) -> jax.Array:
     """Return `x @ weight.T` without a transpose: [..., in], [out, in] -> [..., out]."""
-    axes = (((x.ndim - 1,), (1,)), ((), ()))
-    return lax.dot_general(x, weight, axes, preferred_element_type=dtype)
+    rows = x
+    if dtype is not None and dtype != x.dtype:
+        # XLA:CPU of jax 0.7 multiplies bfloat16 into float32 only if rows are one dimension.
+        rows = x.reshape(-1, x.shape[-1])
+    axes = (((rows.ndim - 1,), (1,)), ((), ()))
+    product = lax.dot_general(rows, weight, axes, preferred_element_type=dtype)
+    return product.reshape(*x.shape[:-1], -1)
 
 
 def _expand(vector: jax.Array, ndim: int) -> jax.Array:  # [D] -> [1, ..., 1, D]
