@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import importlib
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -37,6 +40,16 @@ def check_nonnegative(name: str, value: Any) -> float:
     """Return `value` as a finite float of 0 or more, or raise ValueError."""
     if not 0.0 <= _number(value) < float("inf"):
         raise ValueError(f"{name}={value!r} must be a finite number, 0 or more")
+    return float(value)
+
+
+def check_rate(name: str, value: Any) -> float:
+    """Return `value` as a float, or raise ValueError unless it is a probability below 1."""
+    if not 0.0 <= _number(value) < 1.0:
+        raise ValueError(
+            f"{name}={value!r} must be a probability, at least 0 and below 1 (a rate of 1 would "
+            "erase everything); 0.0 turns dropout off"
+        )
     return float(value)
 
 
@@ -115,26 +128,21 @@ def check_params(expected: Any, params: Any) -> None:
         raise ValueError(f"params must be a nested dict of arrays, got {type(params).__name__}")
     if params.keys() == {"params"}:
         raise ValueError('params are a linen variables dict: pass variables["params"]')
-    wanted = jax.tree_util.tree_flatten_with_path(expected)[0]
-    given, _ = jax.tree_util.tree_flatten_with_path(params)
-    if [(path, leaf.shape) for path, leaf in wanted] == [
-        (path, getattr(leaf, "shape", None)) for path, leaf in given
-    ]:
+    shapes, found = (
+        {path: getattr(leaf, "shape", None) for path, leaf in jax.tree.leaves_with_path(tree)}
+        for tree in (expected, params)
+    )
+    if shapes == found:
         return
-    shapes = {_path(path): leaf.shape for path, leaf in wanted}
-    found = {_path(path): getattr(leaf, "shape", None) for path, leaf in given}
-    faults = [f"missing {name}" for name in shapes if name not in found]
-    faults += [f"unexpected {name}" for name in found if name not in shapes]
+    name = partial(jax.tree_util.keystr, simple=True, separator="/")
+    faults = [f"missing {name(path)}" for path in shapes if path not in found]
+    faults += [f"unexpected {name(path)}" for path in found if path not in shapes]
     faults += [
-        f"{name} has shape {found[name]} instead of {shapes[name]}"
-        for name in shapes
-        if name in found and found[name] != shapes[name]
+        f"{name(path)} has shape {found[path]} instead of {shape}"
+        for path, shape in shapes.items()
+        if path in found and found[path] != shape
     ]
     raise ValueError(f"params do not fit the configuration: {listed(faults, '; ')}")
-
-
-def _path(path: Any) -> str:
-    return "/".join(str(getattr(key, "key", key)) for key in path)
 
 
 def check_prompts(vocab_size: int, prompts: Any) -> list[np.ndarray]:
@@ -204,10 +212,7 @@ def check_sampling(
 
 
 def unknown_name(kind: str, name: Any, known: Iterable[str], advice: str = "") -> ValueError:
-    """Return the error for an unknown name, with the closest known ones.
-
-    The message ends with `advice`, or by default with the list of known names.
-    """
+    """Return the error for an unknown name: the closest names, and `advice` or all known names."""
     names = list(known)
     close = difflib.get_close_matches(str(name).lower(), names, n=3, cutoff=0.4)
     hint = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
@@ -223,6 +228,20 @@ def require_extra(module: str, purpose: str, extra: str) -> Any:
             f"{purpose} requires {module.partition('.')[0]} ({error}): "
             f"pip install 'flaxgpt[{extra}]'"
         ) from error
+
+
+@contextlib.contextmanager
+def value_errors(prefix: Path | str, advice: str = "") -> Iterator[None]:
+    """Raise ValueError for any error in the block except those of the system."""
+    try:
+        yield
+    except (OSError, MemoryError):
+        raise
+    except BaseException as error:
+        # A Rust panic, which some libraries raise for invalid input, is not an Exception.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"{prefix}: {error}{advice}") from error
 
 
 def listed(items: Sequence[str], separator: str = ", ") -> str:

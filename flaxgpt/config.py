@@ -6,18 +6,15 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from flaxgpt._checks import check_keys, check_size, unknown_name
+from flaxgpt._checks import check_keys, check_rate, check_size, unknown_name
 
 
 class DropRates(NamedTuple):
     """Dropout probabilities at the three places the book names (exercise 4.3)."""
 
-    emb: float
-    """After the embeddings."""
-    attn: float
-    """On the attention weights."""
-    shortcut: float
-    """Before each shortcut addition."""
+    emb: float  # after the embeddings
+    attn: float  # on the attention weights
+    shortcut: float  # before each shortcut addition
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,10 +67,9 @@ class GPTConfig:
         for name in _SWITCHES:
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be True or False")
-        object.__setattr__(self, "drop_rate", _check_rate("drop_rate", self.drop_rate))
-        for name in _SPECIFIC_RATES:
-            if getattr(self, name) is not None:
-                object.__setattr__(self, name, _check_rate(name, getattr(self, name)))
+        for name in ("drop_rate", *_SPECIFIC_RATES):
+            if (rate := getattr(self, name)) is not None or name == "drop_rate":
+                object.__setattr__(self, name, check_rate(name, rate))
 
     @property
     def drop_rates(self) -> DropRates:
@@ -110,23 +106,13 @@ class GPTConfig:
         """
         if name not in PRESETS:
             raise unknown_name("preset", name, PRESETS)
-        emb_dim, n_heads, n_layers = PRESETS[name]
+        sizes = dict(zip(("emb_dim", "n_heads", "n_layers"), PRESETS[name], strict=True))
         released = name.startswith("gpt2")
-        return cls(
-            emb_dim=emb_dim,
-            n_heads=n_heads,
-            n_layers=n_layers,
-            qkv_bias=released,
-            tie_embeddings=released,
-        )
+        return cls(**sizes, qkv_bias=released, tie_embeddings=released)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the book's plain dict plus flaxgpt's additional keys, ready for JSON.
-
-        Specific dropout rates that are not set are left out.
-        """
-        fields = dataclasses.asdict(self)
-        return {name: value for name, value in fields.items() if value is not None}
+        """Return the book's plain dict plus flaxgpt's keys that are set, ready for JSON."""
+        return {name: value for name, value in vars(self).items() if value is not None}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> GPTConfig:
@@ -151,11 +137,7 @@ _BLOCK = "trf_blocks_"
 
 
 def block_name(index: int | str) -> str:
-    """Return the name of a transformer block in the parameter tree, such as `trf_blocks_0`.
-
-    Args:
-        index: the block's number, counted from 0, or a placeholder such as `*` or `{l}`.
-    """
+    """Return the name of a block in the parameter tree, given its number or a placeholder."""
     return f"{_BLOCK}{index}"
 
 
@@ -214,38 +196,19 @@ _HUGGINGFACE_FIXED: dict[str, tuple[Any, ...]] = {
 
 
 def _from_huggingface(values: Mapping[str, Any]) -> dict[str, Any]:
-    for option, allowed in _HUGGINGFACE_FIXED.items():
-        if option in values and values[option] not in allowed:
-            raise ValueError(
-                f"the Hugging Face option {option}={values[option]!r} is not supported: flaxgpt "
-                f"implements only {option}={allowed[0]!r}"
-            )
     ours = {
         our_name: values.get(their_name, default)
         for their_name, (our_name, default) in _HUGGINGFACE_NAMES.items()
     }
     ours["emb_dim"] = check_size("n_embd", ours["emb_dim"])
-    n_inner = values.get("n_inner")
-    if n_inner not in (None, 4 * ours["emb_dim"]):
-        raise ValueError(
-            f"the Hugging Face option n_inner={n_inner!r} is not supported: the feed-forward layer "
-            f"is always 4 x n_embd = {4 * ours['emb_dim']} wide"
-        )
+    for option, allowed in (_HUGGINGFACE_FIXED | {"n_inner": (4 * ours["emb_dim"], None)}).items():
+        if option in values and values[option] not in allowed:
+            raise ValueError(
+                f"the Hugging Face option {option}={values[option]!r} is not supported: flaxgpt "
+                f"implements only {option}={allowed[0]!r}"
+            )
     if ours["drop_rate_emb"] == ours["drop_rate_attn"] == ours["drop_rate_shortcut"]:
         ours["drop_rate"] = ours["drop_rate_emb"]  # one rate everywhere is the book's drop_rate
         for name in _SPECIFIC_RATES:
             del ours[name]
     return ours
-
-
-def _check_rate(name: str, value: Any) -> float:
-    try:
-        rate = float(value)
-    except (TypeError, ValueError):
-        rate = float("nan")
-    if isinstance(value, (bool, str)) or not 0.0 <= rate < 1.0:
-        raise ValueError(
-            f"{name}={value!r} must be a probability, at least 0 and below 1 (a rate of 1 would "
-            "erase everything); 0.0 turns dropout off"
-        )
-    return rate

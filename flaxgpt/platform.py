@@ -15,22 +15,13 @@ CacheLayout = Literal["separate", "merged"]
 
 @dataclasses.dataclass(frozen=True)
 class Platform:
-    """The choices made for one kind of device. Hashable, so it can be a static argument.
-
-    Attributes:
-        cache_layout: storage layout of the KV cache.
-        attention: the implementation that `attention="auto"` selects; see `flaxgpt.model.attend`.
-        decode_options: XLA compiler options for the decoding loop, as (name, value) pairs.
-        largest_array: elements of the largest array that evaluation should allocate.
-    """
+    """The choices made for one kind of device. Hashable, so it can be a static argument."""
 
     cache_layout: CacheLayout = "separate"
-    attention: str = "plain"
-    decode_options: tuple[tuple[str, str], ...] = ()
-    largest_array: int = 2**26  # 256 MiB in float32
+    attention: str = "plain"  # what `attention="auto"` selects; see `flaxgpt.model.attend`
+    decode_options: tuple[tuple[str, str], ...] = ()  # of XLA for the decoding loop: (name, value)
+    largest_array: int = 2**26  # elements that evaluation should allocate: 256 MiB in float32
 
-
-_ACCELERATOR = Platform()
 
 PLATFORMS = {
     "cpu": Platform(
@@ -49,15 +40,14 @@ PLATFORMS = {
 
 
 def platform_of(params: Params | None = None) -> Platform:
-    """Return the choices for the device that holds `params`.
+    """Return the choices for the device that holds `params`, a pytree of arrays.
 
-    Args:
-        params: a pytree of arrays. Without any, or with tracers or NumPy arrays, which are not on
-            a device yet, JAX's default backend decides.
+    Without any, or with tracers or NumPy arrays, which are not on a device yet, JAX's default
+    backend decides.
     """
     leaf = next(iter(jax.tree.leaves(params)), None)
     if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer):
         name = next(iter(leaf.devices())).platform
     else:
         name = jax.default_backend()
-    return PLATFORMS.get(name, _ACCELERATOR)
+    return PLATFORMS.get(name, Platform())

@@ -26,11 +26,10 @@ from typing import Any
 
 import numpy as np
 
-from flaxgpt._checks import listed
+from flaxgpt._checks import listed, value_errors
 from flaxgpt._files import write_file_atomically
 from flaxgpt.data.corpus import TextScan, pieces, read_texts
 from flaxgpt.tokenizer import CharTokenizer, Tokenizer
-from flaxgpt.tokenizer.errors import value_errors
 from flaxgpt.tokenizer.folder import tokenizer_fingerprint, tokenizer_recipe
 from flaxgpt.typing import Progress
 
@@ -104,7 +103,13 @@ def write_ids(
             f"start={start} and stop={stop} are not a valid range; expected a nonempty range of "
             f"the text's {source.n_characters} characters"
         )
-    _check_alphabet(source, tokenizer)
+    known = tokenizer.characters if isinstance(tokenizer, CharTokenizer) else source.alphabet
+    if missing := sorted(set(source.alphabet).difference(known)):  # now, not after hours of work
+        raise ValueError(
+            f"{len(missing)} characters of the text are not among the tokenizer's "
+            f"{tokenizer.vocab_size}: {listed([f'{c!r} (U+{ord(c):04X})' for c in missing])}; "
+            "remove them from the text, or build the tokenizer from text that contains them"
+        )
     # Models look up int32 ids, so only half of the range of uint32 is usable.
     if tokenizer.vocab_size > 2**31:
         raise ValueError(f"vocab_size={tokenizer.vocab_size} is too large; expected at most 2**31")
@@ -168,18 +173,6 @@ def _both_files(path: str | os.PathLike[str]) -> tuple[Path, Path]:
     return target, target.with_suffix(".json")
 
 
-def _check_alphabet(source: TextScan, tokenizer: Tokenizer) -> None:
-    # This fails before hours of work rather than in the middle.
-    if not isinstance(tokenizer, CharTokenizer):
-        return
-    if missing := sorted(set(source.alphabet).difference(tokenizer.characters)):
-        raise ValueError(
-            f"{len(missing)} characters of the text are not among the tokenizer's "
-            f"{tokenizer.vocab_size}: {listed([f'{c!r} (U+{ord(c):04X})' for c in missing])}; "
-            "remove them from the text, or build the tokenizer from text that contains them"
-        )
-
-
 def encode_range(
     source: TextScan,
     tokenizer: Tokenizer,
@@ -196,25 +189,19 @@ def encode_range(
     for number, text in enumerate(texts):
         if number and separator is not None:
             yield [separator]
-        before = ""
+        before = ""  # the last word of the previous piece
         for piece in pieces(text):
             with value_errors(f"characters {done} to {done + len(piece)} of the text"):
-                ids = _encode_after(tokenizer, before, piece)
+                # Some tokenizers, such as Llama's, add a space to the beginning of a text.
+                given = tokenizer.encode(before) if before else []
+                ids = tokenizer.encode(before + piece)
+                same = ids[: len(given)] == given
+                ids = ids[len(given) :] if same else tokenizer.encode(piece)
             yield ids
             before = (piece.split() or [""])[-1][-32:]
             done += len(piece)
             if progress:
                 progress(done - start, stop - start)
-
-
-def _encode_after(tokenizer: Tokenizer, before: str, piece: str) -> list[int]:
-    """Encode a piece of text that follows another, of which `before` is the last word."""
-    # Some tokenizers, such as Llama's, add a space to the beginning of a text.
-    if before:
-        given, both = tokenizer.encode(before), tokenizer.encode(before + piece)
-        if both[: len(given)] == given:
-            return both[len(given) :]
-    return tokenizer.encode(piece)
 
 
 def read_ids(path: str | os.PathLike[str]) -> TokenFile:
@@ -251,19 +238,15 @@ def read_ids(path: str | os.PathLike[str]) -> TokenFile:
 def _map(path: Path, description: dict[str, Any]) -> TokenFile:
     with value_errors(f"{path} is damaged", f"; {_REPEAT}"):
         dtype, count = np.dtype(description.pop("dtype")), description.pop("count")
-        edges = description.pop("edges_sha256")
-        files = tuple(description.pop("files"))
+        edges, files = description.pop("edges_sha256"), tuple(description.pop("files"))
+        ids = np.lib.format.open_memmap(path, mode="r")
         if dtype.str not in ("<u2", "<u4"):
             raise ValueError(f"its description says {dtype}; expected uint16 or uint32")
-        size, least = path.stat().st_size, count * dtype.itemsize
-        if size <= least:
-            raise ValueError(f"it has {size} bytes; expected more than the {least} of {count} ids")
-        ids = np.lib.format.open_memmap(path, mode="r")
         if (ids.dtype, ids.shape) != (dtype, (count,)) or count < 1:
             raise ValueError(
                 f"it has shape {ids.shape} and dtype {ids.dtype}; expected {count} ids of {dtype}"
             )
-        if size != ids.offset + ids.nbytes:
+        if (size := path.stat().st_size) != ids.offset + ids.nbytes:
             raise ValueError(f"it has {size} bytes; expected {ids.offset + ids.nbytes}")
         if _edges_sha256(path) != edges:
             raise ValueError(

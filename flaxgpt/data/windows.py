@@ -86,8 +86,7 @@ def batches(
             `batch_size` is not divisible by `process_count`, or an argument is out of range.
         ImportError: grain is not installed.
     """
-    ids = _flat(ids)
-    windows = count_windows(len(ids), length)
+    every_window, windows = _all_windows(ids, length)
     batch_size = check_size("batch_size", batch_size)
     process_count = check_size("process_count", process_count)
     if batch_size > windows:
@@ -107,7 +106,6 @@ def batches(
     seed, prefetch = check_size("seed", seed, 0), check_size("prefetch", prefetch, 0)
     grain = require_extra("grain", "drawing batches", "train")
     rows = batch_size // process_count
-    every_window = np.lib.stride_tricks.sliding_window_view(ids, length + 1)
 
     @functools.lru_cache(maxsize=2)  # a batch spans one or two epochs
     def window_starts(epoch: int) -> np.ndarray:
@@ -144,18 +142,19 @@ def evaluation_windows(ids: np.ndarray, length: int, limit: int | None = None) -
     Raises:
         ValueError: there are fewer ids than one window needs, or an argument is out of range.
     """
-    ids = _flat(ids)
-    windows = count_windows(len(ids), length)
+    every_window, windows = _all_windows(ids, length)
     chosen = windows if limit is None else min(windows, check_size("limit", limit))
     starts = np.arange(chosen) * windows // chosen * length
-    return np.lib.stride_tricks.sliding_window_view(ids, length + 1)[starts].astype(np.int32)
+    return every_window[starts].astype(np.int32)
 
 
-def _flat(ids: np.ndarray) -> np.ndarray:
+def _all_windows(ids: np.ndarray, length: int) -> tuple[np.ndarray, int]:
+    """Return a view of the windows from every id, and how many fit side by side."""
     ids = np.asarray(ids)  # a view of a memmap, without the overhead of the subclass
     if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
         raise ValueError(
             f"ids has shape {ids.shape} and dtype {ids.dtype}; expected a one-dimensional array of "
             "integers"
         )
-    return ids
+    windows = count_windows(len(ids), length)
+    return np.lib.stride_tricks.sliding_window_view(ids, length + 1), windows

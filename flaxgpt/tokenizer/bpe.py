@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 import tiktoken
 
-from flaxgpt.tokenizer.errors import value_errors
+from flaxgpt._checks import value_errors
 from flaxgpt.tokenizer.protocol import AllowedSpecial, VocabularyTokenizer
 
 # GPT-2 splits text into words before it merges bytes. The published pattern (openai/gpt-2,
@@ -67,20 +67,11 @@ class BPETokenizer(VocabularyTokenizer):
                 )
         if "" in special_tokens:
             raise ValueError("a special token is empty; expected at least one character")
-        self.pattern = pattern
-        self._ranks = dict(ranks)
-        self._special_tokens = dict(special_tokens)
+        self.pattern, self.ranks = pattern, dict(ranks)
+        self._special_tokens = special = dict(special_tokens)
         self._encoding = tiktoken.Encoding(
-            "flaxgpt",
-            pat_str=pattern,
-            mergeable_ranks=self._ranks,
-            special_tokens=self._special_tokens,
+            "flaxgpt", pat_str=pattern, mergeable_ranks=self.ranks, special_tokens=special
         )
-
-    @property
-    def ranks(self) -> dict[bytes, int]:
-        """The bytes of each token and its id, without the special tokens."""
-        return dict(self._ranks)
 
     def encode(self, text: str, *, allowed_special: AllowedSpecial = ()) -> list[int]:
         """See `Tokenizer.encode`. As in tiktoken, a lone surrogate is encoded as U+FFFD."""

@@ -5,19 +5,20 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import operator
 import os
 from pathlib import Path
 from typing import Any
 
-from flaxgpt._checks import unknown_name
+from flaxgpt._checks import unknown_name, value_errors
 from flaxgpt._files import write_file_atomically
 from flaxgpt.tokenizer.bpe import TOKENIZER_NAMES, BPETokenizer, shipped_tokenizer
 from flaxgpt.tokenizer.characters import CharTokenizer
-from flaxgpt.tokenizer.errors import read_object, value_errors
-from flaxgpt.tokenizer.huggingface import HuggingFaceTokenizer, read_huggingface
+from flaxgpt.tokenizer.huggingface import HuggingFaceTokenizer, read_huggingface, read_object
 from flaxgpt.tokenizer.protocol import Tokenizer
 
 FILE_NAME = "flaxgpt_tokenizer.json"
+_bpe_parts = operator.attrgetter("pattern", "ranks", "special_tokens")
 
 
 class UnreadableTokenizerWarning(UserWarning):
@@ -53,10 +54,7 @@ def load_tokenizer(source: str | os.PathLike[str] = "gpt2") -> Tokenizer:
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """Write a tokenizer into a folder, which is created if necessary, in the form it is read in.
-
-    Raise ValueError for a type that flaxgpt cannot store.
-    """
+    """Write a tokenizer into a folder, created if necessary, unless `tokenizer_recipe` raises."""
     recipe = tokenizer_recipe(tokenizer)
     folder.mkdir(parents=True, exist_ok=True)
     if isinstance(tokenizer, HuggingFaceTokenizer):
@@ -80,20 +78,12 @@ def tokenizer_recipe(tokenizer: Tokenizer) -> dict[str, Any]:
             f"a tokenizer of type {type(tokenizer).__name__} cannot be stored; expected one that "
             "load_tokenizer returns, a BPETokenizer or a CharTokenizer"
         )
-    recipe = _bpe_recipe(tokenizer)
+    pattern, ranks, special = parts = _bpe_parts(tokenizer)
     for name in TOKENIZER_NAMES:
-        if recipe == _bpe_recipe(shipped_tokenizer(name)):
+        if parts == _bpe_parts(shipped_tokenizer(name)):
             return {"kind": name}
-    return recipe
-
-
-def _bpe_recipe(tokenizer: BPETokenizer) -> dict[str, Any]:
-    return {
-        "kind": "bpe",
-        "pattern": tokenizer.pattern,
-        "ranks": {base64.b64encode(token).decode(): id for token, id in tokenizer.ranks.items()},
-        "special_tokens": tokenizer.special_tokens,
-    }
+    ranks = {base64.b64encode(token).decode(): id for token, id in ranks.items()}
+    return {"kind": "bpe", "pattern": pattern, "ranks": ranks, "special_tokens": special}
 
 
 def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
@@ -112,25 +102,21 @@ def read_tokenizer(folder: Path) -> Tokenizer | None:
     if not path.exists():
         return read_huggingface(folder)
     recipe = read_object(path)
+
+    def entry(key: str, kind: type) -> Any:
+        if not isinstance(value := recipe.get(key), kind):
+            raise ValueError(f"{key!r} is {str(value)[:60]!r}; expected {kind.__name__}")
+        return value
+
     with value_errors(path):
         kind = recipe.get("kind")
         if kind in TOKENIZER_NAMES:
             return shipped_tokenizer(kind)
         if kind == "characters":
-            return CharTokenizer(_entry(recipe, "characters", str))
+            return CharTokenizer(entry("characters", str))
         if kind == "bpe":
-            ranks = _entry(recipe, "ranks", dict)
-            return BPETokenizer(
-                _entry(recipe, "pattern", str),
-                {base64.b64decode(token, validate=True): id for token, id in ranks.items()},
-                _entry(recipe, "special_tokens", dict),
-            )
+            encoded = entry("ranks", dict).items()
+            ranks = {base64.b64decode(token, validate=True): id for token, id in encoded}
+            return BPETokenizer(entry("pattern", str), ranks, entry("special_tokens", dict))
         kinds = ", ".join(map(repr, (*TOKENIZER_NAMES, "characters", "bpe")))
         raise ValueError(f"kind is {kind!r}; expected one of {kinds}")
-
-
-def _entry(recipe: dict[str, Any], key: str, kind: type) -> Any:
-    value = recipe.get(key)
-    if not isinstance(value, kind):
-        raise ValueError(f"{key!r} is {str(value)[:60]!r}; expected {kind.__name__}")
-    return value

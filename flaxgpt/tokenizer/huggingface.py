@@ -11,10 +11,11 @@ import json
 import re
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flaxgpt.tokenizer.errors import parse_object, read_object, value_errors
+from flaxgpt._checks import value_errors
 from flaxgpt.tokenizer.protocol import AllowedSpecial, VocabularyTokenizer
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ _GPT2_CLASSES = ("GPT2Tokenizer", "RobertaTokenizer")
 _BERT_CLASSES = ("BertTokenizer", "DistilBertTokenizer", "ElectraTokenizer")
 
 
+@dataclass(unsafe_hash=True, repr=False)
 class HuggingFaceTokenizer(VocabularyTokenizer):
     """Any tokenizer that the `tokenizers` library reads, such as BPE, WordPiece or Unigram.
 
@@ -43,9 +45,10 @@ class HuggingFaceTokenizer(VocabularyTokenizer):
         ValueError: the library cannot read the definition, or would change ids in it.
     """
 
-    def __init__(self, definition: str) -> None:
-        self.definition = definition
-        self._json = parse_object(definition)
+    definition: str
+
+    def __post_init__(self) -> None:
+        self._json = _parse_object(self.definition)
         self._library = _build(self._json)  # recognizes all special tokens
         self._encoders = {frozenset[str](): self._library}  # by the special tokens they ignore
         self._vocab = {id: token for token, id in self._library.get_vocab().items()}
@@ -53,15 +56,6 @@ class HuggingFaceTokenizer(VocabularyTokenizer):
         self._special_tokens = {token.content: id for id, token in flagged if token.special}
         self._added: list[dict[str, Any]] = self._json.get("added_tokens") or []
         self._decoder_kinds = _kinds(self._json.get("decoder"))
-        self._check_vocabulary()
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, HuggingFaceTokenizer) and other.definition == self.definition
-
-    def __hash__(self) -> int:
-        return hash(self.definition)
-
-    def _check_vocabulary(self) -> None:
         if not self._vocab:
             raise ValueError("the vocabulary is empty; expected at least one token")
         vocab = self._json["model"].get("vocab")
@@ -163,6 +157,18 @@ def byte_letters() -> dict[str, int]:
     return dict(zip(letters, printable + others, strict=True))
 
 
+def _parse_object(text: str) -> dict[str, Any]:
+    if not isinstance(value := json.loads(text), dict):
+        raise ValueError(f"found a JSON {type(value).__name__}; expected an object")
+    return value
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file, or an empty one if the file does not exist."""
+    with value_errors(path):
+        return _parse_object(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
 def _build(definition: dict[str, Any]) -> tokenizers.Tokenizer:
     import tokenizers
 
@@ -181,21 +187,21 @@ def _without_tokens(definition: dict[str, Any], hidden: frozenset[str]) -> dict[
     """
     # No text contains a random name, except by a coincidence of 122 bits.
     names = {token: f"\U0010fffd{uuid.uuid4().hex}" for token in hidden}
+
+    def renamed(token: str) -> str:
+        return names.get(token, token)
+
     model = dict(definition["model"])
-    vocab, unknown = model["vocab"], model.get("unk_token")
-    if isinstance(vocab, dict):
-        model["vocab"] = {names.get(token, token): id for token, id in vocab.items()}
+    if isinstance(vocab := model["vocab"], dict):
+        model["vocab"] = {renamed(token): id for token, id in vocab.items()}
     else:
-        model["vocab"] = [[names.get(token, token), score] for token, score in vocab]
-    if unknown in names:
-        model["unk_token"] = names[unknown]
+        model["vocab"] = [[renamed(token), score] for token, score in vocab]
+    if "unk_token" in model:
+        model["unk_token"] = renamed(model["unk_token"])
     if "merges" in model:
         pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
         model["merges"] = [pair for pair in pairs if hidden.isdisjoint([*pair, "".join(pair)])]
-    added = [
-        entry | {"content": names.get(entry["content"], entry["content"])}
-        for entry in definition["added_tokens"]
-    ]
+    added = [entry | {"content": renamed(entry["content"])} for entry in definition["added_tokens"]]
     return definition | {"model": model, "added_tokens": added}
 
 
@@ -217,11 +223,14 @@ def read_huggingface(folder: Path) -> HuggingFaceTokenizer | None:
     if path.exists():
         with value_errors(path):
             return HuggingFaceTokenizer(path.read_text(encoding="utf-8"))
-    settings, source = _settings(folder)
+    source = folder / "tokenizer_config.json"
+    settings = read_object(source)
     kind = settings.get("tokenizer_class")
+    if kind is None and (config := folder / "config.json").exists():
+        source, kind = config, read_object(config).get("tokenizer_class")
     name = kind.removesuffix("Fast") if isinstance(kind, str) else None
     vocab, merges, words = (folder / file for file in ("vocab.json", "merges.txt", "vocab.txt"))
-    if name is None or name in _GPT2_CLASSES:
+    if name in (None, *_GPT2_CLASSES):
         for present, absent in ((vocab, merges), (merges, vocab)):
             if present.exists() and not absent.exists():
                 raise ValueError(f"{absent} is missing; {present.name} cannot be read without it")
@@ -239,15 +248,6 @@ def read_huggingface(folder: Path) -> HuggingFaceTokenizer | None:
         for other in sorted(folder.glob(pattern)):
             raise ValueError(f"{other}: this is another kind of tokenizer than GPT-2's, {advice}")
     return None
-
-
-def _settings(folder: Path) -> tuple[dict[str, Any], Path]:
-    """Return the settings of a folder's tokenizer, and the file that names its class."""
-    path, config = folder / "tokenizer_config.json", folder / "config.json"
-    settings = read_object(path)
-    if settings.get("tokenizer_class") is None and config.exists():
-        return settings | {"tokenizer_class": read_object(config).get("tokenizer_class")}, config
-    return settings, path
 
 
 def _read_gpt2(vocab: Path, merges: Path, settings: dict[str, Any]) -> HuggingFaceTokenizer:

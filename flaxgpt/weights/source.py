@@ -7,9 +7,8 @@ import os
 import re
 from pathlib import Path
 
-from flaxgpt._checks import listed
+from flaxgpt._checks import listed, value_errors
 from flaxgpt.config import GPTConfig
-from flaxgpt.tokenizer.errors import value_errors
 from flaxgpt.weights.hub import fetch
 from flaxgpt.weights.tensors import INDEX, SINGLE, shards
 
