@@ -121,7 +121,8 @@ class KVCache:
         index = jnp.where(jnp.asarray(rows) < 0, self.batch, rows).astype(jnp.int32)
 
         def gather(buffer: jax.Array) -> jax.Array:
-            by_row = self._by_row(buffer).at[index].get(mode="fill", fill_value=jnp.nan)
+            by_row = buffer.reshape(self.batch, -1, *buffer.shape[-2:])  # [B, N, S, H]
+            by_row = by_row.at[index].get(mode="fill", fill_value=jnp.nan)
             return by_row.reshape(-1, *buffer.shape[-2:]) if buffer.ndim == 3 else by_row
 
         return dataclasses.replace(
@@ -141,9 +142,6 @@ class KVCache:
         """
         return self.take(np.repeat(np.arange(self.batch), check_size("n", n)))
 
-    def _by_row(self, buffer: jax.Array) -> jax.Array:  # either layout -> [B, N, S, H]
-        return buffer.reshape(self.batch, -1, *buffer.shape[-2:])
-
 
 class LayerCache(NamedTuple):
     """One block's share of a `KVCache`."""
@@ -154,10 +152,12 @@ class LayerCache(NamedTuple):
 
     def append(self, keys: jax.Array, values: jax.Array) -> LayerCache:
         """Return the cache with keys and values [B, N, T, H] in slots `length` to `length + T`."""
-        return self._replace(
-            keys=_write(self.keys, keys, self.length),
-            values=_write(self.values, values, self.length),
-        )
+
+        def write(buffer: jax.Array, new: jax.Array) -> jax.Array:
+            new = new.reshape(*buffer.shape[:-2], *new.shape[-2:]).astype(buffer.dtype)
+            return lax.dynamic_update_slice_in_dim(buffer, new, self.length, axis=buffer.ndim - 2)
+
+        return self._replace(keys=write(self.keys, keys), values=write(self.values, values))
 
     def read(self, batch: int) -> tuple[jax.Array, jax.Array]:
         """Return all keys and values as [B, N, S, H], filled or not, for `batch` rows (B)."""
@@ -206,8 +206,3 @@ def init_cache(
         start=jnp.zeros((batch,), jnp.int32),
         layout=layout,
     )
-
-
-def _write(buffer: jax.Array, new: jax.Array, length: jax.Array) -> jax.Array:
-    new = new.reshape(*buffer.shape[:-2], *new.shape[-2:]).astype(buffer.dtype)
-    return lax.dynamic_update_slice_in_dim(buffer, new, length, axis=buffer.ndim - 2)

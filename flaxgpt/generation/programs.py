@@ -21,19 +21,12 @@ from flaxgpt.typing import Params
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """Everything that a compilation depends on besides the number of rows.
-
-    Attributes:
-        cfg: the architecture.
-        plan: the sizes of the loop.
-        platform: cache layout, attention implementation and compiler options.
-        dtype: dtype to compute in.
-    """
+    """Everything that a compilation depends on besides the number of rows."""
 
     cfg: GPTConfig
     plan: Plan
     platform: Platform
-    dtype: Any
+    dtype: Any  # to compute in
 
     def read_with(self, params: Params) -> Read:
         """Return the model's reading function."""
@@ -77,9 +70,7 @@ def prefill(
 
 def _compile_step(step: Any) -> Any:
     @partial(jax.jit, static_argnums=0, donate_argnames="state")
-    def run(
-        program: Program, params: Params, request: Request, state: DecodeState
-    ) -> tuple[DecodeState, jax.Array]:
+    def run(program: Program, params: Params, request: Request, state: DecodeState) -> Any:
         return step(program.read_with(params), program.plan, request, state)
 
     return run

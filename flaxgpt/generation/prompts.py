@@ -42,11 +42,7 @@ def prepare(
     sampling: Sampling,
     dtype: DTypeLike,
 ) -> Prepared:
-    """Return the checked arguments of the decoding loop.
-
-    Raises:
-        ValueError: an argument is out of range; see `generate`.
-    """
+    """Return the arguments of the decoding loop, or raise ValueError; see `generate`."""
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(params)):
         raise ValueError(
             "generate and stream return Python lists and cannot run inside jit, grad or vmap: jit "
@@ -58,6 +54,10 @@ def prepare(
     if max_new_tokens >= 2**30:
         raise ValueError(f"max_new_tokens={max_new_tokens} must be below 2**30, to fit int32")
     sampling.check_vocabulary(cfg.vocab_size)
+    key = jax.random.key(0) if sampling.key is None else sampling.key  # any, if nothing is random
+    if key.shape not in ((), (len(rows),)):
+        raise ValueError(f"keys of shape {key.shape} must be one key, or one per row: {len(rows)}")
+    dtype = check_dtype(dtype)
 
     rows = [row[-cfg.context_length :] for row in rows]  # the model reads no further back
     longest = max(map(len, rows))
@@ -70,14 +70,14 @@ def prepare(
         context_length=cfg.context_length,
         exceeds_context=most > cfg.context_length + 1,  # the last id is never read
     )
-    ids = np.zeros((len(rows), plan.prompt_width), np.int32)
+    ids = np.zeros((len(rows), prompt_width), np.int32)
     start = np.array([longest - len(row) for row in rows], np.int32)
     for i, row in enumerate(rows):
         ids[i, start[i] : longest] = row
     stops = np.full(max(8, 1 << (len(sampling.stop_ids) - 1).bit_length()), NOT_A_NUMBER, np.int32)
     stops[: len(sampling.stop_ids)] = sampling.stop_ids
     request = Request(
-        key=sampling.keys_for(len(rows)),
+        key=key,
         temperature=np.float32(sampling.temperature),
         top_k=np.int32(cfg.vocab_size if sampling.top_k is None else sampling.top_k),
         top_p=np.float32(1.0 if sampling.top_p is None else sampling.top_p),
@@ -85,9 +85,10 @@ def prepare(
         prompt_length=np.int32(longest),
         final_length=np.int32(longest + max_new_tokens),
     )
-    dtype = check_dtype(dtype)
     program = Program(cfg, plan, platform_of(params), dtype)
-    return Prepared(program, _compute_params(params, dtype), request, ids, start)
+    # Convert once here instead of in each step.
+    params = params if dtype == jnp.float32 else _cast_matrices(params, dtype)
+    return Prepared(program, params, request, ids, start)
 
 
 def bucket(length: int) -> int:
@@ -96,13 +97,8 @@ def bucket(length: int) -> int:
     return power * 3 // 4 if length <= power * 3 // 4 and power > 16 else power
 
 
-def _compute_params(params: Params, dtype: Any) -> Params:
-    """Return params with matrices in `dtype`, converted once here instead of in each step."""
-    return params if dtype == jnp.float32 else _cast(params, dtype)
-
-
 @partial(jax.jit, static_argnums=1)
-def _cast(params: Params, dtype: Any) -> Params:
+def _cast_matrices(params: Params, dtype: Any) -> Params:
     return jax.tree.map(lambda p: p.astype(dtype) if p.ndim > 1 else p, params)
 
 

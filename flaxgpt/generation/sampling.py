@@ -45,63 +45,40 @@ class Sampling:
 
     def __post_init__(self) -> None:
         check_sampling(self.temperature, self.top_k, self.top_p)
-        object.__setattr__(self, "stop_ids", tuple(check_stop_ids(self.stop_ids)))
-        if self.key is not None:
-            object.__setattr__(self, "key", _typed_key(self.key))
-        elif self.temperature > 0:
-            raise ValueError(
-                f"temperature={self.temperature} samples at random and needs a key, such as "
-                "key=jax.random.key(0); temperature=0 needs none"
-            )
+        object.__setattr__(self, "stop_ids", check_stop_ids(self.stop_ids))
+        key = self.key
+        if key is None:
+            if self.temperature > 0:
+                raise ValueError(
+                    f"temperature={self.temperature} samples at random and needs a key, such as "
+                    "key=jax.random.key(0); temperature=0 needs none"
+                )
+        elif not (isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)):
+            try:
+                typed = jax.random.wrap_key_data(jnp.asarray(key))  # from jax.random.PRNGKey
+            except TypeError as error:
+                raise ValueError(
+                    f"key={key!r} must be a JAX random key, such as jax.random.key(0)"
+                ) from error
+            object.__setattr__(self, "key", typed)
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raise ValueError if `top_k` or a stop id does not fit the vocabulary."""
         check_sampling(self.temperature, self.top_k, self.top_p, vocab_size)
         check_stop_ids(self.stop_ids, vocab_size)
 
-    def keys_for(self, batch: int) -> jax.Array:
-        """Return the key, or one key per row; a fixed key if nothing is random.
-
-        Raises:
-            ValueError: the keys are neither one nor as many as rows.
-        """
-        key = jax.random.key(0) if self.key is None else self.key
-        if key.shape not in ((), (batch,)):
-            raise ValueError(
-                f"keys of shape {key.shape} must be one key, or one per row: ({batch},)"
-            )
-        return key
-
-
-def _typed_key(key: jax.Array) -> jax.Array:
-    if isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        return key
-    try:
-        return jax.random.wrap_key_data(jnp.asarray(key))  # from jax.random.PRNGKey
-    except TypeError as error:
-        raise ValueError(
-            f"key={key!r} must be a JAX random key, such as jax.random.key(0)"
-        ) from error
-
 
 def sample(
-    logits: jax.Array,
-    keys: jax.Array,
-    temperature: jax.Array,
-    top_k: jax.Array,
-    top_p: jax.Array,
-) -> jax.Array:
+    logits: jax.Array,  # float32 [B, V]
+    keys: jax.Array,  # [B], consumed here
+    temperature: jax.Array,  # float32 []; 0 is greedy and ignores the rest
+    top_k: jax.Array,  # int32 [], see `keep_likely`
+    top_p: jax.Array,  # float32 []
+) -> jax.Array:  # int32 [B]
     """Choose one id per row: the most likely one at temperature 0, otherwise at random.
 
-    Args:
-        logits: float32 [B, V].
-        keys: [B] random keys, consumed here.
-        temperature: float32 []; 0 is greedy (the lowest id among equals) and ignores the rest.
-        top_k: int32 [], see `keep_likely`.
-        top_p: float32 [], see `keep_likely`.
-
-    Returns:
-        int32 [B]; `NOT_A_NUMBER` in rows whose logits hold NaN.
+    Of equally likely ids, the lowest is chosen at temperature 0. Rows whose logits hold NaN get
+    `NOT_A_NUMBER`.
     """
 
     def greedy() -> jax.Array:
@@ -117,30 +94,25 @@ def sample(
     return jnp.where(jnp.isnan(logits).any(axis=-1), NOT_A_NUMBER, ids)
 
 
-def keep_likely(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
+def keep_likely(
+    logits: jax.Array,  # float32 [B, V], already divided by the temperature
+    top_k: jax.Array,  # int32 []; V or more keeps all
+    top_p: jax.Array,  # float32 []; 1 or more keeps all
+) -> jax.Array:  # float32 [B, V]
     """Return the logits with unlikely ones set to -inf: first top-k, then top-p of the rest.
 
-    Order and meaning are those of Hugging Face's `TopKLogitsWarper` and `TopPLogitsWarper`, except
-    that equal logits are kept or dropped together (there, top-p splits them in sorting order).
-
-    Args:
-        logits: float32 [B, V], already divided by the temperature.
-        top_k: int32 []; keeps the k-th largest logit and all that are not below it; V or more keeps
-            all.
-        top_p: float32 []; keeps an id if the more likely ids have less than this probability
-            together, so the most likely id always stays; 1 or more keeps all.
-
-    Returns:
-        float32 [B, V].
+    Top-k keeps the k-th largest logit and all that are not below it. Top-p keeps an id if the more
+    likely ids have less than this probability together, so the most likely id always stays. Order
+    and meaning are those of Hugging Face's `TopKLogitsWarper` and `TopPLogitsWarper`, except that
+    equal logits are kept or dropped together (there, top-p splits them in sorting order).
     """
-    size = logits.shape[-1]
     rank = _ordered(logits)
 
     def reaches_k(cut: jax.Array) -> jax.Array:
         return (rank >= cut).sum(axis=-1, keepdims=True) >= top_k
 
-    kept = jnp.where(rank >= _highest(reaches_k, rank, skip=top_k >= size), logits, -jnp.inf)
-
+    lowest = _highest(reaches_k, rank, skip=top_k >= logits.shape[-1])
+    kept = jnp.where(rank >= lowest, logits, -jnp.inf)
     probs = jax.nn.softmax(kept, axis=-1)
 
     def reaches_p(cut: jax.Array) -> jax.Array:

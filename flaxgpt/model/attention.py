@@ -19,16 +19,11 @@ class MultiHeadAttention(nn.Module):
 
     Query, key and value are three projections, as in the book: fusing them into one product was no
     faster on CPU.
-
-    Attributes:
-        cfg: the architecture.
-        dtype: the dtype of the projections and the result.
-        attention: the implementation in `flaxgpt.model.attend`.
     """
 
     cfg: GPTConfig
-    dtype: DTypeLike = jnp.float32
-    attention: str = "plain"
+    dtype: DTypeLike = jnp.float32  # of the projections and the result
+    attention: str = "plain"  # the implementation in `flaxgpt.model.attend`
 
     @nn.compact
     def __call__(

@@ -103,15 +103,9 @@ class GPT(nn.Module):
         return self.out_head(states)
 
 
-def make_model(
-    cfg: GPTConfig,
-    dtype: DTypeLike = jnp.float32,
-    *,
-    remat: bool = False,
-    attention: str = "plain",
-) -> Any:
+def make_model(cfg: GPTConfig, dtype: DTypeLike = jnp.float32, **options: Any) -> Any:
     """Return the linen module that belongs to no other, even if called inside another module."""
-    return GPT(cfg, dtype, remat, attention, parent=None)
+    return GPT(cfg, dtype, **options, parent=None)
 
 
 def init(cfg: GPTConfig, key: jax.Array) -> Params:
@@ -147,8 +141,7 @@ def param_shapes(cfg: GPTConfig) -> Params:
 
 @lru_cache(maxsize=64)
 def _param_shapes(cfg: GPTConfig) -> Params:
-    # All blocks have the same shapes, and tracing each of them would dominate loading a small
-    # model.
+    # All blocks have the same shapes, and tracing them all would dominate loading a small model.
     one = dataclasses.replace(cfg, n_layers=1)
     shapes = jax.eval_shape(partial(_init, one), jax.eval_shape(lambda: jax.random.key(0)))
     block = shapes.pop(block_name(0))

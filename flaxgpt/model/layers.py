@@ -17,20 +17,13 @@ class Linear(nn.Module):
     The order is part of every checkpoint. On two x86 CPUs, `[out, in]` decodes one row 6 to 15 %
     faster than Flax's `[in, out]`, because each output is a dot product along contiguous memory.
     Prefill of 1,024 ids and training steps take the same time in both orders.
-
-    Attributes:
-        features: size of the output.
-        use_bias: whether to add a bias.
-        std: standard deviation of the initial weight; the initial bias is zero.
-        dtype: dtype to compute in; parameters keep the dtype they are stored in.
-        out_dtype: dtype of the result, if more precise than `dtype`.
     """
 
-    features: int
+    features: int  # size of the output
     use_bias: bool = True
-    std: float = INIT_STD
-    dtype: DTypeLike = jnp.float32
-    out_dtype: DTypeLike | None = None
+    std: float = INIT_STD  # standard deviation of the initial weight; the initial bias is zero
+    dtype: DTypeLike = jnp.float32  # to compute in; parameters keep the dtype they are stored in
+    out_dtype: DTypeLike | None = None  # of the result, if more precise than `dtype`
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:  # [..., in] -> [..., out]
@@ -44,17 +37,11 @@ class Linear(nn.Module):
 
 
 class Embedding(nn.Module):
-    """A table of rows, looked up by index. An index out of range gives NaN, never another row.
-
-    Attributes:
-        rows: number of rows.
-        features: size of a row.
-        dtype: dtype of the result; the table keeps the dtype it is stored in.
-    """
+    """A table of rows, looked up by index. An index out of range gives NaN, never another row."""
 
     rows: int
-    features: int
-    dtype: DTypeLike = jnp.float32
+    features: int  # size of a row
+    dtype: DTypeLike = jnp.float32  # of the result; the table keeps the dtype it is stored in
 
     def setup(self) -> None:
         shape = (self.rows, self.features)
@@ -78,14 +65,10 @@ class LayerNorm(nn.Module):
 
     The variance is the biased one (divided by n), as in the book and GPT-2. Statistics are computed
     in float32 whatever `dtype` is.
-
-    Attributes:
-        eps: added to the variance.
-        dtype: dtype of the result.
     """
 
-    eps: float = 1e-5
-    dtype: DTypeLike = jnp.float32
+    eps: float = 1e-5  # added to the variance
+    dtype: DTypeLike = jnp.float32  # of the result
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:  # [..., D] -> [..., D]
@@ -119,11 +102,9 @@ class FeedForward(nn.Module):
 
 
 def residual_std(cfg: GPTConfig) -> float:
-    """Return the initial standard deviation of projections added to the residual stream.
-
-    GPT-2 scales it by 1/sqrt(number of additions), two per block (Radford et al. 2019, section
-    2.3), so that the variance of the stream does not grow with depth.
-    """
+    """Return the initial standard deviation of projections added to the residual stream."""
+    # GPT-2 divides by the square root of the number of additions, two per block, so that the
+    # variance of the stream does not grow with depth (Radford et al. 2019, section 2.3).
     return INIT_STD / (2 * cfg.n_layers) ** 0.5
 
 

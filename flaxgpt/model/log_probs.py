@@ -6,16 +6,11 @@ import jax
 import jax.numpy as jnp
 
 
-def token_log_probs(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """Return the natural log-probability of each target under the softmax of its logits.
-
-    Args:
-        logits: float32 [..., V].
-        targets: int [...].
-
-    Returns:
-        float32 [...]. A target outside the vocabulary gives NaN.
-    """
+def token_log_probs(
+    logits: jax.Array,  # float32 [..., V]
+    targets: jax.Array,  # int [...]
+) -> jax.Array:  # float32 [...]
+    """Return the natural log-probability of each target; NaN for one outside the vocabulary."""
     # take_along_axis counts negative indices from the end, so they are moved past it.
     indices = jnp.where(targets < 0, logits.shape[-1], targets.astype(jnp.int32))
     chosen = jnp.take_along_axis(

@@ -18,16 +18,12 @@ class Visibility:
 
         start[b] <= s <= p    and, with a window,    s > p - window
 
-    Attributes:
-        start: int32 [B], the first key that belongs to each row; None if all rows start at key 0.
-        offset: int32 [], the position of the first query; None if queries and keys start together,
-            which lets an implementation skip later keys at compile time.
-        window: how many keys a query sees at most, its own included; None for all. Static.
+    Without an offset, an implementation may skip later keys at compile time.
     """
 
-    start: jax.Array | None = None
-    offset: jax.Array | None = None
-    window: int | None = None
+    start: jax.Array | None = None  # int32 [B], each row's first key; None if key 0 for all
+    offset: jax.Array | None = None  # int32 [], the first query's position; None if it is key 0's
+    window: int | None = None  # static; keys that a query sees at most, its own included
 
     def mask(self, queries: range, keys: range) -> jax.Array:
         """Return the rule for some queries and keys as bool [B or 1, 1, T, S]."""

@@ -19,56 +19,31 @@ from flaxgpt.model.attend.plain import attention_weights, mean_of_values, plain_
 from flaxgpt.model.visibility import Visibility
 from flaxgpt.platform import Platform
 
-__all__ = [
-    "IMPLEMENTATIONS",
-    "Dropout",
-    "attend",
-    "attention_weights",
-    "mean_of_values",
-    "query_blocks",
-    "resolve_attention",
-]
-
-Dropout = Callable[[tuple[int, ...]], jax.Array]
-"""Draws the factor of each attention weight, 0 or 1 / (1 - rate), for a shape."""
+__all__ = ["attend", "attention_weights", "mean_of_values", "query_blocks", "resolve_attention"]
 
 IMPLEMENTATIONS = {"plain": plain_attend, "dot_product": dot_product_attend}
 
 
 def attend(
-    query: jax.Array,
-    keys: jax.Array,
-    values: jax.Array,
+    query: jax.Array,  # [B, N, T, H]
+    keys: jax.Array,  # [B, N, S, H]
+    values: jax.Array,  # [B, N, S, H]
     visibility: Visibility,
     *,
-    dropout: Dropout | None = None,
-    implementation: str = "plain",
-) -> jax.Array:
+    dropout: Callable[[tuple[int, ...]], jax.Array] | None = None,
+    implementation: str = "plain",  # a name in `IMPLEMENTATIONS`, from `resolve_attention`
+) -> jax.Array:  # [B, N, T, H]
     """Return the mean of the values, weighted by how well keys match each query (section 3.4).
 
-    Scores and softmax are float32 whatever the dtype of the arguments.
-
-    Args:
-        query: [B, N, T, H].
-        keys: [B, N, S, H].
-        values: [B, N, S, H].
-        visibility: which keys each query sees. A query that sees none, such as padding, gets
-            finite values of no meaning.
-        dropout: draws the factors of the attention weights; None for no dropout.
-        implementation: a name in `IMPLEMENTATIONS`, already resolved by `resolve_attention`.
-
-    Returns:
-        [B, N, T, H].
+    Scores and softmax are float32 whatever the dtype of the arguments. `dropout` draws the factor
+    of each attention weight, 0 or 1 / (1 - rate), for a shape. A query that sees no key,
+    such as padding, gets finite values of no meaning.
     """
     return IMPLEMENTATIONS[implementation](query, keys, values, visibility, dropout)
 
 
 def resolve_attention(name: str, platform: Platform) -> str:
-    """Return the implementation that `name` selects on a platform; call it outside `jit`.
-
-    Raises:
-        ValueError: there is no such implementation.
-    """
+    """Return the implementation that `name` selects on a platform; call it outside `jit`."""
     if name == "auto":
         return platform.attention
     if name not in IMPLEMENTATIONS:

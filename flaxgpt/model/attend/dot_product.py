@@ -17,11 +17,7 @@ def dot_product_attend(
     visibility: Visibility,
     dropout: Callable[..., Any] | None,
 ) -> jax.Array:  # [B, N, T, H]
-    """Implement `flaxgpt.model.attend.attend`.
-
-    Raises:
-        ValueError: dropout on attention weights, which JAX's function does not have.
-    """
+    """Implement `flaxgpt.model.attend.attend`, except dropout, which JAX's function lacks."""
     if dropout is not None:
         raise ValueError(
             'attention="dot_product" has no dropout on attention weights: use attention="plain", '
