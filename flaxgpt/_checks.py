@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import DTypeLike
 
 
 def check_size(name: str, value: Any, least: int = 1) -> int:
@@ -82,16 +82,14 @@ def check_dtype(dtype: DTypeLike) -> Any:
     return resolved
 
 
-def check_ids(vocab_size: int, ids: ArrayLike) -> Any:
+def check_ids(vocab_size: int, ids: Any) -> Any:
     """Return ids as an array [B, T], or raise ValueError; traced values cannot be checked."""
-    ids = ids if isinstance(ids, jax.Array) else _integers(ids)
+    ids = _integers(ids)
     if ids.ndim != 2:
         raise ValueError(
             f"ids of shape {ids.shape} must be [batch, length]; for a single row, pass ids[None]"
         )
-    if not jnp.issubdtype(ids.dtype, jnp.integer):
-        raise ValueError(f"ids of dtype {ids.dtype} must be integers")
-    if ids.shape[0] == 0 or ids.shape[1] == 0:
+    if 0 in ids.shape:
         raise ValueError(f"ids of shape {ids.shape} are empty: pass at least one row of one id")
     if not isinstance(ids, jax.core.Tracer):
         check_vocabulary(vocab_size, np.asarray(ids))
@@ -112,14 +110,16 @@ def check_vocabulary(vocab_size: int, ids: np.ndarray, row: int | None = None) -
 
 def _integers(ids: Any) -> Any:
     try:
-        array = np.asarray(ids)
+        ids = ids if isinstance(ids, jax.Array) else np.asarray(ids)
     except ValueError as error:
         raise ValueError(
             "ids must be an int array [batch, length] with all rows equally long"
         ) from error
-    if array.size and not np.issubdtype(array.dtype, np.integer):
-        raise ValueError(f"ids of dtype {array.dtype} must be integers")
-    return array.astype(np.int32) if not array.size else array
+    if 0 in ids.shape:
+        return ids.astype(np.int32)
+    if not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise ValueError(f"ids of dtype {ids.dtype} must be integers")
+    return ids
 
 
 def check_params(expected: Any, params: Any) -> None:
@@ -160,7 +160,7 @@ def check_prompts(vocab_size: int, prompts: Any) -> list[np.ndarray]:
         raise ValueError("prompts are ids, not text: use generate_text, or encode them first")
     rows = []
     for i, given in enumerate(prompts):
-        row = _integers(given)
+        row = np.asarray(_integers(given))
         if row.ndim == 0:
             raise ValueError(not_rows.format(given))
         if row.ndim != 1:
@@ -177,7 +177,7 @@ def check_prompts(vocab_size: int, prompts: Any) -> list[np.ndarray]:
     return rows
 
 
-def check_stop_ids(stop_ids: Any, vocab_size: int | None = None) -> list[int]:
+def check_stop_ids(stop_ids: Any, vocab_size: int | None = None) -> tuple[int, ...]:
     """Return stop ids as ints, or raise ValueError with one that is outside the vocabulary."""
     if isinstance(stop_ids, str) or not isinstance(stop_ids, Iterable):
         raise ValueError(f"stop_ids={stop_ids!r} must be a list of ids, such as (50256,)")
@@ -190,7 +190,7 @@ def check_stop_ids(stop_ids: Any, vocab_size: int | None = None) -> list[int]:
         if not 0 <= ids[-1] < (vocab_size or 2**31):
             allowed = "0 or more" if vocab_size is None else f"from 0 to {vocab_size - 1}"
             raise ValueError(f"stop id {token!r} must be an id, {allowed}")
-    return ids
+    return tuple(ids)
 
 
 def check_sampling(

@@ -217,10 +217,9 @@ def _score_blocks(
 
 def _rows(cfg: GPTConfig, stride: int, rows: int) -> int:
     """Return how many rows to compute together: a power of two for short texts."""
-    logits = stride * cfg.vocab_size
-    attention = cfg.n_heads * cfg.context_length**2
-    feed_forward = cfg.ff_dim * cfg.context_length
-    most = max(1, platform_of().largest_array // max(logits, attention, feed_forward))
+    attention, feed_forward = cfg.n_heads * cfg.context_length**2, cfg.ff_dim * cfg.context_length
+    largest = max(stride * cfg.vocab_size, attention, feed_forward)
+    most = max(1, platform_of().largest_array // largest)
     return min(most, 1 << (rows - 1).bit_length())
 
 
@@ -230,10 +229,7 @@ def _checked_text(vocab_size: int, ids: ArrayLike) -> np.ndarray:
     if text.ndim != 1:
         raise ValueError(f"ids of shape {text.shape} must be the ids of one text, [N]")
     if text.size < 2:
-        raise ValueError(
-            f"a text of {text.size} ids leaves nothing to predict: pass 2 ids or more, because the "
-            "first has none before it"
-        )
+        raise ValueError(f"a text of {text.size} ids leaves nothing to predict: pass 2 ids or more")
     if not np.issubdtype(text.dtype, np.integer):
         raise ValueError(f"ids of dtype {text.dtype} must be integers")
     for piece in _pieces(text):

@@ -101,16 +101,15 @@ def scan_texts(
         raise ValueError("paths is empty; pass at least one text file")
     files, alphabet, done = [], set[str](), 0
     for path in map(Path, paths):
-        digest, n_bytes, n_characters = hashlib.sha256(), 0, 0
+        digest, before, n_characters = hashlib.sha256(), done, 0
         for block, text in read_blocks(path, errors):
             digest.update(block)
             alphabet.update(text)
-            n_bytes += len(block)
+            done += len(block)
             n_characters += len(text)
             if progress:
-                progress(done + n_bytes, total)
-        done += n_bytes
-        files.append(TextFile(path, digest.hexdigest(), n_bytes, n_characters))
+                progress(done, total)
+        files.append(TextFile(path, digest.hexdigest(), done - before, n_characters))
     return TextScan(tuple(files), "".join(sorted(alphabet)), errors)
 
 
@@ -121,9 +120,9 @@ def _text_size(path: Path) -> int:
         raise ValueError(f"{path} is a folder; pass the text files in it one by one")
     if not path.is_file():
         raise ValueError(f"{path} is a pipe or device, which cannot be read twice; pass a file")
-    if not (size := path.stat().st_size):
-        raise ValueError(f"{path} is empty; pass a file that contains text")
-    return size
+    if size := path.stat().st_size:
+        return size
+    raise ValueError(f"{path} is empty; pass a file that contains text")
 
 
 def read_blocks(path: Path, errors: Errors) -> Iterator[tuple[bytes, str]]:
@@ -189,11 +188,9 @@ def pieces(texts: Iterable[str]) -> Iterator[str]:
     for text in texts:
         pending += text
         place = _LAST_LONE_SPACE.match(pending) or _LAST_END_OF_WORD.match(pending)
-        if place:
-            yield pending[: place.end()]
-            pending = pending[place.end() :]
-        elif len(pending) >= _LONGEST:
-            yield pending
-            pending = ""
+        if place or len(pending) >= _LONGEST:
+            end = place.end() if place else len(pending)
+            yield pending[:end]
+            pending = pending[end:]
     if pending:
         yield pending

@@ -58,7 +58,11 @@ class HuggingFaceTokenizer(VocabularyTokenizer):
         self._decoder_kinds = _kinds(self._json.get("decoder"))
         if not self._vocab:
             raise ValueError("the vocabulary is empty; expected at least one token")
-        vocab = self._json["model"].get("vocab")
+        vocab = (model := self._json["model"]).get("vocab", {})
+        self._missing_bytes: set[int] = set()  # which byte-level BPE would silently drop
+        if "ByteLevel" in _kinds(self._json.get("pre_tokenizer")) and not model.get("unk_token"):
+            letters = byte_letters().items()
+            self._missing_bytes = {byte for letter, byte in letters if letter not in vocab}
         if isinstance(vocab, dict) and len(set(vocab.values())) < len(vocab):
             ((shared, _),) = collections.Counter(vocab.values()).most_common(1)
             raise ValueError(
@@ -77,23 +81,15 @@ class HuggingFaceTokenizer(VocabularyTokenizer):
         """See `Tokenizer.encode`. A lone surrogate is encoded as U+FFFD."""
         hidden = frozenset(self._special_tokens) - self._check_text(text, allowed_special)
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        if self._missing_bytes:
-            self._check_bytes(text)
+        self._check_bytes(text)
         if hidden not in self._encoders:
             self._encoders[hidden] = _build(_without_tokens(self._json, hidden))
         with value_errors("the tokenizers library cannot encode this text"):
             return self._encoders[hidden].encode(text, add_special_tokens=False).ids
 
-    @functools.cached_property
-    def _missing_bytes(self) -> set[int]:
-        """The bytes that byte-level BPE would silently drop from a text."""
-        model = self._json["model"]
-        if "ByteLevel" not in _kinds(self._json.get("pre_tokenizer")) or model.get("unk_token"):
-            return set()
-        vocab = model.get("vocab", {})
-        return {byte for letter, byte in byte_letters().items() if letter not in vocab}
-
     def _check_bytes(self, text: str) -> None:
+        if not self._missing_bytes:
+            return
         for entry in self._added:
             text = text.replace(entry["content"], "")
         if normalizer := self._library.normalizer:
@@ -237,7 +233,17 @@ def read_huggingface(folder: Path) -> HuggingFaceTokenizer | None:
         if vocab.exists():
             return _read_gpt2(vocab, merges, settings)
     if name in _BERT_CLASSES and words.exists():
-        return _read_bert(words, settings)
+        from tokenizers import BertWordPieceTokenizer
+
+        with value_errors(f"{words}: {_UNREADABLE}"):
+            library = BertWordPieceTokenizer.from_file(
+                str(words),
+                lowercase=settings.get("do_lower_case", True),
+                strip_accents=settings.get("strip_accents"),
+                handle_chinese_chars=settings.get("tokenize_chinese_chars", True),
+            )
+        with value_errors(words):
+            return HuggingFaceTokenizer(library.to_str())
     advice = (
         "which cannot be read without a tokenizer.json; make one with transformers: "
         f"AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"
@@ -287,17 +293,3 @@ def _read_gpt2(vocab: Path, merges: Path, settings: dict[str, Any]) -> HuggingFa
             "model": {"type": "BPE", "vocab": tokens, "merges": pairs},
         }
         return HuggingFaceTokenizer(json.dumps(definition))
-
-
-def _read_bert(vocab: Path, settings: dict[str, Any]) -> HuggingFaceTokenizer:
-    from tokenizers import BertWordPieceTokenizer
-
-    with value_errors(f"{vocab}: {_UNREADABLE}"):
-        library = BertWordPieceTokenizer.from_file(
-            str(vocab),
-            lowercase=settings.get("do_lower_case", True),
-            strip_accents=settings.get("strip_accents"),
-            handle_chinese_chars=settings.get("tokenize_chinese_chars", True),
-        )
-    with value_errors(vocab):
-        return HuggingFaceTokenizer(library.to_str())
