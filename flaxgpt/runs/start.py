@@ -8,13 +8,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from flaxgpt._checks import listed
+from flaxgpt._checks import listed, value_errors
 from flaxgpt.config import GPTConfig, check_config
 from flaxgpt.data import TextScan
 from flaxgpt.runs.folder import Run, Say, is_run, read_config, write_config
 from flaxgpt.runs.texts import survey_files, tokenize_files
 from flaxgpt.tokenizer import TOKENIZER_NAMES, CharTokenizer, Tokenizer, load_tokenizer
-from flaxgpt.tokenizer.errors import value_errors
 from flaxgpt.tokenizer.folder import read_tokenizer, save_tokenizer
 from flaxgpt.training.config import TrainConfig
 from flaxgpt.typing import Params

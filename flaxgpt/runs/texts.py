@@ -10,10 +10,10 @@ from typing import NamedTuple
 import numpy as np
 
 from flaxgpt import data
+from flaxgpt._checks import value_errors
 from flaxgpt.config import GPTConfig
 from flaxgpt.runs.folder import Hashes, Say
 from flaxgpt.tokenizer import Tokenizer
-from flaxgpt.tokenizer.errors import value_errors
 from flaxgpt.training.config import TrainConfig
 from flaxgpt.typing import Progress
 
