@@ -142,7 +142,6 @@ def test_a_run_interrupted_by_ctrl_c_and_resumed_is_bit_identical(done, tmp_path
 
     monkeypatch.setattr(flaxgpt.runs.report.Report, "training", press)
     # A background job of a shell ignores Ctrl-C, and so would this test.
-    monkeypatch.setattr(signal, "getsignal", lambda number: signal.default_int_handler)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(KeyboardInterrupt):
