@@ -28,9 +28,13 @@ hypothesis.settings.register_profile("steady", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("steady")
 
 
+def compiles_quickly(item):
+    return "quick_compilation" in item.fixturenames
+
+
 def pytest_collection_modifyitems(items):
-    """Start the longest file first, so that it does not run alone at the end."""
-    items.sort(key=lambda item: item.path.name != "test_notebook.py")
+    """Run the files that compile quickly one after another, because they share compiled code."""
+    items.sort(key=lambda item: not compiles_quickly(item))
 
 
 _compiled = []
@@ -51,15 +55,21 @@ def compilations():
     return _compiled
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _optimization(request):
+    """Compile as users do, or faster in the modules that use `quick_compilation`."""
+    quick = compiles_quickly(request)
+    if quick != jax.config.read("jax_disable_most_optimizations"):
+        jax.config.update("jax_disable_most_optimizations", quick)
+        jax.clear_caches()  # code of one kind must not serve modules of the other
+
+
 @pytest.fixture(scope="module")
-def quick_compilation():
+def quick_compilation(_optimization):
     """Compile faster by turning off most XLA optimizations, in this and started processes.
 
-    For tests of behavior. Tests that compare numbers compile as users do.
+    For tests of behavior. Tests that compare numbers to the last digits compile as users do.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-        jax.config.update("jax_disable_most_optimizations", True)
         yield
-        jax.config.update("jax_disable_most_optimizations", False)
-    jax.clear_caches()  # other modules must not reuse the unoptimized code

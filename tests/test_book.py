@@ -89,12 +89,14 @@ def test_section_4_7_output_of_the_untrained_model(model):
     assert "Hello, I am" + texts[0] == values["text"]
 
 
+@pytest.mark.slow
 def test_chapter_5_output_of_the_untrained_model(short_model):
     values = golden.book_values()["ch05_ctx256_seed123"]
     cfg, params = short_model
     assert flaxgpt.generate(cfg, params, [values["prompt"]], 10) == [values["next10"]]
 
 
+@pytest.mark.slow
 def test_chapter_5_target_probabilities_and_perplexity(short_model):
     values = golden.book_values()["ch05_ctx256_seed123"]
     logits = flaxgpt.forward(*short_model, np.array(values["inputs"]))
@@ -106,7 +108,8 @@ def test_chapter_5_target_probabilities_and_perplexity(short_model):
     np.testing.assert_allclose(jnp.exp(-chosen.mean()), values["ppl"], rtol=1e-5)
 
 
-@pytest.mark.parametrize("split", ["val", pytest.param("train", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("split", ["val", "train"])
 def test_chapter_5_losses_before_training(split, short_model):
     values = golden.book_values()["ch05_ctx256_seed123"]
     cfg, params = short_model

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 import flaxgpt
 import golden
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 @pytest.fixture(scope="module", params=["book-small", "hf-small"])
 def setting(request):
@@ -43,6 +45,13 @@ def test_extending_id_by_id_equals_forward(setting, layout):
     golden.assert_logits_agree(extended(cfg, params, ids, [1] * ids.shape[1], layout), logits)
 
 
+def test_extending_in_chunks_equals_forward():
+    cfg, params, expected = golden.model("book-qkv-bias")
+    logits = extended(cfg, params, expected["input_ids"], [4, 1, 4, 1, 1], "separate")
+    golden.assert_logits_agree(logits, expected["logits"])
+
+
+@pytest.mark.slow
 @settings(max_examples=8)
 @given(data=st.data())
 def test_extending_in_any_chunks_equals_forward(data):

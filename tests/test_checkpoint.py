@@ -220,6 +220,7 @@ for restored, template in ((like, state), (other, turned)):
 """
 
 
+@pytest.mark.slow
 def test_sharded_arrays_are_placed_by_the_shardings_of_the_template(tmp_path: Path) -> None:
     environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
     subprocess.run(
@@ -290,6 +291,15 @@ for run in range(2):
 """
 
 
+def test_saving_and_restoring_print_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["", str(tmp_path)])
+    exec(PLAIN, {})
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.slow
 def test_saving_and_restoring_print_nothing_and_warn_of_nothing(tmp_path: Path) -> None:
     command = [sys.executable, "-W", "error", "-c", PLAIN, tmp_path]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -412,7 +422,7 @@ def kill_and_restore(folder: Path, rounds: int, seed: int) -> None:
 
 
 def test_a_process_killed_while_saving_leaves_the_last_finished_checkpoint(tmp_path: Path) -> None:
-    kill_and_restore(tmp_path, rounds=2, seed=0)
+    kill_and_restore(tmp_path, rounds=1, seed=0)
 
 
 @pytest.mark.slow

@@ -27,12 +27,16 @@ SMALL = (
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
+def ten_steps(out):
+    options = ("--steps", 10, "--eval-every", 5, "--sample-every", 10, "--sample-tokens", 5)
+    return "train", "--data", VERDICT, "--out", out, *SMALL, *options
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A run of ten steps, in a process of its own."""
+    """A run of ten steps."""
     out = tmp_path_factory.mktemp("runs") / "run"
-    options = ("--steps", 10, "--eval-every", 5, "--sample-every", 10, "--sample-tokens", 5)
-    return out, run("train", "--data", VERDICT, "--out", out, *SMALL, *options)
+    return out, call(*ten_steps(out))
 
 
 def succeeded(process):
@@ -40,13 +44,21 @@ def succeeded(process):
     return process.stderr.decode()
 
 
-def test_training_reports_progress_and_prints_the_folder_of_the_model(trained):
-    out, process = trained
+def assert_complete(out, process):
     reported = succeeded(process)
     assert process.stdout.decode() == f"{out / 'model'}\n"
     for part in ("compiled 5 steps", "step 10/10  loss", "validation", "sample", "saved"):
         assert part in reported
     assert "Warning" not in reported and "Traceback" not in reported
+
+
+def test_training_reports_progress_and_prints_the_folder_of_the_model(trained):
+    assert_complete(*trained)
+
+
+@pytest.mark.slow
+def test_training_in_a_process_reports_the_same(tmp_path):
+    assert_complete(tmp_path / "run", run(*ten_steps(tmp_path / "run")))
 
 
 def test_options_override_the_recipe_and_the_vocabulary_fits_the_text(trained):

@@ -206,7 +206,9 @@ def test_a_tied_head_has_the_flops_of_a_separate_one():
     assert flaxgpt.flops(gpt2, 1, 8) == flaxgpt.flops(untied, 1, 8)
 
 
-@pytest.mark.parametrize(("batch", "length"), [(2, 64), (1, 512)])
+@pytest.mark.parametrize(
+    ("batch", "length"), [(2, 64), pytest.param(1, 512, marks=pytest.mark.slow)]
+)
 def test_flops_of_the_forward_pass_agree_with_xla(batch, length):
     cfg = GPTConfig(vocab_size=5000, context_length=512, emb_dim=256, n_heads=4, n_layers=2)
     ids = jax.ShapeDtypeStruct((batch, length), jnp.int32)

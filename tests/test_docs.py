@@ -32,6 +32,8 @@ from flaxgpt.cli import _parse
 from flaxgpt.runs import train
 from flaxgpt.training import TrainConfig
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SHAPE = re.compile(r"(float32|int32|bool) (\[[\d, ]*\])")

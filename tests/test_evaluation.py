@@ -17,6 +17,8 @@ from flaxgpt.evaluation import TextEvaluation, evaluate_text, score
 from flaxgpt.model import param_shapes
 from flaxgpt.tokenizer import CharTokenizer
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 CFG = GPTConfig(vocab_size=61, context_length=8, emb_dim=16, n_heads=2, n_layers=1)
 STRIDES = [1, 3, 4, 8]  # one does not divide the context
 FULL = CFG.context_length + 1  # ids of the longest row that `score` takes

@@ -1,6 +1,7 @@
 """How `generate` and `stream` behave: rows, keys, stopping, compiling, bad input."""
 
 import dataclasses
+import functools
 from functools import partial
 
 import jax
@@ -25,14 +26,29 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")  # digits: test_genera
 SAMPLED = {"temperature": 1.2, "top_k": 40, "top_p": 0.95}
 
 
+@functools.cache
+def model(name):
+    """Return a golden model's first block alone, which compiles faster than all of them."""
+    cfg, params, expected = golden.model(name)
+    shallow = dataclasses.replace(cfg, n_layers=1)
+    return shallow, {part: params[part] for part in param_shapes(shallow)}, expected
+
+
 # --- Rows, keys, drivers
 
 
 @pytest.mark.parametrize(
-    ("name", "length"), [("book-small", 5), ("book-small", 1), ("hf-small", 5)]
+    ("name", "length"),
+    [
+        ("book-small", 5),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("book-small", 1), ("hf-small", 5))
+        ),
+    ],
 )
 def test_stream_yields_the_ids_of_generate(name, length):
-    cfg, params, _ = golden.model(name)
+    cfg, params, _ = model(name)
     new = cfg.context_length + 2
     options = SAMPLED | {"key": jax.random.key(4), "stop_ids": (3, 4)}
     ids = flaxgpt.generate(cfg, params, [golden.prompt(name, length)], new, **options)[0]
@@ -40,7 +56,7 @@ def test_stream_yields_the_ids_of_generate(name, length):
 
 
 def test_the_same_key_gives_the_same_ids_and_another_key_others():
-    cfg, params, _ = golden.model("book-small")
+    cfg, params, _ = model("book-small")
     run = partial(
         flaxgpt.generate, cfg, params, [golden.prompt("book-small", 4)] * 2, 12, **SAMPLED
     )
@@ -51,7 +67,7 @@ def test_the_same_key_gives_the_same_ids_and_another_key_others():
 
 
 def test_old_style_keys_are_the_same_keys():
-    cfg, params, _ = golden.model("book-small")
+    cfg, params, _ = model("book-small")
     run = partial(flaxgpt.generate, cfg, params, [golden.prompt("book-small", 4)] * 2, 5, **SAMPLED)
     assert run(key=jax.random.PRNGKey(7)) == run(key=jax.random.key(7))
     each = jax.random.split(jax.random.PRNGKey(7))
@@ -59,7 +75,7 @@ def test_old_style_keys_are_the_same_keys():
 
 
 def test_prompts_may_be_arrays_or_lists():
-    cfg, params, expected = golden.model("book-small")
+    cfg, params, expected = model("book-small")
     ids = expected["input_ids"]
     lists = flaxgpt.generate(cfg, params, ids.tolist(), 3)
     for array in (ids, jnp.asarray(ids), [jnp.asarray(row) for row in ids], ids.astype(np.uint16)):
@@ -67,7 +83,7 @@ def test_prompts_may_be_arrays_or_lists():
 
 
 def test_iterators_serve_as_prompts_and_stop_ids():
-    cfg, params, expected = golden.model("book-small")
+    cfg, params, expected = model("book-small")
     ids = expected["input_ids"].tolist()
     lists = flaxgpt.generate(cfg, params, ids, 8)
     stop = lists[0][2]
@@ -77,7 +93,7 @@ def test_iterators_serve_as_prompts_and_stop_ids():
 
 
 def test_a_stream_far_past_the_context_keeps_only_the_context():
-    cfg, params, _ = golden.model("book-qkv-bias")
+    cfg, params, _ = model("book-qkv-bias")
     new = 3 * bucket(cfg.context_length + 1)
     options = SAMPLED | {"key": jax.random.key(8)}
     whole = flaxgpt.generate(cfg, params, [golden.prompt("book-qkv-bias", 5)], new, **options)[0]
@@ -90,14 +106,14 @@ def test_a_stream_far_past_the_context_keeps_only_the_context():
 
 
 def test_numpy_parameters_are_parameters():
-    cfg, params, _ = golden.model("book-small")
+    cfg, params, _ = model("book-small")
     plain = jax.tree.map(np.asarray, params)
     rows = [golden.prompt("book-small", 4)]
     assert flaxgpt.generate(cfg, plain, rows, 3) == flaxgpt.generate(cfg, params, rows, 3)
 
 
 def test_ids_are_plain_ints():
-    cfg, params, _ = golden.model("book-small")
+    cfg, params, _ = model("book-small")
     ids = flaxgpt.generate(cfg, params, [golden.prompt("book-small", 4)], 3)[0]
     assert [type(token) for token in ids] == [int] * 3
     assert type(next(flaxgpt.stream(cfg, params, [1], 1))) is int
@@ -107,7 +123,7 @@ def test_ids_are_plain_ints():
 
 
 def test_a_stopped_row_ends_with_its_stop_id_and_the_others_go_on():
-    cfg, params, expected = golden.model("book-small")
+    cfg, params, expected = model("book-small")
     free = flaxgpt.generate(cfg, params, expected["input_ids"], 12)
     stop = free[0][4]
     stopped = flaxgpt.generate(cfg, params, expected["input_ids"], 12, stop_ids=[stop])
@@ -117,7 +133,7 @@ def test_a_stopped_row_ends_with_its_stop_id_and_the_others_go_on():
 
 
 def test_the_loop_ends_when_every_row_has_stopped():
-    cfg, params, expected = golden.model("book-small")
+    cfg, params, expected = model("book-small")
     ids = expected["input_ids"]
     firsts = {row[0] for row in flaxgpt.generate(cfg, params, ids, 1)}
     prepared = prepare(cfg, params, ids, 12, Sampling(stop_ids=tuple(firsts)), "float32")
@@ -130,7 +146,7 @@ def test_the_loop_ends_when_every_row_has_stopped():
 
 
 def test_ten_prompt_lengths_in_one_bucket_compile_once(compilations):
-    cfg, params, _ = golden.model("book-qkv-bias")
+    cfg, params, _ = model("book-qkv-bias")
     on_device = jnp.array([[1, 2], [3, 4]])
     run = partial(flaxgpt.generate, cfg, params)
     run([[5], [6]], 8, temperature=0.5, top_k=3, top_p=0.5, key=jax.random.key(0), stop_ids=[1])
@@ -151,7 +167,7 @@ def test_ten_prompt_lengths_in_one_bucket_compile_once(compilations):
 
 
 def test_streams_of_ten_prompt_lengths_in_one_bucket_compile_once(compilations):
-    cfg, params, _ = golden.model("book-qkv-bias")
+    cfg, params, _ = model("book-qkv-bias")
     list(flaxgpt.stream(cfg, params, [5], 8))
     del compilations[:]
     for n in range(1, 11):
@@ -202,7 +218,11 @@ def abstract_call(cfg, layout):
 
 @pytest.mark.parametrize(
     ("preset", "layout"),
-    [("book-124M", "merged"), ("book-124M", "separate"), ("gpt2-xl", "merged")],
+    [
+        ("book-124M", "merged"),
+        ("book-124M", "separate"),
+        pytest.param("gpt2-xl", "merged", marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.parametrize("n_layers", [2, pytest.param(None, marks=pytest.mark.slow)])
 def test_neither_driver_has_a_scan_in_its_jaxpr(preset, layout, n_layers):
@@ -298,7 +318,7 @@ def test_the_loop_stops_any_model_once_all_rows_have_met_a_stop_id():
 
 
 def test_bfloat16_generates_on_both_drivers_alike():
-    cfg, params, _ = golden.model("book-small")
+    cfg, params, _ = model("book-small")
     ids = golden.prompt("book-small", 6)
     out = flaxgpt.generate(cfg, params, [ids], 10, dtype=jnp.bfloat16)[0]
     assert list(flaxgpt.stream(cfg, params, ids, 10, dtype="bfloat16")) == out
@@ -362,13 +382,13 @@ DRAW = {"key": jax.random.key(0)}
     ],
 )
 def test_bad_input_is_refused_with_what_to_do(prompts, options, message):
-    cfg, params, _ = golden.model("book-small")
+    cfg, params, _ = model("book-small")
     with pytest.raises(ValueError, match=message):
         flaxgpt.generate(cfg, params, prompts, **({"max_new_tokens": 3} | options))
 
 
 def test_stream_refuses_bad_input_at_the_call():
-    cfg, params, _ = golden.model("book-small")
+    cfg, params, _ = model("book-small")
     for bad in ("Hello", 5):
         with pytest.raises(ValueError, match="stream takes the ids of one prompt"):
             flaxgpt.stream(cfg, params, bad, 3)
@@ -382,7 +402,7 @@ def test_stream_refuses_bad_input_at_the_call():
 
 
 def test_parameters_that_give_nan_are_an_error_and_not_an_id():
-    cfg, params, _ = golden.model("book-small")
+    cfg, params, _ = model("book-small")
     broken = params | {"out_head": {"weight": params["out_head"]["weight"].at[3, 0].set(jnp.nan)}}
     with pytest.raises(ValueError, match="logits of row 0 became NaN at new id 0"):
         flaxgpt.generate(cfg, broken, [[1, 2]], 3)
@@ -391,7 +411,7 @@ def test_parameters_that_give_nan_are_an_error_and_not_an_id():
 
 
 def test_a_later_nan_is_told_with_its_place():
-    cfg, params, _ = golden.model("book-small")
+    cfg, params, _ = model("book-small")
     first = flaxgpt.generate(cfg, params, [[1, 2]], 1)[0][0]
     broken = params | {"tok_emb": {"weight": params["tok_emb"]["weight"].at[first].set(jnp.nan)}}
     with pytest.raises(ValueError, match="logits of row 0 became NaN at new id 1"):
@@ -401,7 +421,7 @@ def test_a_later_nan_is_told_with_its_place():
 
 
 def test_generate_inside_jit_says_what_to_jit_instead():
-    cfg, params, _ = golden.model("book-small")
+    cfg, params, _ = model("book-small")
     with pytest.raises(ValueError, match="cannot run inside jit"):
         jax.jit(lambda p: flaxgpt.generate(cfg, p, [[1]], 3))(params)
     with pytest.raises(ValueError, match="not inside jit"):

@@ -14,10 +14,13 @@ from flaxgpt.generation import Sampling, programs
 from flaxgpt.generation.prompts import prepare
 from flaxgpt.platform import Platform
 
-MODELS = ["book-small", "book-qkv-bias", "hf-small"]
+SLOW = pytest.mark.slow
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name",
+    ["hf-small", *(pytest.param(name, marks=SLOW) for name in ("book-small", "book-qkv-bias"))],
+)
 def test_greedy_ids_are_pytorchs_through_the_context_limit(name):
     cfg, params, expected = golden.model(name)
     ids, full = expected["input_ids"], expected["greedy_ids"]
@@ -34,7 +37,7 @@ def test_ragged_greedy_ids_are_those_of_each_row_alone_in_pytorch():
     assert flaxgpt.generate(cfg, params, rows, new.shape[1]) == new.tolist()
 
 
-@pytest.mark.parametrize("name", ["book-small", "hf-small"])
+@pytest.mark.parametrize("name", ["book-small", pytest.param("hf-small", marks=SLOW)])
 def test_ragged_rows_past_the_context_are_the_books_crop(name):
     cfg, params, expected = golden.model(name)
     rows = [
@@ -62,7 +65,7 @@ def test_a_prompt_longer_than_the_context_is_cropped_as_in_the_book():
     assert out[0] == out[1]
 
 
-@pytest.mark.parametrize("layout", ["merged", "separate"])
+@pytest.mark.parametrize("layout", ["separate", pytest.param("merged", marks=SLOW)])
 def test_both_cache_layouts_give_the_same_ids(layout):
     cfg, params, expected = golden.model("book-small")
     ids, full = expected["input_ids"], expected["greedy_ids"]
@@ -91,7 +94,7 @@ def test_a_row_does_not_depend_on_its_companions(greedy):
     assert_rows_are_independent([3, 14, 9], 0, greedy)  # of one size, which compiles one program
 
 
-@pytest.mark.slow
+@SLOW
 @settings(max_examples=12)  # most of them compile programs of their own
 @given(
     lengths=st.lists(st.integers(1, 40), min_size=3, max_size=3),

@@ -10,6 +10,8 @@ import golden
 from flaxgpt.inspection import gradient_norms, without_shortcuts
 from flaxgpt.training import loss
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 MODELS = ["book-qkv-bias", "hf-small"]
 
 

@@ -8,6 +8,8 @@ from hypothesis.extra import numpy as hnp
 
 from flaxgpt.generation.sampling import NOT_A_NUMBER, keep_likely, sample
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 SIZE = 40  # of the vocabulary in these tests
 
 logits_arrays = hnp.arrays(
@@ -34,7 +36,7 @@ def huggingface_keeps(logits, top_k, top_p):
     return np.isfinite(scores), np.array([], int), np.array([], int)
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(logits_arrays, st.integers(1, SIZE), st.floats(0.015625, 1.0, width=32))
 def test_top_k_and_top_p_keep_what_hugging_face_keeps(logits, top_k, top_p):
     kept = jax.jit(keep_likely)(logits, jnp.int32(top_k), jnp.float32(top_p))

@@ -17,6 +17,8 @@ from command import ENVIRONMENT, call, run
 from flaxgpt.evaluation import evaluate_text
 from flaxgpt.training import recipe
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 FOLDER = Path(flaxgpt.__file__).parent / "models" / "tales"
 VALIDATION = Path(os.environ.get("FLAXGPT_SHARED", "../shared")) / "data" / "tales" / "val.txt"
 

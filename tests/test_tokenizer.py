@@ -243,6 +243,7 @@ class TestLoading:
         with pytest.raises(ValueError, match="contains no tokenizer; expected flaxgpt_tokenizer"):
             load_tokenizer(tmp_path)
 
+    @pytest.mark.slow  # test_cli.py checks all heavy libraries at once
     def test_importing_flaxgpt_does_not_import_the_tokenizers_library(self) -> None:
         program = "import sys, flaxgpt; assert 'tokenizers' not in sys.modules"
         environment = os.environ | {"PYTHONPATH": str(ROOT)}

@@ -127,6 +127,7 @@ def test_the_validation_text_is_the_last_tenth_of_the_characters(done):
     assert tokenizer.decode(val_ids) == text[int(0.9 * len(text)) :]
 
 
+@pytest.mark.slow
 def test_a_run_is_reproducible(done, tmp_path):
     assert_equal(run(tmp_path / "again")[0], done[1])
 
@@ -218,6 +219,7 @@ def test_a_run_killed_many_times_is_bit_identical(tmp_path, seed):
     assert_equal(result, whole)
 
 
+@pytest.mark.slow
 def test_a_complete_run_can_be_extended(tmp_path):
     out = tmp_path / "run"
     run(out, steps=8, sample_every=0)
