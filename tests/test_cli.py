@@ -103,7 +103,8 @@ def test_output_is_valid_utf8_even_from_an_untrained_model(start, model, request
     stop_ids = (50256,) if model == "gpt2_folder" else ()
     options = {"temperature": 2.0, "key": jax.random.key(0), "stop_ids": stop_ids}
     whole = expected(folder, "é", 30, **options)
-    assert "\N{REPLACEMENT CHARACTER}" in whole
+    if model == "byte_folder":  # whose ids are mostly bytes that are not valid UTF-8
+        assert "\N{REPLACEMENT CHARACTER}" in whole
     assert process.stdout.decode("utf-8", errors="strict") == whole + "\n"
 
 
