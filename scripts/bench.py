@@ -1,15 +1,16 @@
-"""Times flaxgpt, alone or in turn with a peer, and prints one JSON object.
+"""Measure the throughput of flaxgpt, alone or against a peer, and print one JSON object.
 
     python scripts/bench.py decode --preset gpt2 --batch 1 --prompt-length 32 --new-tokens 128
     python scripts/bench.py decode --batch 8 --against "peers/bin/python peers.py decode --batch 8"
     python scripts/bench.py train --recipe shakespeare-char --batch 12 --length 64 --steps 50
 
-Weights and text are random. Decoding is greedy and never stops early; the tokens counted are the
-new ones, while the time includes the prompt's prefill. Training takes its batches from a text of 10
-million ids; data_share is the time this takes relative to the total (an upper bound on the time
-lost, because the device works meanwhile). One call compiles and warms up and is reported apart.
-With --against, this command and the peer run in turn, each in a fresh process; the peer prints
-a JSON object with "tokens_per_s" as its last line, and the ratios are of neighbouring runs.
+Weights and text are random. Decoding is greedy and never stops early. Its throughput counts only
+new tokens, but the time includes the prefill of the prompt. Training takes its batches from a text
+of 10 million ids; data_share is the fraction of the time spent on that, an upper bound on the time
+lost, because the device works meanwhile. The first call compiles and warms up and is reported
+separately. With --against, this command and the peer alternate, each in a new process. The peer
+must print a JSON object with "tokens_per_s" as its last line. Each ratio compares two consecutive
+runs.
 """
 
 from __future__ import annotations
@@ -35,32 +36,32 @@ Figures = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Decode:
-    """Tokens a second of `generate` (or `stream`, for one row)."""
+    """Tokens per second of `generate`, or of `stream` with one row."""
 
     preset: str = "gpt2"
-    """A preset of GPTConfig."""
+    """Name of a `GPTConfig` preset."""
     batch: int = 1
     prompt_length: int = 32
     new_tokens: int = 128
     repeats: int = 5
-    """Timed calls after the first."""
+    """Timed calls, after one that compiles."""
     temperature: float = 0.0
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     driver: Literal["generate", "stream"] = "generate"
     against: str | None = None
-    """Command of a peer, run in turn with this one."""
+    """Command of a peer to alternate with."""
     rounds: int = 5
-    """Turns, where there is a peer."""
+    """Runs of each, if there is a peer."""
 
     def run(self) -> Figures:
-        """Times decoding in this process."""
+        """Measure decoding in this process."""
         import jax
         import numpy as np
 
         import flaxgpt
 
         if self.driver == "stream" and self.batch != 1:
-            raise SystemExit(f"--driver stream decodes one row, not --batch {self.batch}")
+            raise SystemExit(f"--driver stream decodes one row: use --batch 1, not {self.batch}")
         cfg = flaxgpt.GPTConfig.preset(self.preset)
         params = jax.block_until_ready(flaxgpt.init(cfg, jax.random.key(0)))
         shape = (self.batch, self.prompt_length)
@@ -228,7 +229,7 @@ def _spread(values: list[float]) -> Figures:
 
 
 def main() -> None:
-    """Parses the command line, times, and prints."""
+    """Parse the command line, run the benchmark and print the result."""
     tasks: dict[str, Callable[..., Decode | Train]] = {"decode": Decode, "train": Train}
     task = tyro.extras.subcommand_cli_from_dict(tasks, description=__doc__)
     name = type(task).__name__.lower()
