@@ -133,10 +133,8 @@ def evaluate_text(
         stride: ids from one window to the next, from 1 (each id sees as much context as possible,
             at `context_length` times the work) to `context_length` (adjacent windows, whose first
             ids see little). Half the context by default.
-        tokenizer: the tokenizer that made the ids, for bits per byte. Special tokens are not text:
-            they count as tokens of zero bytes.
-        batch_size: rows computed together; chosen by memory by default. It does not change the
-            result.
+        tokenizer: the one that made the ids, for bits per byte; special tokens have zero bytes.
+        batch_size: rows computed together, by default chosen by memory; the result is the same.
         dtype: dtype to compute in: float32, bfloat16 or float16. Sums are float64.
         progress: called with (ids counted, ids to count in total) after each batch.
 
@@ -144,9 +142,8 @@ def evaluate_text(
         The loss, the figures derived from it, and what was counted.
 
     Raises:
-        ValueError: the text has fewer than 2 ids, is not of integers or is not in the vocabulary of
-            model and tokenizer; an argument is out of range; params do not fit; or the loss is not
-            finite.
+        ValueError: the text has fewer than 2 ids, or ids outside the vocabulary of model or
+            tokenizer; an argument is out of range; params do not fit; or the loss is not finite.
     """
     check_params(param_shapes(cfg), params)
     context = cfg.context_length

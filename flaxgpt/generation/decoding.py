@@ -164,12 +164,16 @@ def _step(
     last: ArrayLike,  # int32 []: which of them the next id follows
 ) -> tuple[DecodeState, jax.Array]:
     logits, cache = read(unread, last, state.cache)
-    keys = request.key
-    if keys.ndim == 0:
-        keys = jax.vmap(partial(jax.random.fold_in, keys))(jnp.arange(logits.shape[0]))
-    count = state.length - request.prompt_length
-    keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, count)
-    new = sample(logits, keys, request.temperature, request.top_k, request.top_p)
+    new = choose(logits, request, state.length - request.prompt_length)
     ended = (new[:, None] == request.stop_ids[None]).any(axis=-1) | (new == NOT_A_NUMBER)
     ids = lax.dynamic_update_slice_in_dim(state.ids, new[:, None], state.length, axis=1)
     return DecodeState(ids, state.length + 1, state.start, state.done | ended, cache), new
+
+
+def choose(logits: jax.Array, request: Request, count: jax.Array) -> jax.Array:
+    """Return the next id of each row, int32 [B], for logits [B, V], after `count` new ids."""
+    keys = request.key
+    if keys.ndim == 0:
+        keys = jax.vmap(partial(jax.random.fold_in, keys))(jnp.arange(logits.shape[0]))
+    keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, count)
+    return sample(logits, keys, request.temperature, request.top_k, request.top_p)

@@ -48,7 +48,7 @@ class Program:
 def decode(
     program: Program, params: Params, request: Request, ids: jax.Array, start: jax.Array
 ) -> jax.Array:
-    """Return what `flaxgpt.generation.decoding.decode` does, for a GPT. Pure, not compiled."""
+    """Run `flaxgpt.generation.decoding.decode` with a GPT. Pure, not compiled."""
     cache = program.empty_cache(ids.shape[0])
     return decoding.decode(program.read_with(params), program.plan, request, ids, start, cache)
 

@@ -46,8 +46,7 @@ def stream(
         At most `max_new_tokens` ids.
 
     Raises:
-        ValueError: an argument is out of range, params do not fit, or, while iterating, the logits
-            become NaN.
+        ValueError: an argument is invalid, or, while iterating, the logits become NaN.
     """
     if isinstance(prompt, str) or not isinstance(prompt, Iterable):
         raise ValueError(f"stream takes the ids of one prompt, a flat list of ints, got {prompt!r}")

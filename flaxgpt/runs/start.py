@@ -12,7 +12,7 @@ from flaxgpt._checks import listed, value_errors
 from flaxgpt.config import GPTConfig, check_config
 from flaxgpt.data import TextScan
 from flaxgpt.runs.folder import Run, Say, is_run, read_config, write_config
-from flaxgpt.runs.texts import survey_files, tokenize_files
+from flaxgpt.runs.texts import scan_files, tokenize_files
 from flaxgpt.tokenizer import TOKENIZER_NAMES, CharTokenizer, Tokenizer, load_tokenizer
 from flaxgpt.tokenizer.folder import read_tokenizer, save_tokenizer
 from flaxgpt.training.config import TrainConfig
@@ -45,7 +45,7 @@ def start_run(cfg: GPTConfig, train_cfg: TrainConfig, out: Path, say: Say) -> Ru
         raise ValueError(f"{out} is in use, and nothing in it is overwritten: {advice}")
     if not train_cfg.data:
         raise ValueError("data is empty: give at least one text file")
-    texts = survey_files(train_cfg)
+    texts = scan_files(train_cfg)
     params, tokenizer = _initial_model(cfg, train_cfg, texts.training)
     out.mkdir(parents=True, exist_ok=True)
     try:
@@ -75,7 +75,7 @@ def resume_run(cfg: GPTConfig, train_cfg: TrainConfig, out: Path, say: Say) -> R
             f"the run in {out} cannot resume with {listed(faults)}: use the old values, or start "
             "a new run in another folder"
         )
-    texts = survey_files(train_cfg, old)
+    texts = scan_files(train_cfg, old)
     if texts.training is None:
         say(f"{listed(train_cfg.data)} no longer exists: using its ids in {out / 'data'}")
     for was, now in zip(hashes, texts.hashes, strict=True):
@@ -101,7 +101,7 @@ def resume_run(cfg: GPTConfig, train_cfg: TrainConfig, out: Path, say: Say) -> R
 
 def tokenizer_of(train_cfg: TrainConfig) -> Tokenizer:
     """Return the tokenizer of a new run that trains from scratch."""
-    text = survey_files(train_cfg).training if train_cfg.tokenizer == "characters" else None
+    text = scan_files(train_cfg).training if train_cfg.tokenizer == "characters" else None
     return _make_tokenizer(train_cfg.tokenizer or "gpt2", text)
 
 

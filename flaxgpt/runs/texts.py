@@ -29,7 +29,7 @@ class Texts(NamedTuple):
         return [text.sha256 if text else None for text in self]
 
 
-def survey_files(train_cfg: TrainConfig, old: TrainConfig | None = None) -> Texts:
+def scan_files(train_cfg: TrainConfig, old: TrainConfig | None = None) -> Texts:
     """Return length, alphabet and hash of the texts; files that `old` names may be missing."""
 
     def scan(name: str) -> data.TextScan | None:

@@ -4,13 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from flaxgpt._checks import listed
 from flaxgpt.config import GPTConfig
 from flaxgpt.weights.layouts import LAYOUTS
 from flaxgpt.weights.table import Layout, Slot, slots
 from flaxgpt.weights.tensors import FLOATS, Tensor, tensors_in
+
+
+class Fault(NamedTuple):
+    """A tensor that does not fit; sorts in the order in which faults are reported."""
+
+    kind: Literal["missing", "unexpected", "unfit"]
+    tensor: str
+    block: int  # -1 outside the blocks
+    detail: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.tensor} {self.detail}" if self.detail else f"{self.kind} {self.tensor}"
 
 
 class _Match(NamedTuple):
@@ -21,11 +33,7 @@ class _Match(NamedTuple):
 
 
 def match_layout(cfg: GPTConfig, paths: Sequence[Path]) -> tuple[Layout, list[tuple[Tensor, Slot]]]:
-    """Return the layout that knows the most names in the files, and their tensors with slots.
-
-    Raises:
-        ValueError: no layout knows any of the names, or some tensors do not fit.
-    """
+    """Return the layout that knows the most names in the files, and their tensors with slots."""
     tensors = list(tensors_in(paths))
     matches = [_match(layout, cfg, tensors) for layout in LAYOUTS.values()]
     best = max(matches, key=lambda match: (match.known, -len(match.faults)))
@@ -54,8 +62,7 @@ def match_layout(cfg: GPTConfig, paths: Sequence[Path]) -> tuple[Layout, list[tu
 def _match(layout: Layout, cfg: GPTConfig, tensors: Sequence[Tensor]) -> _Match:
     wanted = slots(layout, cfg)
     fitting: dict[str, tuple[Tensor, Slot]] = {}
-    unexpected: list[tuple[str, int]] = []  # the faults, each with its block
-    unfit: list[tuple[str, int]] = []
+    faults: list[Fault] = []
     known, blocks = 0, 0
     for tensor in tensors:
         found = layout.find(tensor.name)
@@ -65,25 +72,24 @@ def _match(layout: Layout, cfg: GPTConfig, tensors: Sequence[Tensor]) -> _Match:
         if is_constant:
             continue
         if full not in wanted:
-            unexpected.append((f"unexpected {tensor.name}", block))
+            faults.append(Fault("unexpected", tensor.name, block))
         elif full in fitting:
-            unexpected.append((f"unexpected second {tensor.name} in {tensor.path.name}", block))
+            again = f"second {tensor.name} in {tensor.path.name}"
+            faults.append(Fault("unexpected", again, block))
         else:
             slot = wanted[full]
             fitting[full] = tensor, slot
             if tensor.shape != slot.shape:
-                fault = f"{tensor.name} has shape {tensor.shape} instead of {slot.shape}"
-                unfit.append((fault, block))
+                detail = f"has shape {tensor.shape} instead of {slot.shape}"
+                faults.append(Fault("unfit", tensor.name, block, detail))
             if tensor.dtype not in FLOATS:
-                unfit.append((f"{tensor.name} is {tensor.dtype} instead of floating point", block))
-    missing = [
-        (f"missing {name}", slot.block)
-        for name, slot in wanted.items()
-        if name not in fitting and slot.role != "tied head"
-    ]
-    faults = [*sorted(missing), *sorted(unexpected), *sorted(unfit)]
+                detail = f"is {tensor.dtype} instead of floating point"
+                faults.append(Fault("unfit", tensor.name, block, detail))
+    for name, slot in wanted.items():
+        if name not in fitting and slot.role != "tied head":
+            faults.append(Fault("missing", name, slot.block))
     # The number of blocks says more than the names of all tensors in the surplus ones.
-    messages = [fault for fault, block in faults if block < min(blocks, cfg.n_layers)]
+    messages = [str(fault) for fault in sorted(faults) if fault.block < min(blocks, cfg.n_layers)]
     if faults and blocks != cfg.n_layers:
         messages.insert(0, f"the weights have {blocks} blocks instead of n_layers={cfg.n_layers}")
     return _Match(layout, known, list(fitting.values()), messages)
