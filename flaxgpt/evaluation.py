@@ -12,8 +12,7 @@ fills two rows here (context 4, stride 2):
     row 2         c d e f                   f g
     row 3             e f g h               h, and one past the end that does not count
 
-The output head, the largest product of a small model, is applied to those `stride` positions only:
-for a model of width 256 with 6 layers and 4,096 ids, a batch takes 12 to 15 % less time on CPU.
+The output head is applied to those `stride` positions only: 12 to 15 % less time for `tales`.
 """
 
 from __future__ import annotations
@@ -86,8 +85,7 @@ def score(
         outside the vocabulary makes its own score NaN, and those of the ids after it.
 
     Raises:
-        ValueError: the ids are too few, too many, not integers or outside the vocabulary, or
-            params do not fit the configuration.
+        ValueError: the ids are too few, too many or invalid, or params do not fit `cfg`.
     """
     check_params(param_shapes(cfg), params)
     checked = check_ids(cfg.vocab_size, ids)

@@ -28,11 +28,9 @@ PLATFORMS = {
         # XLA:CPU copies a [B, N, S, H] buffer whole each time a loop writes one slot, but updates
         # [B*N, S, H] in place: one row of GPT-2 decodes 10 to 20 % faster.
         cache_layout="merged",
-        # From jax 0.11 on, this pass mistakes the loop body for a small one and runs it on one
-        # thread.
+        # From jax 0.11 on, this pass takes the loop body for a small one, and runs one thread.
         decode_options=(("xla_disable_hlo_passes", "small-while-loop-hoisting"),),
-        # 16 MiB. From 32 MiB on, glibc maps every array afresh, which costs a small model 20 to
-        # 30 % of its speed.
+        # 16 MiB. From 32 MiB on, glibc maps every array afresh: a small model is 20 to 30 % slower.
         largest_array=2**22,
     ),
 }
@@ -42,8 +40,7 @@ PLATFORMS = {
 def platform_of(params: Params | None = None) -> Platform:
     """Return the choices for the device that holds `params`, a pytree of arrays.
 
-    Without any, or with tracers or NumPy arrays, which are not on a device yet, JAX's default
-    backend decides.
+    For no arrays, tracers or NumPy arrays, that is JAX's default backend.
     """
     leaf = next(iter(jax.tree.leaves(params)), None)
     if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer):

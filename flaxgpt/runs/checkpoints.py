@@ -12,6 +12,7 @@ checksums and the clean-up.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import math
@@ -96,8 +97,9 @@ class Checkpoints:
             arrays=ocp.args.PyTreeSave(arrays),
             run=ocp.args.JsonSave(json.loads(json.dumps(run))),  # a copy, as orbax writes it later
         )
+        self._size = sum(leaf.nbytes for leaf in jax.tree.leaves(arrays))
         try:
-            _check_space(self._folder, sum(leaf.nbytes for leaf in jax.tree.leaves(arrays)))
+            _check_space(self._folder, self._size)
             while self._damaged:
                 self._manager.delete(self._damaged.pop())
             self._manager.save(step, args=items, force=True)
@@ -205,9 +207,12 @@ class Checkpoints:
             shutil.rmtree(path)
         self._manager.close()
         self._manager = self._open_manager()  # the old one no longer counts what it would remove
+        reason = error.__cause__ or error
+        if not isinstance(reason, OSError) and shutil.disk_usage(self._folder).free < self._size:
+            reason = OSError(errno.ENOSPC, "No space left on device")  # orbax may report another
         return OSError(
             f"checkpoint of step {step} could not be written to {self._folder / str(step)}: "
-            f"{error.__cause__ or error}; earlier checkpoints are intact: free some space, or fix "
+            f"{reason}; earlier checkpoints are intact: free some space, or fix "
             "the cause, and resume"
         )
 
