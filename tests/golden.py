@@ -1,4 +1,4 @@
-"""The golden values: what PyTorch computes, with the book's code and with Hugging Face's."""
+"""Golden values, computed by PyTorch with the book's code and with transformers."""
 
 import functools
 import json
@@ -11,9 +11,9 @@ import flaxgpt
 FOLDER = Path(__file__).parent / "golden"
 DATA = Path(__file__).parent / "data"
 
-# Two float32 computations of one function that sum in another order differ by some units in the
-# last place of the largest terms: 2e-5 of the largest logit is 170 of them, and is 10 times what
-# is seen, while a wrong formula (GELU's other form, say) is off by 1e-3.
+# Two float32 computations that sum in a different order differ by some units in the last place of
+# the largest terms. 2e-5 of the largest logit is 170 such units and 10 times the difference that is
+# observed. A wrong formula, such as GELU's other form, is off by 1e-3.
 LOGITS_TOLERANCE = 2e-5
 
 
@@ -32,11 +32,11 @@ def prompt(name, length, row=0):
 
 @functools.cache
 def book_values():
-    """Return what the book prints."""
+    """Return the values that the book prints."""
     return json.loads((FOLDER / "book_values.json").read_text())
 
 
 def assert_logits_agree(actual, expected):
-    """Assert that logits are equal but for rounding, relative to the largest."""
+    """Assert that logits agree up to rounding, relative to the largest one."""
     difference = np.abs(np.asarray(actual) - np.asarray(expected)).max()
     assert difference <= LOGITS_TOLERANCE * np.abs(expected).max(), difference

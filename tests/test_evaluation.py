@@ -23,13 +23,13 @@ CFG = GPTConfig(vocab_size=61, context_length=8, emb_dim=16, n_heads=2, n_layers
 STRIDES = [1, 3, 4, 8]  # one does not divide the context
 FULL = CFG.context_length + 1  # ids of the longest row that `score` takes
 
-# Log-probabilities are differences of logits, sums of some dozens of float32 products: two orders
-# of summation leave 1e-6 between them, and a context that is off by one id 1e-3 or more.
+# A log-probability is a difference of logits, which are sums of dozens of float32 products. The
+# order of summation changes it by 1e-6; a context that is off by one id, by 1e-3 or more.
 CLOSE = 1e-5
 
 
 def random_params(cfg, seed=0):
-    """Return parameters whose predictions depend on all ids in sight: fresh ones' hardly do."""
+    """Return parameters whose predictions depend on every visible id, unlike fresh ones."""
     rng = np.random.default_rng(seed)
 
     def draw(shape):
@@ -48,8 +48,8 @@ def text(length, seed=0):
 
 
 def log_prob(params, context, target):
-    """Return what a plain forward pass over the context says of the next id."""
-    # No logit depends on what comes later: filled up, contexts of all lengths compile once.
+    """Return the log-probability of the next id from a plain forward pass over the context."""
+    # No logit depends on later ids, so padding lets contexts of all lengths compile once.
     filled = np.append(context, np.zeros(CFG.context_length - len(context), int))
     logits = np.asarray(flaxgpt.forward(CFG, params, filled[None]), np.float64)
     logits = logits[0, len(context) - 1]
@@ -61,7 +61,7 @@ def mean_loss(scores):
 
 
 def reference_loss(params, ids, stride):
-    """Return the loss by the definition, one window and one id after another."""
+    """Return the loss by definition, window by window and id by id."""
     found, start = {}, 0
     while len(found) < len(ids) - 1:
         for place in range(start + 1, min(start + FULL, len(ids))):
@@ -72,7 +72,7 @@ def reference_loss(params, ids, stride):
 
 
 def blind_model():
-    """Return parameters that predict the same, whatever came before, and what they predict."""
+    """Return parameters whose prediction ignores the context, and that prediction."""
     params = jax.tree.map(lambda p: np.zeros(p.shape, p.dtype), param_shapes(CFG))
     params["final_norm"]["shift"] += 1
     params["out_head"]["weight"][:, 0] = np.random.default_rng(0).normal(size=CFG.vocab_size)
@@ -98,7 +98,7 @@ def test_each_id_is_scored_given_the_ids_before_it(params, length):
 
 @pytest.mark.parametrize("name", ["book-small", "book-qkv-bias"])
 def test_the_mean_score_is_the_books_loss(name):
-    # The golden targets are not the next inputs: each goes after its prefix, in a row of its own.
+    # The golden targets are not the next inputs, so each follows its prefix in a row of its own.
     cfg, params, expected = golden.model(name)
     found = []
     for ids, targets in zip(expected["input_ids"], expected["targets"], strict=True):
@@ -162,7 +162,7 @@ def test_half_precision_scores_are_float32_and_near(params):
     ids = text(FULL)[None]
     scores, exact = score(CFG, params, ids, dtype=jnp.bfloat16), score(CFG, params, ids)
     chex.assert_type(scores, jnp.float32)
-    # bfloat16 has 8 bits: logits of 2, as here, come out some thousandths off.
+    # bfloat16 has 8 bits, so logits near 2, as here, are off by some thousandths.
     np.testing.assert_allclose(scores, exact, atol=0.03)
     assert (np.asarray(scores) != np.asarray(exact)).any()
 
@@ -190,7 +190,7 @@ def test_params_of_another_model_are_refused(params):
             function(other, params, ids)
 
 
-# --- Texts: measure
+# --- Texts: evaluate_text
 
 
 @pytest.mark.parametrize("stride", STRIDES)
@@ -243,7 +243,7 @@ def test_a_text_within_one_window_is_one_row(params, length):
 @settings(max_examples=60)
 @given(length=st.integers(2, CFG.vocab_size), stride=st.sampled_from(STRIDES))
 def test_every_id_but_the_first_is_counted_exactly_once(length, stride):
-    # Every id occurs once and has a loss of its own, so a sum tells which were counted.
+    # Every id occurs once with a distinct loss, so the sum shows which ids were counted.
     params, log_probs = blind_model()
     ids = np.random.default_rng(length).permutation(CFG.vocab_size)[:length]
     found = evaluate_text(CFG, params, ids, stride=stride, batch_size=3)
@@ -282,10 +282,10 @@ def test_texts_of_other_lengths_compile_nothing(params, compilations):
 
 
 def test_rows_computed_together_are_bounded_for_a_large_vocabulary():
-    # 512 positions of 50,257 logits are 103 MB a row; eight rows would be what nobody asked for.
+    # 512 positions of 50,257 logits take 103 MB per row, so eight rows would be too many.
     gpt2 = GPTConfig.preset("gpt2")
     assert flaxgpt.evaluation._rows(gpt2, 512, 1000) == 1
-    assert flaxgpt.evaluation._rows(gpt2, 1, 1000) == 1  # attention is as large then
+    assert flaxgpt.evaluation._rows(gpt2, 1, 1000) == 1  # attention is as large in this case
     assert flaxgpt.evaluation._rows(CFG, 4, 1000) == 1024
 
 
@@ -294,7 +294,7 @@ def test_half_precision_measures_near(params):
     exact = evaluate_text(CFG, params, ids, batch_size=3)
     found = evaluate_text(CFG, params, ids, batch_size=3, dtype=jnp.bfloat16)
     assert found.loss != exact.loss
-    assert found.loss == pytest.approx(exact.loss, abs=0.01)  # as above, and a mean
+    assert found.loss == pytest.approx(exact.loss, abs=0.01)  # as above; this is a mean
 
 
 def test_progress_counts_up_to_all_ids(params):
@@ -356,7 +356,7 @@ def test_special_tokens_count_as_tokens_but_not_as_text():
     assert (only.bytes, only.bits_per_byte) == (0, None)
 
 
-# --- What measure refuses
+# --- Invalid input of evaluate_text
 
 
 @pytest.mark.parametrize(

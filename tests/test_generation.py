@@ -1,4 +1,4 @@
-"""How `generate` and `stream` behave: rows, keys, stopping, compiling, bad input."""
+"""`generate` and `stream`: rows, keys, stopping, compilation, invalid input."""
 
 import dataclasses
 import functools
@@ -21,14 +21,14 @@ from flaxgpt.generation.prompts import bucket, prepare
 from flaxgpt.model import param_shapes
 from flaxgpt.platform import Platform
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")  # digits: test_generation_golden.py
+pytestmark = pytest.mark.usefixtures("quick_compilation")  # exact ids: test_generation_golden.py
 
 SAMPLED = {"temperature": 1.2, "top_k": 40, "top_p": 0.95}
 
 
 @functools.cache
 def model(name):
-    """Return a golden model's first block alone, which compiles faster than all of them."""
+    """Return a golden model with its first block only, which compiles faster."""
     cfg, params, expected = golden.model(name)
     shallow = dataclasses.replace(cfg, n_layers=1)
     return shallow, {part: params[part] for part in param_shapes(shallow)}, expected
@@ -63,7 +63,7 @@ def test_the_same_key_gives_the_same_ids_and_another_key_others():
     first = run(key=jax.random.key(1))
     assert run(key=jax.random.key(1)) == first
     assert run(key=jax.random.key(2)) != first
-    assert first[0] != first[1]  # equal rows fold in their own number
+    assert first[0] != first[1]  # each row folds its number into the key
 
 
 def test_old_style_keys_are_the_same_keys():
@@ -187,7 +187,7 @@ def test_a_bucket_holds_its_lengths_and_wastes_at_most_half(length):
 
 
 def primitives(jaxpr):
-    """Yield the name of every primitive in a jaxpr and in those inside it."""
+    """Yield the name of every primitive in a jaxpr and its inner jaxprs."""
     for equation in jaxpr.eqns:
         yield equation.primitive.name
         for value in equation.params.values():
@@ -280,7 +280,7 @@ def read_successor(ids, last, cache):
 
 
 def count_on(prompts, new, **options):
-    """Return the rows that the loop makes of the fake model."""
+    """Return the new ids that the loop generates with the fake model."""
     longest = max(map(len, prompts))
     ids = np.array([[0] * (longest - len(row)) + row for row in prompts], np.int32)
     start = np.array([longest - len(row) for row in prompts], np.int32)
@@ -325,7 +325,7 @@ def test_bfloat16_generates_on_both_drivers_alike():
     assert all(0 <= token < cfg.vocab_size for token in out)
 
 
-# --- Bad input
+# --- Invalid input
 
 DRAW = {"key": jax.random.key(0)}
 

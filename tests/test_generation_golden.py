@@ -1,4 +1,4 @@
-"""What `generate` and `stream` write, to the last id, compiled as users compile."""
+"""Exact ids of `generate` and `stream`, compiled with full optimization."""
 
 import dataclasses
 
@@ -77,7 +77,7 @@ def test_both_cache_layouts_give_the_same_ids(layout):
 
 
 def assert_rows_are_independent(lengths, seed, greedy):
-    """Assert that rows of a batch get the ids that they get alone."""
+    """Assert that each row of a batch gets the same ids as on its own."""
     cfg, params, _ = golden.model("book-small")
     rng = np.random.default_rng(seed)
     rows = [rng.integers(0, cfg.vocab_size, n).tolist() for n in lengths]
@@ -91,7 +91,7 @@ def assert_rows_are_independent(lengths, seed, greedy):
 
 @pytest.mark.parametrize("greedy", [True, False])
 def test_a_row_does_not_depend_on_its_companions(greedy):
-    assert_rows_are_independent([3, 14, 9], 0, greedy)  # of one size, which compiles one program
+    assert_rows_are_independent([3, 14, 9], 0, greedy)  # one size class, so one program is compiled
 
 
 @SLOW

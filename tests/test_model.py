@@ -45,13 +45,13 @@ def test_the_linen_module_computes_what_forward_does(params, ids):
 
 def test_forward_can_be_called_within_another_module(params, ids):
     class Probe(nn.Module):
-        def setup(self):  # where linen takes no further modules afterwards
+        def setup(self):  # after which linen accepts no further modules
             self.scale = self.param("scale", nn.initializers.ones, ())
 
         def __call__(self, ids):
             return self.scale * flaxgpt.forward(TINY, params, ids)
 
-    five = ids[:, :5]  # of a shape that is first traced here
+    five = ids[:, :5]  # a shape that is traced here for the first time
     logits, variables = Probe().init_with_output(jax.random.key(0), five)
     golden.assert_logits_agree(logits, flaxgpt.forward(TINY, params, five))
     assert list(variables["params"]) == ["scale"]
@@ -62,7 +62,7 @@ def test_a_future_id_never_changes_an_earlier_logit(params, ids):
         changed = params | {"tok_emb": {"weight": tok_emb}}
         return flaxgpt.forward(TINY, changed, unique)[0, position].sum()
 
-    unique = jnp.arange(8)[None]  # each id once, so that its embedding's gradient is its own
+    unique = jnp.arange(8)[None]  # each id occurs once, so embedding gradients do not mix
     for position in range(8):
         weight = params["tok_emb"]["weight"]
         gradient = np.abs(jax.grad(logits_of_embeddings)(weight, position)).sum(-1)
@@ -132,7 +132,7 @@ def test_dropout_keeps_the_expectation(params, ids):
     plain = stream(None)
     drawn = jax.jit(jax.vmap(stream))(jax.random.split(jax.random.key(0), 4000))
     kept = (drawn != 0).mean()
-    np.testing.assert_allclose(kept, 0.5, atol=0.005)  # 1.7 million coins: 13 standard errors
+    np.testing.assert_allclose(kept, 0.5, atol=0.005)  # 1.7 million draws: 13 standard errors
     # Each mean over 4,000 keys has a standard error of |x| / sqrt(4000) = 1.6 %; 432 of them.
     assert (jnp.abs(drawn.mean(0) - plain) <= 0.08 * jnp.abs(plain)).all()
 
@@ -149,9 +149,9 @@ def test_layernorm_is_biased_and_float32_inside():
     x = jax.random.normal(jax.random.key(0), (4, 6)) * 10 + 1000
     variables = LayerNorm().init(jax.random.key(1), x)
     normed = LayerNorm().apply(variables, x)
-    np.testing.assert_allclose(normed.mean(-1), 0, atol=1e-4)  # 1000 has 6e-5 between floats
+    np.testing.assert_allclose(normed.mean(-1), 0, atol=1e-4)  # floats near 1000 are 6e-5 apart
     np.testing.assert_allclose(normed.var(-1), 1, atol=1e-4)  # divided by n, not n - 1
-    # In bfloat16, which has 8 bits, the mean of a few thousand numbers near 1 would be lost.
+    # bfloat16 has 8 bits, too few for the mean of a few thousand numbers near 1.
     ones = jnp.tile(jnp.array([1.0, 1.0078125], jnp.bfloat16), 2048)
     half = LayerNorm(dtype=jnp.bfloat16)
     normed = half.apply(half.init(jax.random.key(1), ones), ones)
@@ -172,7 +172,7 @@ def test_feed_forward_uses_the_tanh_form_of_gelu():
 
 
 def primitive_outputs(jaxpr, name):
-    """Yield the abstract result of every such primitive in a jaxpr and in those inside it."""
+    """Yield the abstract result of every such primitive in a jaxpr and its inner jaxprs."""
     for equation in jaxpr.eqns:
         if equation.primitive.name == name:
             yield equation.outvars[0].aval
@@ -274,7 +274,7 @@ def test_an_id_outside_the_vocabulary_is_refused_on_the_host_and_nan_under_jit(b
 def test_narrow_and_unsigned_ids_are_ids(dtype, params, ids):
     plain = flaxgpt.forward(TINY, params, ids)
     golden.assert_logits_agree(flaxgpt.forward(TINY, params, np.asarray(ids, dtype)), plain)
-    wrong = np.array([[1, 2, -1]]).astype(dtype)  # 255, say, where unsigned
+    wrong = np.array([[1, 2, -1]]).astype(dtype)  # such as 255 if unsigned
     logits = jax.jit(partial(flaxgpt.forward, TINY))(params, wrong)
     assert jnp.isnan(logits[0, -1]).all()
 

@@ -10,18 +10,18 @@ from flaxgpt.generation.sampling import NOT_A_NUMBER, keep_likely, sample
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-SIZE = 40  # of the vocabulary in these tests
+SIZE = 40  # vocabulary size in these tests
 
 logits_arrays = hnp.arrays(
     np.float32,
     (2, SIZE),
     elements=st.floats(-30, 30, width=32),
-    unique=True,  # equal logits have a test of their own
+    unique=True,  # equal logits are tested separately
 )
 
 
 def huggingface_keeps(logits, top_k, top_p):
-    """Which ids TopKLogitsWarper and then TopPLogitsWarper keep, in float64."""
+    """Return which ids TopKLogitsWarper and then TopPLogitsWarper keep, in float64."""
     scores = logits.astype(np.float64)
     if top_k < scores.size:
         scores[scores < np.sort(scores)[-top_k]] = -np.inf
@@ -31,7 +31,7 @@ def huggingface_keeps(logits, top_k, top_p):
         cumulative = np.cumsum(probs / probs.sum())
         removed = cumulative <= 1 - top_p
         removed[-1] = False
-        near = np.abs(cumulative - (1 - top_p)) < 1e-6  # where float32 may decide either way
+        near = np.abs(cumulative - (1 - top_p)) < 1e-6  # float32 may decide either way
         return np.isfinite(scores), ascending[removed], ascending[near]
     return np.isfinite(scores), np.array([], int), np.array([], int)
 
@@ -110,7 +110,7 @@ def test_a_tiny_temperature_and_huge_logits_stay_finite(temperature, scale):
 
 def test_draws_have_the_softmax_probabilities():
     logits = np.log([[0.5, 0.3, 0.2]])
-    temperature = 0.5  # squares the probabilities before normalising
+    temperature = 0.5  # squares the probabilities before normalizing
     ids = draw(np.repeat(logits, 20_000, 0), temperature)
     expected = np.array([0.25, 0.09, 0.04]) / 0.38
     frequency = np.bincount(ids, minlength=3) / 20_000
