@@ -110,9 +110,10 @@ def test_the_generation_estimate_agrees_with_xla(cfg, batch):
     ],
 )
 def test_the_generation_estimate_bounds_xla_for_thousands_of_ids(cfg, batch):
-    # jax 0.10 to 0.12 need this amount; 0.7 needs two thirds.
+    # jax 0.10 to 0.12 need this amount; 0.7 needs half of it or more.
     found = xla_generating(cfg, batch) / flaxgpt.memory(cfg, batch, cfg.context_length).generating
-    assert 0.55 < found < 1.02
+    least = 0.98 if jax.__version_info__ >= (0, 10) else 0.45
+    assert least < found < 1.02
 
 
 def test_remat_keeps_one_residual_stream_per_block():
