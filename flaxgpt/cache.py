@@ -1,7 +1,7 @@
 """The KV cache: keys and values of the ids already seen, as an explicit pytree.
 
-`extend` takes a cache and returns the updated one. The cache owns its storage layout: everything
-outside this file reads and writes `[B, N, S, H]`.
+`extend` takes a cache and returns the updated one. The cache owns its storage layout. Attention
+reads keys and values as they are stored, because XLA:CPU would copy a reshaped buffer in each step.
 """
 
 from __future__ import annotations
@@ -158,11 +158,6 @@ class LayerCache(NamedTuple):
             return lax.dynamic_update_slice_in_dim(buffer, new, self.length, axis=buffer.ndim - 2)
 
         return self._replace(keys=write(self.keys, keys), values=write(self.values, values))
-
-    def read(self, batch: int) -> tuple[jax.Array, jax.Array]:
-        """Return all keys and values as [B, N, S, H], filled or not, for `batch` rows (B)."""
-        shape = (batch, -1, *self.keys.shape[-2:])
-        return self.keys.reshape(shape), self.values.reshape(shape)
 
 
 def init_cache(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 from functools import partial
 
 import jax
@@ -19,7 +20,7 @@ from flaxgpt.generation.decoding import DecodeState, Plan, Request
 from flaxgpt.generation.programs import Program
 from flaxgpt.generation.prompts import bucket, prepare
 from flaxgpt.model import param_shapes
-from flaxgpt.platform import Platform
+from flaxgpt.platform import PLATFORMS, Platform
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")  # exact ids: test_generation_golden.py
 
@@ -243,6 +244,18 @@ def test_neither_driver_has_a_scan_in_its_jaxpr(preset, layout, n_layers):
         names = set(primitives(jaxpr.jaxpr))
         assert "dot_general" in names
         assert "scan" not in names
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+def test_no_step_of_the_loop_copies_a_cache_on_cpu(rows):
+    cfg = GPTConfig(vocab_size=64, context_length=192, n_layers=1)
+    params = flaxgpt.init(cfg, jax.random.key(0))
+    prepared = prepare(cfg, params, np.ones((rows, 32), int), 128, Sampling(), "float32")
+    decode = programs.compiled_decode(PLATFORMS["cpu"].decode_options)
+    program = decode.lower(*prepared).compile().as_text()
+    buffer = rf"f32\[(?:{rows},12|{12 * rows}),{prepared.program.plan.width},64\]"
+    assert re.search(buffer, program)
+    assert not re.search(rf"= {buffer}\S* copy\(", program)
 
 
 def test_the_walk_finds_a_scan_inside_a_loop_inside_a_jit():

@@ -1,8 +1,8 @@
 """Estimates of the memory that generation and training need, without allocating any.
 
 Weights, cache and optimizer state are exact. The rest is fitted to XLA's `memory_analysis` on CPU
-(jax 0.10 to 0.12, float32), within 15 %. With jax 0.7, a long prefill needs the attention weights
-once more, and one of thousands of ids as little as half. Activations and gradients do not add up.
+(jax 0.7 to 0.12, float32), within 15 %; with jax 0.7, a prefill of thousands of ids needs as little
+as half. Activations and gradients do not add up.
 
 XLA on CPU merges the duplicate computations of `remat`, so remat saves no memory there. It also
 computes bfloat16 via float32 copies, which need up to 2.5 times the estimate. The estimates have
@@ -32,7 +32,7 @@ _DROPOUT_WEIGHTS = 2  # also kept per block, for dropout on the computed weights
 _TEMPORARY = 13  # of one block
 _PREFILL, _PREFILL_BESIDE_WEIGHTS = 9, 2  # of one block in a prefill; the second plus all weights
 # With many ids; jax 0.7 needs the smaller amount.
-_MANY_IDS, _LARGE_PREFILL, _LARGE_PREFILL_BESIDE_WEIGHTS = 4096, 23, 20
+_MANY_IDS, _LARGE_PREFILL, _LARGE_PREFILL_BESIDE_WEIGHTS = 4096, 23, 18
 
 
 @dataclasses.dataclass(frozen=True)

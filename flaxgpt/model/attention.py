@@ -43,7 +43,7 @@ class MultiHeadAttention(nn.Module):
         query, keys, values = project("W_query"), project("W_key"), project("W_value")
         if cache is not None:
             cache = cache.append(keys, values)
-            keys, values = cache.read(batch)
+            keys, values = cache.keys, cache.values
 
         rate = self.cfg.drop_rates.attn
         drop = nn.Dropout(rate, deterministic=deterministic)

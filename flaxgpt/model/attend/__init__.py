@@ -26,8 +26,8 @@ IMPLEMENTATIONS = {"plain": plain_attend, "dot_product": dot_product_attend}
 
 def attend(
     query: jax.Array,  # [B, N, T, H]
-    keys: jax.Array,  # [B, N, S, H]
-    values: jax.Array,  # [B, N, S, H]
+    keys: jax.Array,  # [B, N, S, H], or [B*N, S, H] from a cache of merged layout
+    values: jax.Array,  # as keys
     visibility: Visibility,
     *,
     dropout: Callable[[tuple[int, ...]], jax.Array] | None = None,

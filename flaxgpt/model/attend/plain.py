@@ -16,18 +16,20 @@ _HIDDEN = float(jnp.finfo(jnp.float32).min)
 
 def plain_attend(
     query: jax.Array,  # [B, N, T, H]
-    keys: jax.Array,  # [B, N, S, H]
-    values: jax.Array,  # [B, N, S, H]
+    keys: jax.Array,  # [B, N, S, H] or [B*N, S, H]
+    values: jax.Array,  # as keys
     visibility: Visibility,
     dropout: Callable[[tuple[int, ...]], jax.Array] | None,
 ) -> jax.Array:  # [B, N, T, H]
     """Implement `flaxgpt.model.attend.attend`.
 
     Where queries and keys start together, a few blocks of queries each read only the keys that the
-    block can see.
+    block can see. Keys are read in the layout they come in: reshaped, a cache would be copied.
     """
-    queries = query.shape[2]
-    blocks, last_key = [(0, queries)], keys.shape[2]
+    batch, heads, queries, size = query.shape
+    rows = keys.shape[:-2]
+    query = query.reshape(*rows, queries, size)
+    blocks, last_key = [(0, queries)], keys.shape[-2]
     if visibility.offset is None:
         blocks, last_key = query_blocks(queries), 0
     contexts = []
@@ -36,14 +38,15 @@ def plain_attend(
         if visibility.offset is None and visibility.window is not None:
             first = max(0, start - visibility.window + 1)
         seen = range(first, last_key or stop)
+        extent = (stop - start, len(seen))
         mask = visibility.mask(range(start, stop), seen)
-        shape = (*query.shape[:2], stop - start, len(seen))
-        kept = None if dropout is None else dropout(shape)
-        within = slice(seen.start, seen.stop)
-        contexts.append(
-            _attend(query[:, :, start:stop], keys[:, :, within], values[:, :, within], mask, kept)
-        )
-    return jnp.concatenate(contexts, axis=2) if len(contexts) > 1 else contexts[0]
+        mask = jnp.broadcast_to(mask, (batch, heads, *extent)).reshape(*rows, *extent)
+        kept = None if dropout is None else dropout(mask.shape)
+        block = query[..., start:stop, :]
+        within = keys[..., seen.start : seen.stop, :], values[..., seen.start : seen.stop, :]
+        contexts.append(_attend(block, *within, mask, kept))
+    context = jnp.concatenate(contexts, axis=-2) if len(contexts) > 1 else contexts[0]
+    return context.reshape(batch, heads, queries, size)
 
 
 def query_blocks(queries: int) -> list[tuple[int, int]]:
@@ -58,12 +61,12 @@ def query_blocks(queries: int) -> list[tuple[int, int]]:
 
 @jax.custom_jvp
 def _attend(
-    query: jax.Array,  # [B, N, T, H]
-    keys: jax.Array,  # [B, N, S, H]
-    values: jax.Array,  # [B, N, S, H]
-    mask: jax.Array,  # bool [B or 1, 1, T, S]
-    kept: jax.Array | None,  # [B, N, T, S]: dropout's factor of each weight
-) -> jax.Array:  # [B, N, T, H]
+    query: jax.Array,  # [..., T, H]
+    keys: jax.Array,  # [..., S, H]
+    values: jax.Array,  # [..., S, H]
+    mask: jax.Array,  # bool [..., T, S]
+    kept: jax.Array | None,  # [..., T, S]: dropout's factor of each weight
+) -> jax.Array:  # [..., T, H]
     weights = attention_weights(query, keys, mask)
     return mean_of_values(_dropped(weights, kept), values)
 
