@@ -32,14 +32,14 @@ from flaxgpt.training.optimizer import learning_rate
 PACKAGE = Path(__file__).resolve().parent.parent / "flaxgpt"
 VOCABULARY = PACKAGE / "vocab" / "tales.tiktoken"
 MODEL = PACKAGE / "models" / "tales"
-PROCESSOR = "2 cores of an AMD EPYC (AVX2)"  # the machine that trained the model, for the card
+PROCESSOR = "one NVIDIA H100"  # the machine that trained the model, for the card
 SIZE = 4096  # with <|endoftext|>
 
 CARD = """# tales
 
 A GPT with {parameters:,} parameters, trained from scratch by flaxgpt on children's classics. It is
-included in the package, so it generates text without a download: `flaxgpt generate "Once upon a
-time"`.
+included in the package, so it generates text without a download:
+`flaxgpt generate "Once upon a time"`.
 
 | | |
 | --- | --- |
@@ -48,8 +48,8 @@ time"`.
 | tokenizer | byte-level BPE, {vocab_size} tokens, learned from the training text |
 | training data | {train_ids:,} tokens ({train_bytes} of text) of children's classics in English |
 | training | {steps:,} steps, batch size {batch_size}: {tokens:,} tokens, {epochs:.1f} epochs |
-| optimizer | {optimizer}, peak learning rate {peak}, cosine decay to 0 |
-| training time | {minutes:.0f} minutes at {rate:,.0f} tokens per second on {processor} |
+| optimizer | {optimizer}, peak learning rate {peak}, cosine decay to 0, dropout {drop_rate}, {dtype} |
+| training time | {minutes:.1f} minutes at {rate:,.0f} tokens per second on {processor} |
 | weights | bfloat16, {size} |
 | license | training text: public domain; weights: Apache-2.0, like flaxgpt |
 
@@ -111,6 +111,7 @@ def package(run: Path, val_text: Path) -> None:
     cfg, params, tokenizer = flaxgpt.load(run)
     assert tokenizer is not None
     coarse = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params)
+    (MODEL / "README.md").unlink(missing_ok=True)  # `save` refuses to delete a stranger's file
     flaxgpt.save(MODEL, cfg, coarse, tokenizer=tokenizer)
     params = jax.tree.map(lambda p: p.astype(jnp.float32), coarse)
 
@@ -168,7 +169,9 @@ the settings listed above.
         curve="\n".join(curve),
         samples="\n\n---\n\n".join(samples),
         **cfg.to_dict(),
-        **{name: getattr(train_cfg, name) for name in ("steps", "batch_size", "optimizer")},
+        **{
+            name: getattr(train_cfg, name) for name in ("steps", "batch_size", "optimizer", "dtype")
+        },
         peak=train_cfg.learning_rate,
     )
     (MODEL / "README.md").write_text(card, encoding="utf-8")

@@ -419,7 +419,7 @@ def test_warm_up_and_minimum_follow_the_steps_and_the_peak():
     ("train_cfg", "steps", "warmup_steps", "peak", "minimum"),
     [
         (recipe("shakespeare-char")[1], 2000, 100, 4e-3, 4e-4),
-        (recipe("tales")[1], 1800, 100, 5e-3, 0.0),
+        (recipe("tales")[1], 8000, 444, 5e-3, 0.0),
         (recipe("gpt2")[1], 600_000, 2000, 6e-4, 6e-5),
         (recipe("verdict")[1], 90, 0, 4e-4, 4e-4),
         (FINE_TUNING, 200, 10, 1e-4, 0.0),
