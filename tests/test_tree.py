@@ -131,10 +131,10 @@ def test_values_of_any_dtype_are_compared_exactly(one, other):
 
 # treescope 0.1.10 visits all of NumPy's names, and NumPy 2.5 deprecates one of them.
 @pytest.mark.filterwarnings("ignore:The chararray class is deprecated:DeprecationWarning")
-def test_a_tree_is_displayed_as_html(params):
+def test_a_tree_is_displayed_as_html_or_text(params):
     shown = show(params["trf_blocks_0"]["norm1"])
     assert "treescope" in shown._repr_html_()
-    assert len(repr(shown)) < 100
+    assert "'scale': <jax.Array float32(" in repr(shown)
 
 
 def test_displaying_a_tree_without_treescope_is_an_error(monkeypatch):

@@ -231,19 +231,25 @@ def _plain(values: Statistics | Difference) -> dict[str, Any]:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Html:
-    html: str = dataclasses.field(repr=False)
+class _Rendering:
+    html: str
+    text: str
 
     def _repr_html_(self) -> str:  # IPython's protocol
         return self.html
 
+    def __repr__(self) -> str:
+        return self.text
+
 
 def show(tree: Any) -> Any:
     """Return any pytree for display in a notebook, where branches unfold and arrays are drawn.
+
+    Where HTML is not displayed, as in a terminal or on GitHub, it is a tree of text.
 
     Raises:
         ImportError: treescope is not installed.
     """
     treescope = require_extra("treescope", "displaying trees", "notebook")
     with treescope.active_autovisualizer.set_scoped(treescope.ArrayAutovisualizer()):
-        return _Html(treescope.render_to_html(tree))
+        return _Rendering(treescope.render_to_html(tree), treescope.render_to_text(tree))
