@@ -48,7 +48,7 @@ included in the package, so it generates text without a download:
 | tokenizer | byte-level BPE, {vocab_size} tokens, learned from the training text |
 | training data | {train_ids:,} tokens ({train_bytes} of text) of children's classics in English |
 | training | {steps:,} steps, batch size {batch_size}: {tokens:,} tokens, {epochs:.1f} epochs |
-| optimizer | {optimizer}, peak learning rate {peak}, cosine decay to 0, dropout {drop_rate}, {dtype} |
+| optimizer | {optimizer}, peak rate {peak}, cosine decay to 0, dropout {drop_rate}, {dtype} |
 | training time | {minutes:.1f} minutes at {rate:,.0f} tokens per second on {processor} |
 | weights | bfloat16, {size} |
 | license | training text: public domain; weights: Apache-2.0, like flaxgpt |
