@@ -52,14 +52,8 @@ RECIPES: dict[str, tuple[GPTConfig, TrainConfig]] = {
     ),
     "tales": (
         # 29 epochs: 1.292 bits per byte. 1.295 with 20 epochs and dropout 0.1.
-        GPTConfig(
-            vocab_size=4096,
-            context_length=256,
-            emb_dim=256,
-            n_heads=4,
-            n_layers=6,
-            drop_rate=0.15,
-            tie_embeddings=True,
+        _tied(
+            vocab_size=4096, context_length=256, emb_dim=256, n_heads=4, n_layers=6, drop_rate=0.15
         ),
         TrainConfig(
             tokenizer="tales",
