@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
-from flaxgpt._checks import check_keys, check_rate, check_size, unknown_name
+from flaxgpt._checks import check_keys, check_normal, check_rate, check_size, unknown_name
+from flaxgpt.foreign_configs import translate
+
+Activation = Literal["gelu_tanh", "gelu"]
 
 
 class DropRates(NamedTuple):
@@ -37,9 +40,16 @@ class GPTConfig:
         drop_rate_emb: dropout after the embeddings; None means `drop_rate` (exercise 4.3).
         drop_rate_attn: dropout on the attention weights; None means `drop_rate`.
         drop_rate_shortcut: dropout before each shortcut addition; None means `drop_rate`.
+        bias: whether linear layers and norms have a bias, except query, key and value, which follow
+            `qkv_bias`. False as in nanoGPT's `bias=False`.
+        activation: of the feed-forward layer: `gelu_tanh`, the tanh approximation of the book and
+            GPT-2, or `gelu`, the exact form of nanoGPT.
+        norm_eps: added to the variance in every norm.
+        scale_attn_by_layer: whether block i, counted from 1, divides its attention scores by i, as
+            Stanford's GPT-2 models do (`scale_attn_by_inverse_layer_idx` in Hugging Face's).
 
     Raises:
-        ValueError: a size or rate is out of range. The message says what to change.
+        ValueError: a value is out of range. The message says what to change.
     """
 
     vocab_size: int = 50257
@@ -53,6 +63,10 @@ class GPTConfig:
     drop_rate_emb: float | None = None
     drop_rate_attn: float | None = None
     drop_rate_shortcut: float | None = None
+    bias: bool = True
+    activation: Activation = "gelu_tanh"
+    norm_eps: float = 1e-5
+    scale_attn_by_layer: bool = False
 
     def __post_init__(self) -> None:
         for name in _SIZES:
@@ -70,6 +84,11 @@ class GPTConfig:
         for name in ("drop_rate", *_SPECIFIC_RATES):
             if (rate := getattr(self, name)) is not None or name == "drop_rate":
                 object.__setattr__(self, name, check_rate(name, rate))
+        if self.activation not in get_args(Activation):
+            raise unknown_name("activation", self.activation, get_args(Activation))
+        object.__setattr__(self, "norm_eps", check_normal("norm_eps", self.norm_eps))
+        if self.qkv_bias and not self.bias:
+            raise ValueError("qkv_bias=True contradicts bias=False, a model without any bias")
 
     @property
     def drop_rates(self) -> DropRates:
@@ -106,29 +125,39 @@ class GPTConfig:
         """
         if name not in PRESETS:
             raise unknown_name("preset", name, PRESETS)
-        sizes = dict(zip(("emb_dim", "n_heads", "n_layers"), PRESETS[name], strict=True))
+        emb_dim, n_heads, n_layers = PRESETS[name]
         released = name.startswith("gpt2")
-        return cls(**sizes, qkv_bias=released, tie_embeddings=released)
+        return cls(
+            emb_dim=emb_dim,
+            n_heads=n_heads,
+            n_layers=n_layers,
+            qkv_bias=released,
+            tie_embeddings=released,
+        )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the book's plain dict plus flaxgpt's keys that are set, ready for JSON."""
-        return {name: value for name, value in vars(self).items() if value is not None}
+        """Return the book's plain dict plus flaxgpt's keys that are not defaults, for JSON."""
+        defaults = {field.name: field.default for field in dataclasses.fields(self)[_BOOK_KEYS:]}
+        return {k: v for k, v in vars(self).items() if k not in defaults or v != defaults[k]}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> GPTConfig:
-        """Read the book's plain dict or the contents of a Hugging Face GPT-2 `config.json`.
+        """Read the book's plain dict, Hugging Face's `config.json` of a GPT-2, or nanoGPT's.
 
         Args:
-            values: the book's keys (`emb_dim`, ...) or Hugging Face's (`n_embd`, ...). Hugging Face
-                keys that do not change the mathematics are ignored.
+            values: the book's keys (`emb_dim`, ...), Hugging Face's (`n_embd`, ...), or nanoGPT's
+                `model_args` (`block_size`, ...).
 
         Raises:
-            ValueError: a key is unknown, or a Hugging Face option is not supported.
+            ValueError: a value is not supported, or a key of the book or nanoGPT is unknown.
+
+        Warns:
+            UserWarning: a Hugging Face key is neither supported nor known to be harmless.
         """
         if not isinstance(values, Mapping):
             raise ValueError(f"a config must be a dict of settings, got {type(values).__name__}")
-        if "model_type" in values or "n_embd" in values:
-            return cls(**_from_huggingface(values))
+        if (ours := translate(values)) is not None:
+            return cls(**ours)
         check_keys("config keys", values, cls)
         return cls(**values)
 
@@ -155,7 +184,8 @@ def check_config(cfg: GPTConfig) -> None:
 
 
 _SIZES = ("vocab_size", "context_length", "emb_dim", "n_heads", "n_layers")
-_SWITCHES = ("qkv_bias", "tie_embeddings")
+_SWITCHES = ("qkv_bias", "tie_embeddings", "bias", "scale_attn_by_layer")
+_BOOK_KEYS = 8  # the fields before this index are written always
 _SPECIFIC_RATES = ("drop_rate_emb", "drop_rate_attn", "drop_rate_shortcut")
 
 PRESETS = {  # emb_dim, n_heads, n_layers
@@ -168,47 +198,3 @@ PRESETS = {  # emb_dim, n_heads, n_layers
     "gpt2-large": (1280, 20, 36),
     "gpt2-xl": (1600, 25, 48),
 }
-
-_HUGGINGFACE_NAMES = {  # theirs: (ours, the default of transformers' GPT2Config)
-    "vocab_size": ("vocab_size", 50257),
-    "n_positions": ("context_length", 1024),
-    "n_embd": ("emb_dim", 768),
-    "n_head": ("n_heads", 12),
-    "n_layer": ("n_layers", 12),
-    "tie_word_embeddings": ("tie_embeddings", True),
-    "qkv_bias": ("qkv_bias", True),  # flaxgpt's own key: transformers' GPT-2 always has the bias
-    "embd_pdrop": ("drop_rate_emb", 0.1),
-    "attn_pdrop": ("drop_rate_attn", 0.1),
-    "resid_pdrop": ("drop_rate_shortcut", 0.1),
-}
-
-# Options that change the mathematics, with the values that give the model of chapter 4.
-_HUGGINGFACE_FIXED: dict[str, tuple[Any, ...]] = {
-    "model_type": ("gpt2",),
-    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
-    "layer_norm_epsilon": (1e-5,),
-    "scale_attn_weights": (True,),
-    "scale_attn_by_inverse_layer_idx": (False,),
-    "add_cross_attention": (False,),
-    "pruned_heads": ({}, None),
-    "quantization_config": (None,),
-}
-
-
-def _from_huggingface(values: Mapping[str, Any]) -> dict[str, Any]:
-    ours = {
-        our_name: values.get(their_name, default)
-        for their_name, (our_name, default) in _HUGGINGFACE_NAMES.items()
-    }
-    ours["emb_dim"] = check_size("n_embd", ours["emb_dim"])
-    for option, allowed in (_HUGGINGFACE_FIXED | {"n_inner": (4 * ours["emb_dim"], None)}).items():
-        if option in values and values[option] not in allowed:
-            raise ValueError(
-                f"the Hugging Face option {option}={values[option]!r} is not supported: flaxgpt "
-                f"implements only {option}={allowed[0]!r}"
-            )
-    if ours["drop_rate_emb"] == ours["drop_rate_attn"] == ours["drop_rate_shortcut"]:
-        ours["drop_rate"] = ours["drop_rate_emb"]  # one rate everywhere is the book's drop_rate
-        for name in _SPECIFIC_RATES:
-            del ours[name]
-    return ours

@@ -10,6 +10,8 @@ import flaxgpt
 
 FOLDER = Path(__file__).parent / "golden"
 DATA = Path(__file__).parent / "data"
+# Models of nanoGPT, of transformers with other options than GPT-2's, and of transformers' Flax.
+FOREIGN = ("nanogpt-small", "hf-gelu-eps", "hf-inverse-layer", "hf-flax-msgpack")
 
 # Two float32 computations that sum in a different order differ by some units in the last place of
 # the largest terms. 2e-5 of the largest logit is 170 such units and 10 times the difference that is

@@ -99,6 +99,8 @@ def test_a_numpy_integer_is_a_size():
 def test_it_reads_back_what_it_writes_through_json():
     cfg = GPTConfig(n_layers=3, qkv_bias=True, tie_embeddings=True, drop_rate_emb=0.05)
     assert GPTConfig.from_dict(json.loads(json.dumps(cfg.to_dict()))) == cfg
+    cfg = GPTConfig(bias=False, activation="gelu", norm_eps=1e-6, scale_attn_by_layer=True)
+    assert GPTConfig.from_dict(json.loads(json.dumps(cfg.to_dict()))) == cfg
 
 
 def test_an_unknown_key_is_refused():
@@ -138,9 +140,7 @@ def test_unequal_hugging_face_rates_are_kept():
     [
         ("model_type", "llama"),
         ("activation_function", "relu"),
-        ("layer_norm_epsilon", 1e-6),
         ("scale_attn_weights", False),
-        ("scale_attn_by_inverse_layer_idx", True),
         ("add_cross_attention", True),
         ("n_inner", 128),
         ("pruned_heads", {"0": [1]}),

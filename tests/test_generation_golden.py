@@ -15,11 +15,12 @@ from flaxgpt.generation.prompts import prepare
 from flaxgpt.platform import Platform
 
 SLOW = pytest.mark.slow
+OTHERS = ("book-small", "book-qkv-bias", "hf-gelu-eps", "hf-inverse-layer")
 
 
 @pytest.mark.parametrize(
     "name",
-    ["hf-small", *(pytest.param(name, marks=SLOW) for name in ("book-small", "book-qkv-bias"))],
+    ["hf-small", *(pytest.param(name, marks=SLOW) for name in OTHERS)],
 )
 def test_greedy_ids_are_pytorchs_through_the_context_limit(name):
     cfg, params, expected = golden.model(name)

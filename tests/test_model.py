@@ -17,7 +17,7 @@ from flaxgpt.model import FeedForward, LayerNorm, param_shapes
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 TINY = GPTConfig(vocab_size=61, context_length=16, emb_dim=24, n_heads=3, n_layers=2)
-SMALL_MODELS = ["book-small", "book-qkv-bias", "hf-small"]
+SMALL_MODELS = ["book-small", "book-qkv-bias", "hf-small", *golden.FOREIGN]
 
 
 @pytest.fixture(scope="module")

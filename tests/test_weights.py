@@ -338,6 +338,7 @@ def test_hugging_faces_config_has_the_keys_of_transformers(tmp_path: Path) -> No
         "n_layer": 1,
         "n_positions": 8,
         "resid_pdrop": 0.3,
+        "scale_attn_by_inverse_layer_idx": False,
         "tie_word_embeddings": False,
         "vocab_size": 50257,
     }
@@ -481,15 +482,15 @@ def test_a_save_killed_at_any_point_leaves_a_model_that_loads(tmp_path: Path) ->
 def test_all_faults_are_reported_together(tmp_path: Path) -> None:
     tensors, config = read(HF)
     del tensors["transformer.wpe.weight"]
-    tensors["score.weight"] = np.zeros((2, 64), np.float32)
+    tensors["wte.scale"] = np.zeros((2, 64), np.float32)
     tensors["transformer.ln_f.bias"] = np.zeros(63, np.float32)
     tensors["transformer.ln_f.weight"] = np.ones(64, np.int32)
     with pytest.raises(ValueError) as caught:
         load(write(tmp_path, tensors, config))
     assert str(caught.value) == (
         f"the weights in {tmp_path / 'model.safetensors'} do not fit vocab_size=300, "
-        "context_length=64, emb_dim=64, n_layers=3, qkv_bias=True, tie_embeddings=True of "
-        "config.json: missing transformer.wpe.weight; unexpected score.weight; "
+        "context_length=64, emb_dim=64, n_layers=3, bias=True, qkv_bias=True, "
+        "tie_embeddings=True of config.json: missing transformer.wpe.weight; unexpected wte.scale; "
         "transformer.ln_f.bias has shape (63,) instead of (64,); transformer.ln_f.weight is I32 "
         "instead of floating point. Correct config.json, or get the weights that belong to it"
     )
@@ -537,8 +538,8 @@ def test_a_wrong_qkv_bias_is_an_error(
 
 def test_a_wrong_number_of_blocks_does_not_hide_other_faults(tmp_path: Path) -> None:
     tensors, config = read(HF)
-    tensors["score.9.weight"] = np.zeros((2, 64), np.float32)
-    message = r"3 blocks instead of n_layers=2; unexpected score\.9\.weight\. Correct"
+    tensors["h.extra.9.weight"] = np.zeros((2, 64), np.float32)
+    message = r"3 blocks instead of n_layers=2; unexpected h\.extra\.9\.weight\. Correct"
     with pytest.raises(ValueError, match=message):
         load(write(tmp_path, tensors, config | {"n_layer": 2}))
 

@@ -41,6 +41,7 @@ from jax.typing import ArrayLike, DTypeLike
 from flaxgpt._checks import check_dtype, unknown_name
 from flaxgpt.config import GPTConfig, block_index, check_config
 from flaxgpt.model.attend import attention_weights, mean_of_values
+from flaxgpt.model.attention import scale_query
 from flaxgpt.model.gpt import check_inputs, make_model
 from flaxgpt.model.visibility import Visibility
 from flaxgpt.typing import Params
@@ -244,6 +245,7 @@ class _Visits:
                 heads = self._split(x)
                 if f"{block}/att/weights" in {*self.wanted, *self.functions}:
                     query, keys, values = (self.held[role] for role in ("query", "key", "value"))
+                    query = scale_query(self.cfg, block_index(block) or 0, query)
                     every = range(query.shape[-2])
                     weights = attention_weights(query, keys, Visibility().mask(every, every))
                     if (patched := visit(f"{block}/att/weights", weights)) is not weights:

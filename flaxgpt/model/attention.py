@@ -24,6 +24,7 @@ class MultiHeadAttention(nn.Module):
     cfg: GPTConfig
     dtype: DTypeLike = jnp.float32  # of the projections and the result
     attention: str = "plain"  # the implementation in `flaxgpt.model.attend`
+    layer: int = 0  # number of the block
 
     @nn.compact
     def __call__(
@@ -41,6 +42,7 @@ class MultiHeadAttention(nn.Module):
             return y.reshape(batch, queries, heads, size).swapaxes(1, 2)
 
         query, keys, values = project("W_query"), project("W_key"), project("W_value")
+        query = scale_query(self.cfg, self.layer, query)
         if cache is not None:
             cache = cache.append(keys, values)
             keys, values = cache.keys, cache.values
@@ -56,5 +58,10 @@ class MultiHeadAttention(nn.Module):
 
         context = context.swapaxes(1, 2).reshape(batch, queries, self.cfg.emb_dim)
         std = residual_std(self.cfg)
-        out = Linear(self.cfg.emb_dim, std=std, dtype=self.dtype, name="out_proj")(context)
-        return out, cache
+        out = Linear(self.cfg.emb_dim, self.cfg.bias, std, dtype=self.dtype, name="out_proj")
+        return out(context), cache
+
+
+def scale_query(cfg: GPTConfig, layer: int, query: jax.Array) -> jax.Array:
+    """Return the query with which block `layer`, counted from 0, computes attention scores."""
+    return query / (layer + 1) if cfg.scale_attn_by_layer else query

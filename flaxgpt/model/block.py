@@ -20,13 +20,15 @@ class TransformerBlock(nn.Module):
     cfg: GPTConfig
     dtype: DTypeLike = jnp.float32
     attention: str = "plain"
+    layer: int = 0  # number of the block
 
     def setup(self) -> None:
-        self.norm1 = LayerNorm(dtype=self.dtype)
-        self.att = MultiHeadAttention(self.cfg, self.dtype, self.attention)
-        self.norm2 = LayerNorm(dtype=self.dtype)
-        self.ff = FeedForward(self.cfg, self.dtype)
-        self.drop_shortcut = nn.Dropout(self.cfg.drop_rates.shortcut)
+        cfg = self.cfg
+        self.norm1 = LayerNorm(cfg.norm_eps, cfg.bias, self.dtype)
+        self.att = MultiHeadAttention(cfg, self.dtype, self.attention, self.layer)
+        self.norm2 = LayerNorm(cfg.norm_eps, cfg.bias, self.dtype)
+        self.ff = FeedForward(cfg, self.dtype)
+        self.drop_shortcut = nn.Dropout(cfg.drop_rates.shortcut)
 
     def __call__(
         self,

@@ -57,8 +57,8 @@ class GPT(nn.Module):
         block: Any = TransformerBlock
         if self.remat:
             block = nn.remat(block, static_argnums=4)  # `deterministic`, counting `self`
-        self.trf_blocks = [block(cfg, self.dtype, self.attention) for _ in range(cfg.n_layers)]
-        self.final_norm = LayerNorm(dtype=self.dtype)
+        self.trf_blocks = [block(cfg, self.dtype, self.attention, i) for i in range(cfg.n_layers)]
+        self.final_norm = LayerNorm(cfg.norm_eps, cfg.bias, self.dtype)
         if not cfg.tie_embeddings:
             self.out_head = Linear(
                 cfg.vocab_size, use_bias=False, dtype=self.dtype, out_dtype=jnp.float32

@@ -68,26 +68,28 @@ class LayerNorm(nn.Module):
     """
 
     eps: float = 1e-5  # added to the variance
+    use_bias: bool = True  # whether to shift
     dtype: DTypeLike = jnp.float32  # of the result
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:  # [..., D] -> [..., D]
         scale = self.param("scale", nn.initializers.ones_init(), (x.shape[-1],), jnp.float32)
-        shift = self.param("shift", nn.initializers.zeros_init(), (x.shape[-1],), jnp.float32)
         x = x.astype(jnp.float32)
         centered = x - x.mean(axis=-1, keepdims=True)
         variance = jnp.square(centered).mean(axis=-1, keepdims=True)
-        normed = centered * lax.rsqrt(variance + self.eps)
-        scale = _expand(scale.astype(jnp.float32), x.ndim)
-        shift = _expand(shift.astype(jnp.float32), x.ndim)
-        return (normed * scale + shift).astype(self.dtype)
+        y = centered * lax.rsqrt(variance + self.eps) * _expand(scale.astype(x.dtype), x.ndim)
+        if self.use_bias:
+            shift = self.param("shift", nn.initializers.zeros_init(), (x.shape[-1],), jnp.float32)
+            y = y + _expand(shift.astype(x.dtype), x.ndim)
+        return y.astype(self.dtype)
 
 
 class FeedForward(nn.Module):
     """Expand to four times the width, apply GELU, and project back (section 4.3).
 
-    `layers_0` and `layers_2` are the book's `layers.0` and `layers.2`. GELU is the tanh
-    approximation of Hendrycks & Gimpel (2016), 0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))).
+    `layers_0` and `layers_2` are the book's `layers.0` and `layers.2`. GELU is x times the normal
+    distribution function, or its tanh approximation 0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))
+    (Hendrycks & Gimpel 2016).
     """
 
     cfg: GPTConfig
@@ -95,10 +97,11 @@ class FeedForward(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:  # [B, T, D] -> [B, T, D]
-        wide = Linear(self.cfg.ff_dim, dtype=self.dtype, name="layers_0")(x)  # [B, T, F]
-        active = nn.gelu(wide, approximate=True)
-        std = residual_std(self.cfg)
-        return Linear(self.cfg.emb_dim, std=std, dtype=self.dtype, name="layers_2")(active)
+        cfg, dtype = self.cfg, self.dtype
+        wide = Linear(cfg.ff_dim, cfg.bias, dtype=dtype, name="layers_0")(x)  # [B, T, F]
+        active = nn.gelu(wide, approximate=cfg.activation == "gelu_tanh")
+        std = residual_std(cfg)
+        return Linear(cfg.emb_dim, cfg.bias, std, dtype=dtype, name="layers_2")(active)
 
 
 def residual_std(cfg: GPTConfig) -> float:

@@ -30,10 +30,7 @@ BOOK = Layout(
     title="the book's",
     entries=tuple(Entry(path, _torch_name(path)) for path in _PATHS),
     constants=(_torch_name(block_path("att/mask")),),
-    prefix="",
     # The book's GPTModel always has an output head, and load_state_dict requires it.
     writes_tied_head=True,
-    tie_key="tie_embeddings",
     write_config=GPTConfig.to_dict,
-    metadata=None,
 )

@@ -118,7 +118,7 @@ def _read_params(cfg: GPTConfig, paths: Sequence[Path], progress: Progress | Non
 
 def _put_on_device(tensor: Tensor, slot: Slot) -> dict[str, jax.Array]:
     # In its own function, so that the copy on the host is freed before the next tensor is read.
-    parts = np.split(read(tensor), len(slot.entries), axis=-1)
+    parts = np.split(read(tensor), len(slot.entries), axis=slot.entries[0].output_axis)
     loaded = {}
     for entry, part in zip(slot.entries, parts, strict=True):
         values = np.ascontiguousarray(part.T if entry.transposed else part)
@@ -132,7 +132,7 @@ def _check_unused(layout: Layout, tensor: Tensor, slot: Slot, params: dict[str, 
     if slot.role == "zero bias" and values.any():
         raise ValueError(
             f"{tensor.path}: {tensor.name} is not all zeros, but config.json says "
-            '"qkv_bias": false; set it to true to keep the bias'
+            f'"{"qkv_bias" if len(slot.entries) > 1 else "bias"}": false; set it to true to keep it'
         )
     if slot.role == "tied head":
         embedding = np.asarray(params[TOKEN_EMBEDDING])

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from flaxgpt._checks import listed
 from flaxgpt.config import GPTConfig
-from flaxgpt.weights.layouts import LAYOUTS
+from flaxgpt.weights.layouts import READABLE
 from flaxgpt.weights.table import Layout, Slot, slots
 from flaxgpt.weights.tensors import FLOATS, Tensor, tensors_in
 
@@ -28,33 +29,43 @@ class Fault(NamedTuple):
 class _Match(NamedTuple):
     layout: Layout
     known: int  # tensors whose names belong to the layout
+    unfit: int  # those of another shape or dtype, as in a layout with the same names
     tensors: list[tuple[Tensor, Slot]]
+    apart: list[str]  # names of tensors that are not of the language model
     faults: list[str]
 
 
 def match_layout(cfg: GPTConfig, paths: Sequence[Path]) -> tuple[Layout, list[tuple[Tensor, Slot]]]:
     """Return the layout that knows the most names in the files, and their tensors with slots."""
     tensors = list(tensors_in(paths))
-    matches = [_match(layout, cfg, tensors) for layout in LAYOUTS.values()]
-    best = max(matches, key=lambda match: (match.known, -len(match.faults)))
+    matches = [_match(layout, cfg, tensors) for layout in READABLE]
+    best = max(matches, key=lambda match: (match.known, -match.unfit, -len(match.faults)))
     if not best.known:
         names = listed(sorted(tensor.name for tensor in tensors)) or "none"
+        if any("lora_" in tensor.name for tensor in tensors):
+            names += ". They are a LoRA adapter: merge it into its base model with peft"
         expected = " or ".join(
             f"{layout.title} ({', '.join(entry.theirs for entry in layout.entries[:2])}, ...)"
-            for layout in LAYOUTS.values()
+            for layout in READABLE
         )
         raise ValueError(
             f"{paths[0]} has no GPT-2 weights in a known layout. Its tensors: {names}. Expected "
             + expected
         )
+    place = paths[0] if len(paths) == 1 else paths[0].parent
     if best.faults:
-        place = paths[0] if len(paths) == 1 else paths[0].parent
         raise ValueError(
             f"the weights in {place} do not fit vocab_size={cfg.vocab_size}, "
             f"context_length={cfg.context_length}, emb_dim={cfg.emb_dim}, n_layers={cfg.n_layers}, "
-            f"qkv_bias={cfg.qkv_bias}, tie_embeddings={cfg.tie_embeddings} of config.json: "
-            f"{listed(best.faults, '; ')}. Correct config.json, or get the weights that belong to "
-            "it"
+            f"bias={cfg.bias}, qkv_bias={cfg.qkv_bias}, tie_embeddings={cfg.tie_embeddings} of "
+            f"config.json: {listed(best.faults, '; ')}. Correct config.json, or get the weights "
+            "that belong to it"
+        )
+    if best.apart:
+        warnings.warn(
+            f"{place} also has {listed(best.apart)}, which the language model does not use: left "
+            "out",
+            stacklevel=2,
         )
     return best.layout, best.tensors
 
@@ -62,6 +73,7 @@ def match_layout(cfg: GPTConfig, paths: Sequence[Path]) -> tuple[Layout, list[tu
 def _match(layout: Layout, cfg: GPTConfig, tensors: Sequence[Tensor]) -> _Match:
     wanted = slots(layout, cfg)
     fitting: dict[str, tuple[Tensor, Slot]] = {}
+    apart: list[str] = []
     faults: list[Fault] = []
     known, blocks = 0, 0
     for tensor in tensors:
@@ -71,7 +83,9 @@ def _match(layout: Layout, cfg: GPTConfig, tensors: Sequence[Tensor]) -> _Match:
         blocks = max(blocks, block + 1)
         if is_constant:
             continue
-        if full not in wanted:
+        if found is None and layout.is_apart(tensor.name):
+            apart.append(tensor.name)
+        elif full not in wanted:
             faults.append(Fault("unexpected", tensor.name, block))
         elif full in fitting:
             again = f"second {tensor.name} in {tensor.path.name}"
@@ -92,4 +106,5 @@ def _match(layout: Layout, cfg: GPTConfig, tensors: Sequence[Tensor]) -> _Match:
     messages = [str(fault) for fault in sorted(faults) if fault.block < min(blocks, cfg.n_layers)]
     if faults and blocks != cfg.n_layers:
         messages.insert(0, f"the weights have {blocks} blocks instead of n_layers={cfg.n_layers}")
-    return _Match(layout, known, list(fitting.values()), messages)
+    unfit = sum(fault.kind == "unfit" for fault in faults)
+    return _Match(layout, known, unfit, list(fitting.values()), sorted(apart), messages)

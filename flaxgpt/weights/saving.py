@@ -19,11 +19,11 @@ from flaxgpt.tokenizer.folder import save_tokenizer
 from flaxgpt.typing import Params
 from flaxgpt.weights.layouts import LAYOUTS
 from flaxgpt.weights.table import export
-from flaxgpt.weights.tensors import INDEX, SINGLE
+from flaxgpt.weights.tensors import INDEXES, SINGLE
 
 # The files that `save` and transformers' save_pretrained write: only these may be replaced.
 _REPLACEABLE = (
-    *("config.json", "generation_config.json", SINGLE, INDEX, "model-*-of-*.safetensors"),
+    *("config.json", "generation_config.json", SINGLE, INDEXES[0], "model-*-of-*.safetensors"),
     *("flaxgpt_tokenizer.json", "tokenizer.json", "tokenizer_config.json", "vocab.json"),
     *("merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
 )
@@ -56,6 +56,7 @@ def save(
         raise unknown_name("layout", layout, LAYOUTS)
     check_params(param_shapes(cfg), params)
     table = LAYOUTS[layout]
+    assert table.write_config is not None
     with replacing_folder(Path(folder).expanduser(), _REPLACEABLE) as temporary:
         config = json.dumps(table.write_config(cfg), indent=2) + "\n"
         (temporary / "config.json").write_text(config, encoding="utf-8")

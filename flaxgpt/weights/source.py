@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
+import zipfile
 from pathlib import Path
 
 from flaxgpt._checks import listed, value_errors
 from flaxgpt.config import GPTConfig
 from flaxgpt.weights.hub import fetch
-from flaxgpt.weights.tensors import INDEX, SINGLE, shards
+from flaxgpt.weights.tensors import FLAX_SINGLE, INDEXES, SINGLE, shards
 
 _TALES = Path(__file__).resolve().parent.parent / "models" / "tales"  # made by scripts/build_tales
 _PICKLES = (".pth", ".pt", ".bin", ".ckpt")
@@ -24,7 +25,7 @@ def locate(source: str | os.PathLike[str]) -> Path:
         return _TALES
     name, path = os.fspath(source), Path(source).expanduser()
     if name and path.exists():
-        if not (path / "checkpoints").is_dir():
+        if not _is_run(path):
             return path
         if not (path / "model").is_dir():
             raise FileNotFoundError(f"the training run in {path} has not saved a model yet")
@@ -42,36 +43,91 @@ def locate(source: str | os.PathLike[str]) -> Path:
     )
 
 
+def _is_run(folder: Path) -> bool:
+    """Return whether a folder is that of a training run, by its config.json."""
+    try:
+        contents = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return {"model", "training", "data"} <= contents.keys()
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
 def weight_files(path: Path) -> list[Path]:
-    """Return the safetensors files of a model, given its folder or file from `locate`."""
-    if path.is_file() and path.suffix == ".safetensors":
+    """Return the files with the weights of a model, given its folder or file from `locate`."""
+    folder = path if path.is_dir() else path.parent
+    has_weights = any((path / name).exists() for name in (SINGLE, FLAX_SINGLE, *INDEXES))
+    if (adapter := folder / "adapter_config.json").exists() and not has_weights:
+        raise _adapter_error(adapter)
+    if path.is_file() and path.suffix in (".safetensors", ".msgpack"):
         return [path]
-    if (path / SINGLE).exists():
-        return [path / SINGLE]
-    if (path / INDEX).exists():
-        return shards(path / INDEX)
+    for index in INDEXES:
+        single = path / index.removesuffix(".index.json")
+        if single.exists():
+            return [single]
+        if (path / index).exists():
+            return shards(path / index)
     entries = [path] if path.is_file() else sorted(path.iterdir())
-    if others := [entry for entry in entries if entry.suffix == ".safetensors"]:
+    if others := [entry for entry in entries if entry.suffix in (".safetensors", ".msgpack")]:
         raise FileNotFoundError(
             f"{path} has no {SINGLE}, but it has {listed([other.name for other in others])}: "
             f"give the path of the file to read, such as {str(others[0])!r}"
         )
     for entry in entries:
         if entry.suffix in _PICKLES:
-            raise ValueError(
-                f"{entry} is a pickle, which can run arbitrary code when opened, so flaxgpt does "
-                "not read it. Convert it to safetensors where PyTorch is installed:\n"
-                f'    state = torch.load({str(entry)!r}, map_location="cpu", weights_only=True)\n'
-                # save_file refuses tensors that share memory, as tied weights do.
-                "    safetensors.torch.save_file({k: v.clone() for k, v in state.items()}, "
-                f"{str(entry.with_name(SINGLE))!r})"
-            )
+            raise _pickle_error(entry)
     if path.is_file():
         raise ValueError(f"{path} is not a .safetensors file: give one or a model's folder")
+    inside = [entry.name for entry in entries if (entry / "config.json").exists()]
+    hint = f", such as {listed(inside)} in it" if inside else ""
     raise FileNotFoundError(
-        f"{path} has neither {SINGLE} nor {INDEX}: expected a model's folder in Hugging Face's or "
-        "the book's layout"
+        f"{path} has neither {SINGLE} nor {INDEXES[0]}: expected a model's folder in Hugging "
+        f"Face's, nanoGPT's or the book's layout{hint}"
     )
+
+
+def _adapter_error(path: Path) -> ValueError:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        kind, base = values.get("peft_type", "LORA"), values.get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError):
+        kind, base = "LORA", None
+    folder = str(path.parent)
+    return ValueError(
+        f"{folder} holds a {kind} adapter and not a model: it only changes the weights of its base "
+        f"model, {base or 'which its adapter_config.json does not name'}. Merge the two where peft "
+        "is installed:\n"
+        f"    base = transformers.AutoModelForCausalLM.from_pretrained({base or '...'!r})\n"
+        f"    merged = peft.PeftModel.from_pretrained(base, {folder!r}).merge_and_unload()\n"
+        f"    merged.save_pretrained({folder + '-merged'!r})"
+    )
+
+
+def _pickle_error(path: Path) -> ValueError:
+    output = f"{str(path.with_name(SINGLE))!r}"
+    lines = [f'state = torch.load({str(path)!r}, map_location="cpu", weights_only=True)']
+    if _is_nanogpt(path):
+        config = str(path.with_name("config.json"))
+        lines += [
+            f'json.dump(state["model_args"], open({config!r}, "w"))',
+            'state = state["model"]',
+        ]
+    # save_file refuses tensors that share memory, as tied weights do.
+    copies = "{k: v.clone().contiguous() for k, v in state.items()}"
+    lines += [f"safetensors.torch.save_file({copies}, {output})"]
+    return ValueError(
+        f"{path} is a pickle, which can run arbitrary code when opened, so flaxgpt does not read "
+        "it. Convert it to safetensors where PyTorch is installed:\n    " + "\n    ".join(lines)
+    )
+
+
+def _is_nanogpt(path: Path) -> bool:
+    """Return whether a checkpoint of PyTorch is one of nanoGPT's train.py, without loading it."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            (name,) = (name for name in file.namelist() if name.endswith("/data.pkl"))
+            return b"model_args" in file.read(name)
+    except (OSError, ValueError, zipfile.BadZipFile):
+        return False
 
 
 def read_config_file(path: Path) -> GPTConfig:
@@ -82,8 +138,8 @@ def read_config_file(path: Path) -> GPTConfig:
         values = json.loads(config.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise FileNotFoundError(
-            f"{folder} has no config.json: expected Hugging Face's, or the book's settings as "
-            "written by GPTConfig.to_dict"
+            f"{folder} has no config.json: expected Hugging Face's, nanoGPT's model_args, or the "
+            "book's settings as written by GPTConfig.to_dict"
         ) from error
     except ValueError as error:
         message = f"{config} is not valid JSON ({error}): copy or download it again"

@@ -18,6 +18,7 @@ from flaxgpt.typing import Params
 
 TOKEN_EMBEDDING, HEAD = "tok_emb/weight", "out_head/weight"
 _PLACEHOLDER = "{l}"  # stands for the number of the block, in our paths and in tensor names
+_WRAPPERS = re.compile(r"^((_orig_mod|module)\.)+")  # of torch.compile and DistributedDataParallel
 _NUMBER = re.compile(r"\.(\d+)\.")
 
 
@@ -32,7 +33,12 @@ class Entry(NamedTuple):
     ours: str  # path in the parameter tree, with "{l}" for the number of the block
     theirs: str  # name of the tensor in the file, with the same placeholder
     transposed: bool = False  # whether the file stores the weight as [in, out]
-    third: int | None = None  # part of the last axis, where query, key and value are fused
+    third: int | None = None  # part of the output axis, where query, key and value are fused
+
+    @property
+    def output_axis(self) -> int:
+        """The axis of the tensor along which fused parameters are joined."""
+        return -1 if self.transposed else 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,12 +47,20 @@ class Layout:
 
     title: str  # for messages, such as "the book's"
     entries: tuple[Entry, ...]  # the name table
-    constants: tuple[str, ...]  # tensors that PyTorch saves although they are not weights
-    prefix: str  # start of the names that some files omit
-    writes_tied_head: bool  # whether the head is written even if it is the token embedding
-    tie_key: str  # the key of `tie_embeddings` in config.json
-    write_config: Callable[[GPTConfig], dict[str, Any]]  # returns the contents of config.json
-    metadata: dict[str, str] | None  # of the safetensors file
+    constants: tuple[str, ...] = ()  # tensors that PyTorch saves although they are not weights
+    prefix: str = ""  # start of the names that some files omit
+    has_all_biases: bool = False  # whether a file holds zeros for the biases that a model lacks
+    writes_tied_head: bool = False  # even if it is the token embedding
+    tie_key: str = "tie_embeddings"  # the key of `tie_embeddings` in config.json
+    # Returns the contents of config.json; None for a layout that is only read.
+    write_config: Callable[[GPTConfig], dict[str, Any]] | None = None
+    metadata: dict[str, str] | None = None  # of the safetensors file
+
+    def is_apart(self, name: str) -> bool:
+        """Return whether a tensor is outside the language model, as a classification head is."""
+        names = {entry.theirs for entry in self.entries}
+        names |= {name.removeprefix(self.prefix) for name in names}
+        return _WRAPPERS.sub("", name).split(".")[0] not in {name.split(".")[0] for name in names}
 
     @cached_property
     def _known(self) -> frozenset[str]:
@@ -54,6 +68,7 @@ class Layout:
 
     def find(self, name: str) -> tuple[str, int, bool] | None:
         """Return a tensor's full name, its block (-1 outside) and whether it is a constant."""
+        name = _WRAPPERS.sub("", name)
         for full in (name, self.prefix + name):
             number = _NUMBER.search(full)
             pattern = _NUMBER.sub(f".{_PLACEHOLDER}.", full, count=1)
@@ -74,7 +89,7 @@ class Slot(NamedTuple):
 def slots(layout: Layout, cfg: GPTConfig) -> dict[str, Slot]:
     """Return every tensor that a file in this layout has, by its full name."""
     used = flatten_dict(param_shapes(cfg), sep="/")
-    largest = dataclasses.replace(cfg, qkv_bias=True, tie_embeddings=False)
+    largest = dataclasses.replace(cfg, bias=True, qkv_bias=True, tie_embeddings=False)
     shapes = flatten_dict(param_shapes(largest), sep="/")
     found: dict[str, Slot] = {}
     for entry in layout.entries:
@@ -82,14 +97,16 @@ def slots(layout: Layout, cfg: GPTConfig) -> dict[str, Slot]:
             ours, theirs = entry.ours.format(l=block), entry.theirs.format(l=block)
             shape = shapes[ours].shape[:: -1 if entry.transposed else 1]
             if entry.third is not None:
-                shape = (*shape[:-1], 3 * shape[-1])
+                whole = list(shape)
+                whole[entry.output_axis] *= 3
+                shape = tuple(whole)
             earlier = found[theirs].entries if theirs in found else ()
             entries = (*earlier, entry._replace(ours=ours, theirs=theirs))
             if ours in used:
                 found[theirs] = Slot(shape, entries, "weights", block)
             elif ours == HEAD:
                 found[theirs] = Slot(shape, (Entry(TOKEN_EMBEDDING, theirs),), "tied head", block)
-            elif entry.third is not None:  # a fused bias cannot be omitted for one of the three
+            elif layout.has_all_biases:
                 found[theirs] = Slot(shape, entries, "zero bias", block)
     return found
 
@@ -100,14 +117,15 @@ def export(layout: Layout, cfg: GPTConfig, params: Params) -> dict[str, np.ndarr
     tensors = {}
     for name, slot in slots(layout, cfg).items():
         if slot.role == "zero bias":
-            weight = slot.entries[0].ours.removesuffix("bias") + "weight"
+            weight = re.sub("bias$", "weight", re.sub("shift$", "scale", slot.entries[0].ours))
             tensors[name] = np.zeros(slot.shape, _as_stored(weight, ours[weight]).dtype)
         elif slot.role == "weights" or layout.writes_tied_head:
             parts = [_as_stored(entry.ours, ours[entry.ours]) for entry in slot.entries]
             if len({part.dtype for part in parts}) > 1:
                 parts = [part.astype(np.float32) for part in parts]
             parts = [part.T if slot.entries[0].transposed else part for part in parts]
-            whole = np.concatenate(parts, axis=-1) if len(parts) > 1 else parts[0]
+            axis = slot.entries[0].output_axis
+            whole = np.concatenate(parts, axis) if len(parts) > 1 else parts[0]
             tensors[name] = np.ascontiguousarray(whole)
     return tensors
 

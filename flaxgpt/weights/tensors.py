@@ -1,4 +1,4 @@
-"""Tensors in safetensors files: listing them, and reading one at a time to save memory."""
+"""Tensors in files: listing them, and reading safetensors one at a time to save memory."""
 
 from __future__ import annotations
 
@@ -10,22 +10,27 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from flax.serialization import msgpack_restore
+from flax.traverse_util import flatten_dict
 from safetensors import SafetensorError, safe_open
 
 from flaxgpt._checks import listed
 
 SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
+FLAX_SINGLE = "flax_model.msgpack"
+INDEXES = ("model.safetensors.index.json", "flax_model.msgpack.index.json")  # of shards
 FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
+_SPELLINGS = {name: dtype for dtype, name in FLOATS.items()}
 
 
 class Tensor(NamedTuple):
-    """A tensor whose values are still on disk."""
+    """A tensor in a file."""
 
     path: Path
     name: str
     dtype: str  # in safetensors' spelling: F32, BF16, I64, ...
     shape: tuple[int, ...]
+    values: np.ndarray | None = None  # None if they are still on disk
 
     @property
     def size(self) -> int:
@@ -33,8 +38,11 @@ class Tensor(NamedTuple):
 
 
 def tensors_in(paths: Sequence[Path]) -> Iterator[Tensor]:
-    """Yield the tensors in safetensors files, or raise ValueError for a damaged one."""
+    """Yield the tensors in safetensors or msgpack files, or raise ValueError for a damaged one."""
     for path in paths:
+        if path.suffix == ".msgpack":
+            yield from _unpack(path)
+            continue
         with _open(path) as file:
             for name in file.keys():  # noqa: SIM118 (the library's handle is no dict)
                 view = file.get_slice(name)
@@ -43,6 +51,8 @@ def tensors_in(paths: Sequence[Path]) -> Iterator[Tensor]:
 
 def read(tensor: Tensor) -> np.ndarray:
     """Return a tensor's values as float32."""
+    if tensor.values is not None:
+        return tensor.values.astype(np.float32, copy=False)
     # Everything read from a file counts as memory of this process until the file is closed.
     with _open(tensor.path) as file:
         return file.get_tensor(tensor.name).astype(np.float32, copy=False)
@@ -55,17 +65,18 @@ def stamp(path: Path) -> tuple[int, ...]:
 
 
 def shards(index: Path) -> list[Path]:
-    """Return the files listed in `model.safetensors.index.json`, all of which exist."""
+    """Return the files listed in an index, one of `INDEXES`, all of which exist."""
+    suffix = "." + index.name.split(".")[1]
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        plain = all(Path(name).name == name and name.endswith(".safetensors") for name in names)
+        plain = all(Path(name).name == name and name.endswith(suffix) for name in names)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(
             f"{index} is damaged: expected JSON with the file of each tensor in weight_map; copy "
             "or download it again"
         ) from error
     if not names or not plain:
-        raise ValueError(f"{index} lists {names[:8]}: expected .safetensors files in its folder")
+        raise ValueError(f"{index} lists {names[:8]}: expected {suffix} files in its folder")
     if missing := [name for name in names if not (index.parent / name).is_file()]:
         raise FileNotFoundError(
             f"{index.parent} does not have {listed(missing)}, which {index.name} lists: copy or "
@@ -80,8 +91,29 @@ def _open(path: Path) -> Iterator[safe_open]:
         with safe_open(path, "np") as file:
             yield file
     except SafetensorError as error:
-        fault = f"is truncated or damaged ({error}): download or copy it again"
-        with path.open("rb") as raw:
-            if raw.read(8) == b"version ":
-                fault = "is a Git LFS pointer instead of the weights: run `git lfs pull`"
-        raise ValueError(f"{path} {fault}") from error
+        raise _damaged(path, error) from error
+
+
+def _unpack(path: Path) -> Iterator[Tensor]:
+    """Yield the tensors of a tree that Flax has written, with dots between the names."""
+    data = path.read_bytes()
+    try:
+        tree = msgpack_restore(data)
+        arrays = flatten_dict(tree.get("params", tree), sep=".")
+        tensors = [
+            Tensor(
+                path, name, _SPELLINGS.get(array.dtype.name, array.dtype.name), array.shape, array
+            )
+            for name, array in arrays.items()
+        ]
+    except Exception as error:  # msgpack and Flax raise many kinds for damaged data
+        raise _damaged(path, error) from error
+    yield from tensors
+
+
+def _damaged(path: Path, error: Exception) -> ValueError:
+    fault = f"is truncated or damaged ({error}): download or copy it again"
+    with path.open("rb") as raw:
+        if raw.read(8) == b"version ":
+            fault = "is a Git LFS pointer instead of the weights: run `git lfs pull`"
+    return ValueError(f"{path} {fault}")
