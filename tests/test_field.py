@@ -330,3 +330,43 @@ def test_the_memory_layout_of_parameters_does_not_reach_the_file(name, layout, c
     if layout == "book" and cfg.tie_embeddings:
         tensors = load_file(tmp_path / "m" / "model.safetensors")
         np.testing.assert_array_equal(tensors["out_head.weight"], params["tok_emb"]["weight"])
+
+
+# What transformers 5.24 writes for `GPT2Config`s with random values, and how it reads that itself
+CONFIGS = json.loads((golden.FOLDER / "huggingface_configs.json").read_text())
+MEANING = {  # of the fields of GPT2Config
+    "vocab_size": "vocab_size",
+    "n_positions": "context_length",
+    "n_embd": "emb_dim",
+    "n_layer": "n_layers",
+    "n_head": "n_heads",
+    "layer_norm_epsilon": "norm_eps",
+    "scale_attn_by_inverse_layer_idx": "scale_attn_by_layer",
+    "tie_word_embeddings": "tie_embeddings",
+}
+ACTIVATIONS = {"gelu": "gelu", "gelu_python": "gelu"} | dict.fromkeys(
+    ("gelu_new", "gelu_fast", "gelu_pytorch_tanh"), "gelu_tanh"
+)
+
+
+@pytest.mark.parametrize("case", CONFIGS, ids=range(len(CONFIGS)))
+def test_a_config_of_transformers_has_its_meaning_or_is_refused_by_name(case):
+    meaning = case["meaning"]
+    refused = {
+        "activation_function": meaning["activation_function"] not in ACTIVATIONS,
+        "n_inner": meaning["n_inner"] not in (None, 4 * meaning["n_embd"]),
+        "scale_attn_weights": not meaning["scale_attn_weights"],
+        "add_cross_attention": meaning["add_cross_attention"],
+    }
+    names = [name for name, is_refused in refused.items() if is_refused]
+    if names:
+        with pytest.raises(ValueError, match="|".join(names)):
+            GPTConfig.from_dict(case["config"])
+        return
+    cfg = GPTConfig.from_dict(case["config"])
+    assert {key: getattr(cfg, ours) for key, ours in MEANING.items()} == {
+        key: meaning[key] for key in MEANING
+    }
+    assert cfg.activation == ACTIVATIONS[meaning["activation_function"]]
+    assert cfg.drop_rates == tuple(meaning[f"{place}_pdrop"] for place in ("embd", "attn", "resid"))
+    assert cfg.qkv_bias and cfg.bias
