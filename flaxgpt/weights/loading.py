@@ -34,9 +34,9 @@ def load(
     Args:
         source: one of
 
-            - a folder in Hugging Face's layout or the book's, with `config.json` and either
-              `model.safetensors` or shards and their index;
-            - a `.safetensors` file with a `config.json` beside it;
+            - a folder in the layout of Hugging Face, the book or nanoGPT, with `config.json` and
+              either `model.safetensors` or `flax_model.msgpack`, or shards and their index;
+            - a `.safetensors` or `.msgpack` file with a `config.json` beside it;
             - the folder of a training run, for its best model;
             - a model on the Hugging Face hub, such as `gpt2`, downloaded unless it is cached;
             - `tales`, the small trained model in the package, or `book`, the book's untrained 124M
@@ -53,6 +53,10 @@ def load(
         PermissionError: the model on the hub is gated.
         ConnectionError: the hub cannot be reached.
         ValueError: a file is damaged, of an unsupported kind, or does not fit the configuration.
+
+    Warns:
+        UserWarning: something in the folder is left out, such as another head than the language
+            model's, an unknown key of the configuration or a tokenizer that cannot be read.
     """
     if source == "book":
         cfg = read_config(source)
