@@ -224,9 +224,17 @@ def check_sampling(
 def unknown_name(kind: str, name: Any, known: Iterable[str], advice: str = "") -> ValueError:
     """Return the error for an unknown name: the closest names, and `advice` or all known names."""
     names = list(known)
-    close = difflib.get_close_matches(str(name).lower(), names, n=3, cutoff=0.4)
+    close = close_names(str(name), names)
     hint = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
     return ValueError(f"unknown {kind} {name!r}: {hint}{advice or f'expected {listed(names)}'}")
+
+
+def close_names(name: str, known: Iterable[str], cutoff: float = 0.4) -> list[str]:
+    """Return up to three known names similar to `name`, without those much worse than the best."""
+    name = name.lower()
+    close = difflib.get_close_matches(name, list(known), n=3, cutoff=cutoff)
+    scores = [difflib.SequenceMatcher(None, other, name).ratio() for other in close]
+    return [other for other, score in zip(close, scores, strict=True) if score > scores[0] - 0.2]
 
 
 def require_extra(module: str, purpose: str, extra: str) -> Any:

@@ -169,7 +169,7 @@ def test_help_of_a_command_lists_its_options(start):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--tempratur", 1], "Unrecognized options: --tempratur"),
+        (["--tempratur", 1], "unknown option --tempratur of flaxgpt generate"),
         (["--top-k", "many"], "--top-k"),
         (["--dtype", "int8"], "--dtype"),
         (["--temperature", -1], "temperature=-1.0 must be 0"),
@@ -194,7 +194,6 @@ def test_an_invalid_option_is_an_error_before_the_model_is_loaded(start, argumen
         (["generate", ""], "the prompt is empty"),
         (["generate"], "the prompt is empty"),
         (["generat", "Hello"], "generat"),
-        ([], "generate"),
     ],
 )
 def test_invalid_input_gives_one_line_and_exit_code_2(start, arguments, message):

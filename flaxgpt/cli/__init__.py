@@ -14,13 +14,20 @@ import tyro
 from jax.errors import JaxRuntimeError
 
 import flaxgpt
+from flaxgpt.cli.advice import explain
 from flaxgpt.cli.evaluate import EvalCommand
 from flaxgpt.cli.generate import GenerateCommand
 from flaxgpt.cli.params import ParamsCommand
 from flaxgpt.cli.plot import PlotCommand
 from flaxgpt.cli.train import TrainCommand, defaults
 
-_COMMANDS = (GenerateCommand, TrainCommand, EvalCommand, ParamsCommand, PlotCommand)
+_COMMANDS: dict[str, type] = {
+    "generate": GenerateCommand,
+    "train": TrainCommand,
+    "eval": EvalCommand,
+    "params": ParamsCommand,
+    "plot": PlotCommand,
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -54,26 +61,40 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parse(argv: list[str]) -> Any:
-    """Return the command, or raise ValueError with tyro's message in one line."""
-    commands = []
-    for command in _COMMANDS:
-        name = command.__name__.removesuffix("Command").lower()
+    """Return the command, or raise ValueError that says what is wrong with the arguments."""
+    if argv[:1] == ["help"]:
+        argv = [*argv[1:2], "--help"]
+        if argv[0] not in (*_COMMANDS, "--help"):
+            raise ValueError(f"{explain(argv, _COMMANDS)}; see flaxgpt --help")
+    kinds = []
+    for name, command in _COMMANDS.items():
         default: Any = tyro.MISSING_NONPROP
         if command is TrainCommand:
             default = defaults(argv[1:] if argv[:1] == ["train"] else [])
         # By itself, tyro uses the docstring only up to the examples.
         about = inspect.getdoc(command)
         subcommand = tyro.conf.subcommand(name, description=about, default=default)
-        commands.append(Annotated[command, subcommand])
-    union: Any = Union[tuple(commands)]  # noqa: UP007 (built at run time)
+        kinds.append(Annotated[command, subcommand])
+    union: Any = Union[tuple(kinds)]  # noqa: UP007 (built at run time)
     panel = io.StringIO()
     try:
         with contextlib.redirect_stderr(panel):
-            return tyro.cli(union, prog="flaxgpt", description=flaxgpt.__doc__, args=argv)
+            return tyro.cli(
+                union, prog="flaxgpt", description=flaxgpt.__doc__, args=argv or ["--help"]
+            )
     except SystemExit as stopped:
+        if not argv:
+            # Nothing was asked for, so a script that lost its arguments fails, as with git and uv.
+            raise SystemExit(2) from None
         if not stopped.code:
             raise
-        lines = [line.strip("│ ") for line in panel.getvalue().splitlines()]
-        reason = " ".join(line for line in lines if re.match(r"[^╭─╰]", line))
-        reason = reason.partition(" For full helptext")[0].removesuffix(".")
-        raise ValueError(f"{reason}; see flaxgpt --help") from None
+        reason = explain(argv, _COMMANDS) or _text_of(panel.getvalue())
+        name = f" {argv[0]}" if argv[0] in _COMMANDS else ""
+        raise ValueError(f"{reason}; see flaxgpt{name} --help") from None
+
+
+def _text_of(panel: str) -> str:
+    """Return the message in the frame that tyro draws around it."""
+    lines = [line.strip("│| ") for line in panel.splitlines()]
+    text = " ".join(line for line in lines if re.match(r"[^╭─╰+-]|--?\w", line))
+    return text.partition(" For full helptext")[0].removesuffix(".")
