@@ -1,5 +1,10 @@
 """GPT-2, as in chapter 4 of "Build a Large Language Model (From Scratch)", in JAX and Flax."""
 
+from flaxgpt import _interrupt
+
+_interrupt.exit_quietly_until_ready()
+
+# ruff: noqa: E402
 from flaxgpt.cache import KVCache, init_cache
 from flaxgpt.config import GPTConfig
 from flaxgpt.evaluation import score

@@ -1,8 +1,15 @@
 """Inputs that people type and environments that they work in, in tables of one line per input."""
 
+import io
+import shlex
+import signal
+import subprocess
+import time
+
 import pytest
 
-from command import QUICK, assert_refused, both_ways, call, run
+from command import COMMAND, QUICK, assert_refused, both_ways, call, run
+from flaxgpt.cli.streams import read_prompt
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -105,3 +112,132 @@ def test_help_is_also_a_command(command):
 def test_a_narrow_terminal_does_not_break_the_words_of_an_error():
     process = run("train", "--eval_interval", 5, environment=QUICK | {"COLUMNS": "20"})
     assert_refused(process, "did you mean --eval-every?")
+
+
+def shell(line, *, environment=QUICK, **options):
+    """Run a line of a POSIX shell in which `flaxgpt` is the command."""
+    flaxgpt = shlex.join(COMMAND)
+    return subprocess.run(
+        ["sh", "-c", line.replace("flaxgpt", flaxgpt)],
+        capture_output=True,
+        env=environment,
+        timeout=120,
+        check=False,
+        **options,
+    )
+
+
+slow = pytest.mark.slow
+STREAMS = [
+    pytest.param("flaxgpt generate Hello >&-", 2, "standard output is closed"),
+    pytest.param("flaxgpt --help >&-", 2, "standard output is closed", marks=slow),
+    pytest.param("flaxgpt params gpt2 >&-", 2, "standard output is closed", marks=slow),
+    pytest.param("flaxgpt generate <&-", 2, "the prompt is empty", marks=slow),
+    pytest.param("flaxgpt generate </dev/null", 2, "the prompt is empty", marks=slow),
+    pytest.param("flaxgpt generat >&- 2>&-", 2, "", marks=slow),
+    pytest.param("flaxgpt generat 2>&-", 2, "", marks=slow),
+    pytest.param("flaxgpt --version 2>&-", 0, "", marks=slow),
+    pytest.param("flaxgpt --version >/dev/full", 2, "No space left on device", marks=slow),
+    pytest.param("flaxgpt --help >/dev/full", 2, "No space left on device", marks=slow),
+    pytest.param("flaxgpt params gpt2 >/dev/full", 2, "No space left on device", marks=slow),
+    pytest.param("flaxgpt generate Hello >/dev/full", 2, "No space left on device", marks=slow),
+    pytest.param(
+        r"printf 'a\377b' | flaxgpt generate", 2, "not UTF-8 (byte 0xff at 1)", marks=slow
+    ),
+    pytest.param("JAX_PLATFORMS=tpu flaxgpt generate Hello", 2, "JAX cannot use JAX_PLATFORMS=tpu"),
+    pytest.param(
+        "JAX_PLATFORMS=rocm flaxgpt generate Hello", 2, "use JAX_PLATFORMS=rocm", marks=slow
+    ),
+    pytest.param(
+        "JAX_PLATFORMS=warp flaxgpt generate Hello", 2, "use JAX_PLATFORMS=warp", marks=slow
+    ),
+    pytest.param(
+        "JAX_PLATFORMS=warp flaxgpt params tales", 2, "use JAX_PLATFORMS=warp", marks=slow
+    ),
+    pytest.param("JAX_PLATFORMS=warp flaxgpt params gpt2", 0, "", marks=slow),  # needs no device
+    pytest.param("unset HOME; flaxgpt generate Hello", 0, "", marks=slow),
+    pytest.param("mkdir d; cd d; rmdir ../d; flaxgpt generate Hello", 0, "", marks=slow),
+    pytest.param("COLUMNS=1 TERM=dumb NO_COLOR=1 flaxgpt generate --help", 0, "", marks=slow),
+    pytest.param("flaxgpt --help | head -0", 0, "", marks=slow),
+]
+
+
+@pytest.mark.parametrize(("line", "code", "message"), STREAMS)
+def test_a_process_started_in_an_unusual_way_ends_without_a_traceback(
+    line, code, message, tmp_path
+):
+    process = shell(line, cwd=tmp_path)
+    assert process.returncode == code
+    errors = process.stderr.decode()
+    assert len(errors.splitlines()) == (1 if message else 0), errors
+    assert message in errors
+
+
+ENCODINGS = [
+    pytest.param({"PYTHONIOENCODING": "latin-1"}, "h?é".encode("latin-1")),
+    pytest.param({"PYTHONIOENCODING": "ascii"}, b"h??", marks=slow),
+    pytest.param({"PYTHONIOENCODING": "utf-8"}, "h→é".encode(), marks=slow),
+    pytest.param(
+        {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, b"h??", marks=slow
+    ),
+    pytest.param({"LC_ALL": "C"}, "h→é".encode(), marks=slow),
+]
+
+
+@pytest.mark.parametrize(("variables", "printed"), ENCODINGS)
+@pytest.mark.parametrize(
+    "line", ["flaxgpt generate 'h→é'", pytest.param("printf h→é | flaxgpt generate", marks=slow)]
+)
+def test_characters_outside_the_encoding_of_the_output_are_replaced(variables, printed, line):
+    unset = {name: value for name, value in QUICK.items() if not name.startswith("PYTHONIO")}
+    process = shell(f"{line} --max-new-tokens 1", environment=unset | variables)
+    assert process.returncode == 0
+    assert process.stdout.startswith(printed)
+    assert process.stderr == b""
+
+
+STANDARD_INPUT = [
+    (b"Hello\r\n", "Hello"),
+    (b"Hello\n", "Hello"),
+    (b"Hello", "Hello"),
+    (b"Hello\n\n", "Hello\n"),
+    (b"a\r\nb\r\n", "a\nb"),
+    (b"\xef\xbb\xbfHello\r\n", "Hello"),
+    (b"\xff\xfeH\0i\0\r\0\n\0", "Hi"),
+    ("né\r\n".encode(), "né"),
+]
+
+
+@pytest.mark.parametrize(("data", "text"), STANDARD_INPUT)
+def test_standard_input_follows_the_conventions_of_other_systems(data, text, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(data), encoding="utf-8"))
+    assert read_prompt() == text
+
+
+def test_standard_input_in_another_encoding_is_decoded_if_it_is_known(monkeypatch):
+    stdin = io.TextIOWrapper(io.BytesIO("né\r\n".encode("latin-1")), encoding="latin-1")
+    monkeypatch.setattr("sys.stdin", stdin)
+    assert read_prompt() == "né"
+
+
+def test_an_argument_that_is_not_utf8_is_an_error():
+    assert_refused(call("generate", "a\udcff"), "the prompt is not UTF-8")
+    assert_refused(call("plot", "lens", "a\udcff"), "the text is not UTF-8")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("delay", [0.15, 0.4, 0.8, 1.6])
+def test_ctrl_c_prints_no_traceback_while_libraries_are_imported(delay):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    process = subprocess.Popen(
+        [*COMMAND, "generate", "Hello"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        env=QUICK,
+    )
+    signal.signal(signal.SIGINT, before)
+    time.sleep(delay)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert errors == b""
+    assert process.returncode in (130, -signal.SIGINT)

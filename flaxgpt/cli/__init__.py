@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import inspect
 import io
 import os
 import re
+import shutil
 import sys
+from collections.abc import Iterator
 from typing import Annotated, Any, Union
 
+import jax
 import tyro
 from jax.errors import JaxRuntimeError
 
 import flaxgpt
+from flaxgpt import _interrupt
 from flaxgpt.cli.advice import explain
 from flaxgpt.cli.evaluate import EvalCommand
 from flaxgpt.cli.generate import GenerateCommand
 from flaxgpt.cli.params import ParamsCommand
 from flaxgpt.cli.plot import PlotCommand
+from flaxgpt.cli.streams import prepare_streams
 from flaxgpt.cli.train import TrainCommand, defaults
 
 _COMMANDS: dict[str, type] = {
@@ -35,29 +41,74 @@ def main(argv: list[str] | None = None) -> int:
 
     0 on success, 1 if the device fails or training diverges, 2 for invalid input, 130 after Ctrl-C.
     """
-    argv = sys.argv[1:] if argv is None else argv
-    if argv == ["--version"]:
-        print(f"flaxgpt {flaxgpt.__version__}")
-        return 0
+    _interrupt.catch_again()
     try:
-        _parse(argv).run()
+        prepare_streams()
+        _run(sys.argv[1:] if argv is None else argv)
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        # The reader closed the pipe. Flushing the buffered output at exit must not fail again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
         return 0
-    except (ValueError, OSError, ImportError, ArithmeticError, JaxRuntimeError) as error:
-        message = " ".join(str(error).split())
-        if isinstance(error, JaxRuntimeError):
-            message = (
-                f"the device failed ({message[:200]}): if it is out of memory, use a smaller "
-                "model, --dtype bfloat16, a shorter text or, in training, a smaller --batch-size "
-                "or a larger --accumulate"
-            )
+    except Exception as error:
+        if (found := _explained(error)) is None:
+            raise
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC and error.filename is None:
+            _discard_output()
+        message, code = found
         print(f"flaxgpt: {message}", file=sys.stderr)
-        return 1 if isinstance(error, ArithmeticError | JaxRuntimeError) else 2
+        return code
     return 0
+
+
+def _explained(error: Exception) -> tuple[str, int] | None:
+    """Return one line and the exit code for an error, or None if it is a fault of flaxgpt."""
+    if isinstance(error, RuntimeError | AssertionError) and (reason := _backend_fault()):
+        return reason, 2
+    message = " ".join(str(error).split())
+    if isinstance(error, JaxRuntimeError):
+        return (
+            f"the device failed ({message[:200]}): if it is out of memory, use a smaller model, "
+            "--dtype bfloat16, a shorter text or, in training, a smaller --batch-size or a larger "
+            "--accumulate"
+        ), 1
+    if isinstance(error, ArithmeticError):
+        return message, 1
+    return (message, 2) if isinstance(error, ValueError | OSError | ImportError) else None
+
+
+def _run(argv: list[str]) -> None:
+    if argv == ["--version"]:
+        print(f"flaxgpt {flaxgpt.__version__}", flush=True)
+        return
+    try:
+        _parse(argv).run()
+    except SystemExit:  # of tyro, after --help
+        sys.stdout.flush()
+        raise
+
+
+def _discard_output() -> None:
+    """Keep Python from failing again when it flushes standard output at exit."""
+    with contextlib.suppress(io.UnsupportedOperation):  # in tests
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _backend_fault() -> str:
+    """Return why JAX has no device to run on, or "" if it has one."""
+    try:
+        jax.devices()
+    except Exception as error:
+        # JAX has no message for a platform whose plugin is not installed.
+        reason = str(error).partition("(set JAX_PLATFORMS")[0].strip() or "no such device"
+        platforms = os.environ.get("JAX_PLATFORMS", "")
+        if not platforms:
+            return f"JAX has no device: {' '.join(reason.split())[:300]}"
+        return (
+            f"JAX cannot use JAX_PLATFORMS={platforms} ({' '.join(reason.split())[:300]}): unset "
+            "JAX_PLATFORMS to use the devices of this machine"
+        )
+    return ""
 
 
 def _parse(argv: list[str]) -> Any:
@@ -78,7 +129,7 @@ def _parse(argv: list[str]) -> Any:
     union: Any = Union[tuple(kinds)]  # noqa: UP007 (built at run time)
     panel = io.StringIO()
     try:
-        with contextlib.redirect_stderr(panel):
+        with contextlib.redirect_stderr(panel), _columns_for_help():
             return tyro.cli(
                 union, prog="flaxgpt", description=flaxgpt.__doc__, args=argv or ["--help"]
             )
@@ -98,3 +149,18 @@ def _text_of(panel: str) -> str:
     lines = [line.strip("│| ") for line in panel.splitlines()]
     text = " ".join(line for line in lines if re.match(r"[^╭─╰+-]|--?\w", line))
     return text.partition(" For full helptext")[0].removesuffix(".")
+
+
+@contextlib.contextmanager
+def _columns_for_help() -> Iterator[None]:
+    """Report at least 40 columns: in fewer, tyro breaks words or does not return."""
+    before = os.environ.get("COLUMNS")
+    if shutil.get_terminal_size().columns < 40:
+        os.environ["COLUMNS"] = "40"
+    try:
+        yield
+    finally:
+        if before is not None:
+            os.environ["COLUMNS"] = before
+        else:
+            os.environ.pop("COLUMNS", None)

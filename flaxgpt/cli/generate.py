@@ -12,6 +12,7 @@ import tyro
 import flaxgpt
 from flaxgpt._checks import check_sampling, check_size
 from flaxgpt.cli.common import load_with_tokenizer, say
+from flaxgpt.cli.streams import check_text, read_prompt
 from flaxgpt.config import GPTConfig
 from flaxgpt.generation.text import drop_stop_tokens
 from flaxgpt.tokenizer import Tokenizer
@@ -76,7 +77,8 @@ class GenerateCommand:
         if prompt is None and sys.stdin.isatty():
             raise ValueError('no prompt: give one, as in flaxgpt generate "Once upon a time"')
         if prompt is None or prompt == "-":
-            prompt = sys.stdin.read().removesuffix("\n")
+            prompt = read_prompt()
+        prompt = check_text("the prompt", prompt)
         if not prompt:
             raise ValueError("the prompt is empty: give at least one character to continue from")
 

@@ -13,6 +13,7 @@ import flaxgpt
 from flaxgpt._checks import check_size
 from flaxgpt._files import write_file_atomically
 from flaxgpt.cli.common import load_with_tokenizer, say
+from flaxgpt.cli.streams import check_text
 from flaxgpt.config import PRESETS, GPTConfig
 from flaxgpt.inspection import gradient_norms, plots
 
@@ -74,19 +75,20 @@ class PlotCommand:
         if not self.text:
             example = f'flaxgpt plot {self.kind} "The cat sat"'
             raise ValueError(f"no text: give an input text, as in {example}")
+        text = check_text("the text", self.text)
         if self.block is not None:
             check_size("--block", self.block, 0)
         cfg, params, tokenizer = load_with_tokenizer(self.model)
         if self.block is not None and self.block >= cfg.n_layers:
             raise ValueError(f"--block {self.block}: {self.model} has {cfg.n_layers} blocks")
-        ids = np.array([tokenizer.encode(self.text)])
+        ids = np.array([tokenizer.encode(text)])
         if ids.size > cfg.context_length:
             raise ValueError(
                 f"the text has {ids.size} tokens, but {self.model} reads at most "
                 f"{cfg.context_length}: give a shorter text"
             )
         tokens = [tokenizer.decode([token]) for token in ids[0].tolist()]
-        title = f"{self.model}: {self.text!r}" if len(self.text) < 60 else self.model
+        title = f"{self.model}: {text!r}" if len(text) < 60 else self.model
         blocks = cfg.block_names if self.block is None else (cfg.block_names[self.block],)
         match self.kind:
             case "attention":
