@@ -55,12 +55,33 @@ def check_nonnegative(name: str, value: Any) -> float:
 
 def check_rate(name: str, value: Any) -> float:
     """Return `value` as a float, or raise ValueError unless it is a probability below 1."""
-    if not 0.0 <= _number(value) < 1.0:
+    if not _number(value) >= 0.0 or not below_one(value):
         raise ValueError(
-            f"{name}={value!r} must be a probability, at least 0 and below 1 (a rate of 1 would "
-            "erase everything); 0.0 turns dropout off"
+            f"{name}={value!r} must be a probability, at least 0 and below 1 in float32 (a rate of "
+            "1 would erase everything); 0.0 turns dropout off"
         )
     return float(value)
+
+
+def check_float32(name: str, value: Any) -> float:
+    """Return `value` as a float, or raise ValueError unless float32 can hold it, or it is 0.
+
+    Devices read numbers below float32's smallest normal number as 0.
+    """
+    number, info = check_nonnegative(name, value), np.finfo(np.float32)
+    least, most = float(info.tiny), float(info.max)
+    if number and not least <= number <= most:
+        raise ValueError(
+            f"{name}={value!r} is outside the range of float32: give 0, or a number from "
+            f"{least:.3g} to {most:.3g}"
+        )
+    return number
+
+
+def below_one(value: Any) -> bool:
+    """Whether a number is below 1 in float64 and, rounded, in float32."""
+    number = _number(value)
+    return number < 1.0 and float(np.float32(number)) < 1.0
 
 
 def check_keys(kind: str, values: Iterable[str], cls: Any) -> None:
@@ -215,7 +236,7 @@ def check_sampling(
         raise ValueError(
             f"top_k={top_k} exceeds vocab_size={vocab_size}: omit it to sample from all ids"
         )
-    if top_p is not None and not 0.0 < np.float32(_number(top_p)) <= 1.0:
+    if top_p is not None and not (np.float32(_number(top_p)) > 0.0 and _number(top_p) <= 1.0):
         raise ValueError(
             f"top_p={top_p!r} must be above 0 and at most 1; omit it to sample from all ids"
         )
@@ -271,5 +292,5 @@ def listed(items: Sequence[str], separator: str = ", ") -> str:
 def _number(value: Any) -> float:
     try:
         return float("nan") if isinstance(value, (bool, str)) else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):  # such as 10**400
         return float("nan")

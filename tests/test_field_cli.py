@@ -6,10 +6,18 @@ import signal
 import subprocess
 import time
 
+import jax
+import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+import flaxgpt
 from command import COMMAND, QUICK, assert_refused, both_ways, call, run
+from flaxgpt import GPTConfig, Sampling
 from flaxgpt.cli.streams import read_prompt
+from flaxgpt.generation.sampling import sample
+from flaxgpt.training import TrainConfig
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -241,3 +249,105 @@ def test_ctrl_c_prints_no_traceback_while_libraries_are_imported(delay):
     _, errors = process.communicate(timeout=60)
     assert errors == b""
     assert process.returncode in (130, -signal.SIGINT)
+
+
+TINY = float(np.finfo(np.float32).tiny)  # the smallest number that devices do not read as 0
+LOGITS = np.array([[0.0, 1.0, 3.0, 2.0]] * 64, np.float32)
+
+
+def drawn(**options):
+    """Return the ids drawn from 64 rows of the same logits; 2 is the likeliest id."""
+    values = {"temperature": 1.0, "top_k": 4, "top_p": 1.0} | options
+    keys = jax.random.split(jax.random.key(0), len(LOGITS))
+    kinds = (
+        np.float32(values["temperature"]),
+        np.int32(values["top_k"]),
+        np.float32(values["top_p"]),
+    )
+    return set(np.asarray(jax.jit(sample)(LOGITS, keys, *kinds)).tolist())
+
+
+LIKELIEST = [
+    {"top_p": 1e-38},
+    {"top_p": 1e-44},
+    {"top_p": TINY},
+    {"top_p": 1e-20},
+    {"temperature": 1e-38},
+    {"temperature": 1e-45},
+    {"temperature": 0.0},
+    {"temperature": 1e-38, "top_p": 1e-38},
+    {"temperature": 3e38, "top_p": 1e-38, "top_k": 1},
+]
+
+
+@pytest.mark.parametrize("options", LIKELIEST, ids=str)
+def test_a_number_that_devices_read_as_zero_draws_the_likeliest_id(options):
+    assert drawn(**options) == {2}
+
+
+@pytest.mark.parametrize("temperature", [1e30, 3.4e38])
+def test_a_huge_temperature_draws_all_ids(temperature):
+    assert drawn(temperature=temperature) == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e-45, 1e-38, 1e38, 1e39, 1e300])
+def test_any_temperature_can_be_passed_to_generate(temperature):
+    cfg = GPTConfig(vocab_size=8, context_length=8, emb_dim=8, n_heads=1, n_layers=1)
+    params = flaxgpt.init(cfg, jax.random.key(0))
+    key = jax.random.key(0)
+    (ids,) = flaxgpt.generate(cfg, params, [[1]], 4, temperature=temperature, key=key)
+    if temperature < 1:
+        assert [ids] == flaxgpt.generate(cfg, params, [[1]], 4)
+
+
+@pytest.mark.slow
+@given(top_p=st.floats(1e-44, 0.25), temperature=st.floats(0.0, 3e38))
+@settings(max_examples=50)
+def test_top_p_below_the_likeliest_probability_draws_the_likeliest_id(top_p, temperature):
+    ids = drawn(top_p=top_p, temperature=temperature)
+    assert ids == {2} or temperature > 1e6  # at which the probabilities round to the same
+
+
+OUTSIDE_FLOAT32 = [
+    (TrainConfig, {"learning_rate": 1e-40}, "learning_rate=1e-40 is outside the range of float32"),
+    (TrainConfig, {"learning_rate": 1e39}, "learning_rate=1e+39 is outside the range of float32"),
+    (TrainConfig, {"min_learning_rate": 1e-45}, "min_learning_rate=1e-45 is outside the range"),
+    (TrainConfig, {"eps": 1e-40}, "eps=1e-40 is outside the range of float32"),
+    (TrainConfig, {"eps": 1e-300}, "eps=1e-300 is outside the range of float32"),
+    (TrainConfig, {"eps": 0.0}, "eps=0.0 would divide 0 by 0"),
+    (TrainConfig, {"weight_decay": 1e-39}, "weight_decay=1e-39 is outside the range of float32"),
+    (TrainConfig, {"weight_decay": 1e300}, "weight_decay=1e+300 is outside the range"),
+    (TrainConfig, {"grad_clip": 1e-44}, "grad_clip=1e-44 is outside the range of float32"),
+    (TrainConfig, {"grad_clip": 1e39}, "grad_clip=1e+39 is outside the range of float32"),
+    (TrainConfig, {"beta1": 1e-40}, "beta1=1e-40 is outside the range of float32"),
+    (TrainConfig, {"beta1": 1 - 1e-9}, "beta1=0.999999999 must be at least 0 and below 1 in float"),
+    (TrainConfig, {"beta2": 1 - 1e-9}, "beta2=0.999999999 must be at least 0 and below 1 in float"),
+    (TrainConfig, {"beta2": 10**400}, "beta2=1000"),
+    (GPTConfig, {"drop_rate": 1 - 1e-9}, "drop_rate=0.999999999 must be a probability"),
+    (GPTConfig, {"drop_rate_emb": 1 - 1e-12}, "drop_rate_emb=0.999999999999 must be a probability"),
+    (Sampling, {"temperature": 10**400}, "temperature=1000"),
+    (Sampling, {"top_p": 1e-50}, "top_p=1e-50 must be above 0"),
+    (Sampling, {"top_p": 1 + 1e-9}, "top_p=1.000000001 must be above 0 and at most 1"),
+]
+
+
+@pytest.mark.parametrize(("kind", "options", "message"), OUTSIDE_FLOAT32)
+def test_a_number_that_float32_cannot_hold_is_refused(kind, options, message):
+    with pytest.raises(ValueError, match=message.replace("e+", r"e\+")):
+        kind(**options)
+
+
+WITHIN_FLOAT32 = [
+    (TrainConfig, {"weight_decay": 0.0, "grad_clip": 0.0, "beta1": 0.0, "beta2": 0.0}),
+    (TrainConfig, {"eps": TINY, "weight_decay": TINY, "grad_clip": TINY}),
+    (TrainConfig, {"beta1": 1 - 1e-7, "beta2": 1 - 1e-7}),
+    (TrainConfig, {"grad_clip": 3.4e38}),
+    (TrainConfig, {"val_fraction": 1e-40, "warmup_fraction": 1e-40}),
+    (GPTConfig, {"drop_rate": 1e-40}),
+    (GPTConfig, {"drop_rate": 1 - 1e-7}),
+]
+
+
+@pytest.mark.parametrize(("kind", "options"), WITHIN_FLOAT32)
+def test_the_ends_of_the_range_are_accepted(kind, options):
+    assert kind(**options)

@@ -78,7 +78,8 @@ def prepare(
     stops[: len(sampling.stop_ids)] = sampling.stop_ids
     request = Request(
         key=key,
-        temperature=np.float32(sampling.temperature),
+        # float32's largest number makes all ids equally likely, as any larger one would.
+        temperature=np.float32(min(sampling.temperature, float(np.finfo(np.float32).max))),
         top_k=np.int32(cfg.vocab_size if sampling.top_k is None else sampling.top_k),
         top_p=np.float32(1.0 if sampling.top_p is None else sampling.top_p),
         stop_ids=stops,

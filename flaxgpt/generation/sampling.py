@@ -17,6 +17,11 @@ from jax import lax
 
 from flaxgpt._checks import check_sampling, check_stop_ids
 
+# Devices read smaller numbers as 0, which every sum of probabilities would reach.
+_TINY = float(jnp.finfo(jnp.float32).tiny)
+# Any larger temperature makes all ids equally likely too, but the quotients, read as 0, would lose
+# the order that top-k needs.
+_HOTTEST = 1e20
 NOT_A_NUMBER = -1  # stands for the id of a row whose logits hold NaN
 
 
@@ -86,7 +91,8 @@ def sample(
 
     def random() -> jax.Array:
         # Relative to the largest logit, which stays finite however small the temperature.
-        relative = (logits - logits.max(axis=-1, keepdims=True)) / temperature
+        relative = logits - logits.max(axis=-1, keepdims=True)
+        relative /= jnp.clip(temperature, _TINY, _HOTTEST)
         kept = keep_likely(relative, top_k, top_p)
         return jax.vmap(jax.random.categorical)(keys, kept).astype(jnp.int32)
 
@@ -116,7 +122,8 @@ def keep_likely(
     probs = jax.nn.softmax(kept, axis=-1)
 
     def reaches_p(cut: jax.Array) -> jax.Array:
-        return jnp.where(rank >= cut, probs, 0.0).sum(axis=-1, keepdims=True) >= top_p
+        reached = jnp.where(rank >= cut, probs, 0.0).sum(axis=-1, keepdims=True)
+        return reached >= jnp.maximum(top_p, _TINY)
 
     return jnp.where(rank >= _highest(reaches_p, rank, skip=top_p >= 1), kept, -jnp.inf)
 

@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from typing import Any, Literal, get_args, get_type_hints
 
-from flaxgpt._checks import check_keys, check_nonnegative, check_size
+from flaxgpt._checks import below_one, check_float32, check_keys, check_nonnegative, check_size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,12 +101,15 @@ class TrainConfig:
             if value is not None or type(None) not in get_args(kind):
                 object.__setattr__(self, name, _checked(name, kind, value))
         for name in ("beta1", "beta2", "val_fraction", "warmup_fraction"):
-            if getattr(self, name) >= 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and below 1")
+            if not below_one(value := getattr(self, name)):
+                rounded = " in float32" if value < 1 else ""
+                raise ValueError(f"{name}={value} must be at least 0 and below 1{rounded}")
         if (fraction := self.min_learning_rate_fraction) > 1:
             raise ValueError(f"min_learning_rate_fraction={fraction} must be from 0 to 1")
         if self.learning_rate == 0:
             raise ValueError("learning_rate=0.0 would not change the parameters: try 1e-3")
+        if self.eps == 0:
+            raise ValueError("eps=0.0 would divide 0 by 0 where a gradient is 0: try 1e-8")
         if self.resolved_min_learning_rate > self.learning_rate:
             raise ValueError(
                 f"min_learning_rate={self.min_learning_rate} must not exceed "
@@ -153,7 +156,8 @@ def _checked(name: str, kind: Any, value: Any) -> Any:
     if kind in (int, int | None):
         return check_size(name, value, 0 if name in _MAY_BE_ZERO else 1)
     if kind in (float, float | None):
-        return check_nonnegative(name, value)
+        # Fractions are multiplied on the host, in float64.
+        return (check_nonnegative if name.endswith("_fraction") else check_float32)(name, value)
     if kind == tuple[str, ...]:
         if isinstance(value, (str, os.PathLike)):
             path = os.fspath(value)
