@@ -1,18 +1,25 @@
 """Inputs that people type and environments that they work in, in tables of one line per input."""
 
 import io
+import json
 import shlex
+import shutil
 import signal
 import subprocess
 import time
 
+import huggingface_hub
+import huggingface_hub.constants
+import huggingface_hub.errors
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import flaxgpt
+import golden
 from command import COMMAND, QUICK, assert_refused, both_ways, call, run
 from flaxgpt import GPTConfig, Sampling
 from flaxgpt.cli.streams import read_prompt
@@ -351,3 +358,90 @@ WITHIN_FLOAT32 = [
 @pytest.mark.parametrize(("kind", "options"), WITHIN_FLOAT32)
 def test_the_ends_of_the_range_are_accepted(kind, options):
     assert kind(**options)
+
+
+HF = golden.FOLDER / "hf-small"
+COMMIT, OLDER = "0123456789abcdef0123456789abcdef01234567", "f" * 40
+SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+INDEX = "model.safetensors.index.json"
+
+
+def write_cache(root, files, *, reference=True, commits=(COMMIT,)):
+    """Write a cache of the hub with these files of the repository org/name."""
+    folder = root / "models--org--name"
+    for commit in commits:
+        (folder / "snapshots" / commit).mkdir(parents=True)
+        for name in files:
+            target = folder / "snapshots" / commit / name
+            if name == INDEX:
+                target.write_text(json.dumps({"weight_map": {"a": SHARDS[0], "b": SHARDS[1]}}))
+            elif name in SHARDS:
+                tensors = safetensors.numpy.load_file(HF / "model.safetensors")
+                half = sorted(tensors)[SHARDS.index(name) :: 2]
+                safetensors.numpy.save_file({key: tensors[key] for key in half}, target)
+            else:
+                shutil.copy(HF / name, target)
+    if reference:
+        (folder / "refs").mkdir()
+        (folder / "refs" / "main").write_text(COMMIT)
+    # The listing that newer clients store, and with which they refuse an incomplete snapshot.
+    names = [*files, "generation_config.json", "tokenizer.json", "README.md"]
+    listing = {name: {"size": 1, "blob_id": "0" * 40} for name in names}
+    (folder / "trees").mkdir()
+    (folder / "trees" / f"{COMMIT}.json").write_text(
+        json.dumps({"format_version": 1, "files": listing})
+    )
+
+
+CACHED = [
+    (["config.json", "model.safetensors"], {}),
+    (["config.json", "model.safetensors"], {"reference": False}),
+    (["config.json", "model.safetensors"], {"commits": (COMMIT, OLDER)}),
+    (["config.json", INDEX, *SHARDS], {}),
+    (["config.json", INDEX, *SHARDS], {"reference": False}),
+]
+NOT_CACHED = [
+    ([], {}),
+    (["config.json"], {}),
+    (["model.safetensors"], {"reference": False}),
+    (["config.json", INDEX, SHARDS[0]], {}),
+    (["config.json", INDEX, SHARDS[0]], {"reference": False}),
+    (["config.json", INDEX], {}),
+    (["config.json", *SHARDS], {}),
+    (["config.json", "model.safetensors"], {"reference": False, "commits": (COMMIT, OLDER)}),
+]
+
+
+def client_without_network(monkeypatch, kind):
+    """Let the client of the hub see no network: the installed one, or one that always refuses."""
+    if kind == "offline":
+        return
+
+    def fails(*_, **__):
+        raise huggingface_hub.errors.LocalEntryNotFoundError("no connection")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fails)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", kind != "no network")
+
+
+@pytest.mark.parametrize("kind", ["offline", "refusing", "no network"])
+@pytest.mark.parametrize(("files", "options"), CACHED)
+def test_a_cache_with_configuration_and_weights_is_enough(
+    files, options, kind, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    client_without_network(monkeypatch, kind)
+    write_cache(tmp_path, files, **options)
+    cfg, params, _ = flaxgpt.load("org/name")
+    assert cfg == flaxgpt.load(HF)[0]
+    jax.tree.map(np.testing.assert_array_equal, params, flaxgpt.load(HF)[1])
+
+
+@pytest.mark.parametrize("kind", ["offline", "refusing", "no network"])
+@pytest.mark.parametrize(("files", "options"), NOT_CACHED)
+def test_a_cache_without_all_weights_is_an_error(files, options, kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    client_without_network(monkeypatch, kind)
+    write_cache(tmp_path, files, **options)
+    with pytest.raises(OSError, match="org/name"):
+        flaxgpt.load("org/name")

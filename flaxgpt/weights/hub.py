@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from flaxgpt.weights.tensors import INDEX, SINGLE, shards
+
 # A repository often has several copies of the weights: pickles, ONNX, other frameworks' files and
 # variants such as model.fp16.safetensors. flaxgpt reads none of these.
 _WANTED = ["model.safetensors", "model-*.safetensors", "*.json"]
@@ -31,6 +33,9 @@ def fetch(model_id: str) -> Path:
     except Exception as error:  # the client's network errors have no common base class
         if isinstance(error, OSError) and error.errno is not None:
             raise  # from the file system, such as a full disk
+        # The client refuses a cache without any of the files in `_WANTED`, most of them optional.
+        if (cached := _cached(model_id)) is not None:
+            return cached
         reason = "the whole model is not in the Hugging Face hub's cache, and "
         if (response := getattr(error, "response", None)) is not None:
             answer = f"{response.status_code}: {str(error).strip().splitlines()[0]}"
@@ -40,3 +45,27 @@ def fetch(model_id: str) -> Path:
         else:
             reason += f"the hub could not be reached ({type(error).__name__}): check the network"
         raise ConnectionError(f"{absent} {reason}, or give the path of a folder") from error
+
+
+def _cached(model_id: str) -> Path | None:
+    """Return the cached folder of a model if it has the configuration and all weights."""
+    from huggingface_hub import constants
+
+    folder = Path(constants.HF_HUB_CACHE, f"models--{model_id.replace('/', '--')}").expanduser()
+    if (reference := folder / "refs" / "main").is_file():
+        snapshots = [folder / "snapshots" / reference.read_text(encoding="utf-8").strip()]
+    else:
+        snapshots = list(folder.glob("snapshots/*"))
+    complete = [snapshot for snapshot in snapshots if _is_complete(snapshot)]
+    return complete[0] if len(complete) == 1 else None  # several without a reference: which one?
+
+
+def _is_complete(folder: Path) -> bool:
+    if not (folder / "config.json").is_file():
+        return False
+    if (folder / SINGLE).is_file():
+        return True
+    try:
+        return bool(shards(folder / INDEX))
+    except (OSError, ValueError):
+        return False
