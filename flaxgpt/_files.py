@@ -1,4 +1,4 @@
-"""Atomic writes: after a crash, a file or folder has its old contents or the new ones."""
+"""Atomic writes: after a crash, a file (on Linux, a folder too) has its old contents or the new."""
 
 from __future__ import annotations
 

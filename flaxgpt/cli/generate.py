@@ -47,7 +47,7 @@ class GenerateCommand:
     """Sample only from the most likely tokens whose probabilities add up to this value."""
 
     seed: int = 0
-    """Random seed; the same seed gives the same text."""
+    """Random seed; the same seed gives the same text on the same machine."""
 
     n: int = 1
     """Number of continuations, printed with an empty line between them."""

@@ -31,8 +31,10 @@ def generate(
 ) -> list[list[int]]:
     """Continue every prompt and return the new ids only.
 
-    The result of a row does not depend on the other rows. (For random sampling this holds with
-    JAX's default keys, threefry; `rbg` keys draw differently in a batch.) Where prompt and new ids
+    In float32, a row gets the same ids in a batch as alone, unless two ids are equally likely up to
+    rounding. (For random sampling this holds with JAX's default keys, threefry; `rbg` keys draw
+    differently in a batch.) In bfloat16 and float16 the ids can differ, because the matrix products
+    of a batch are blocked differently, so they round differently. Where prompt and new ids
     outgrow `cfg.context_length`, the model reads the last `context_length` of them with positions
     counted from 0, as the book's `generate_text_simple` does (section 4.7).
 

@@ -70,7 +70,8 @@ def train(
     """Train a model on text files; see `TrainConfig` for all settings.
 
     After Ctrl-C, a crash or `kill -9`, the same call with `init_from=out` resumes the run. On CPU,
-    the parameters of a resumed run are bit-identical to those of an uninterrupted one.
+    on the same machine and with the same versions, the parameters of a resumed run are
+    bit-identical to those of an uninterrupted one.
     `read_run(out)` returns the two configurations.
 
     Args:

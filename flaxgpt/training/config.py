@@ -40,7 +40,8 @@ class TrainConfig:
         weight_decay: weight decay of the parameters selected by `decay`.
         decay: `matrices` (including embeddings, as in nanoGPT) or `everything` (PyTorch's default).
         grad_clip: maximum global norm of the gradient; 0 disables clipping.
-        accumulate: pieces into which a batch is split to save memory; the gradient is the same.
+        accumulate: pieces into which a batch is split to save memory; without dropout, the gradient
+            is the same up to rounding.
         dtype: dtype to compute in; parameters and optimizer state are always float32.
         remat: recompute each block's activations in the backward pass to save memory.
         seed: seed of the initial parameters, data order, dropout and samples.

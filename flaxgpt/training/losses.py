@@ -163,7 +163,7 @@ def mean_loss(
         cfg: the architecture.
         params: its parameters.
         windows: a `Batch`, or int [n, T + 1], with n at least 1.
-        batch_size: windows per forward pass; the result does not depend on it.
+        batch_size: windows per forward pass; it changes the result by rounding only.
         dtype: dtype to compute in.
         loss_fn: the loss, which is compiled once per function object.
 

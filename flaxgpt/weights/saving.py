@@ -37,7 +37,10 @@ def save(
     layout: Literal["huggingface", "book"] = "huggingface",
     tokenizer: Tokenizer | None = None,
 ) -> None:
-    """Write a model to a folder atomically: after a crash it holds the old model or the new one.
+    """Write a model to a folder atomically.
+
+    On Linux, the folder holds the old model or the new one after a crash. On other systems, a crash
+    while an old model is being replaced can leave both in hidden folders next to it.
 
     `load` reads both layouts, bit for bit.
 
