@@ -4,9 +4,11 @@ The tables are ordered by the kind of fault that they guard against.
 """
 
 import dataclasses
+import fnmatch
 import json
 import shutil
 
+import huggingface_hub
 import jax
 import numpy as np
 import pytest
@@ -206,6 +208,26 @@ def test_a_damaged_flax_file_is_one_clear_error(damage, message, tmp_path):
     (folder / "flax_model.msgpack").write_bytes(damage(data))
     with pytest.raises(ValueError, match=message):
         flaxgpt.load(folder)
+
+
+@pytest.mark.parametrize("files", [(FLAX,), (FLAX, HF)], ids=["Flax alone", "both"])
+def test_flax_weights_on_the_hub_are_downloaded_if_there_are_no_safetensors(
+    files, tmp_path, monkeypatch
+):
+    remote = {path.name: path for source in files for path in source.iterdir()}
+
+    def download(model_id, allow_patterns, ignore_patterns):
+        for name, path in remote.items():
+            if any(fnmatch.fnmatch(name, pattern) for pattern in allow_patterns):
+                shutil.copy(path, tmp_path)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    cfg, params, _ = flaxgpt.load("org/name")
+    expected = golden.model(files[-1].name)
+    assert cfg == expected[0]
+    jax.tree.map(np.testing.assert_array_equal, params, expected[1])
+    assert (tmp_path / "flax_model.msgpack").exists() == (files == (FLAX,))
 
 
 # Tensors that are not of the language model

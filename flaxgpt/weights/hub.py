@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
-from flaxgpt.weights.tensors import INDEX, SINGLE, shards
+from flaxgpt.weights.tensors import FLAX_SINGLE, INDEXES, SINGLE, shards
 
 # A repository often has several copies of the weights: pickles, ONNX, other frameworks' files and
-# variants such as model.fp16.safetensors. flaxgpt reads none of these.
+# variants such as model.fp16.safetensors. flaxgpt reads none of these, except Flax's files if there
+# are no safetensors.
 _WANTED = ["model.safetensors", "model-*.safetensors", "*.json"]
 _WANTED += ["merges.txt", "vocab.txt", "*.model", "*.tiktoken"]  # also to tell kinds of tokenizers
+_FLAX = ["flax_model.msgpack", "flax_model-*.msgpack"]
 
 
 def fetch(model_id: str) -> Path:
@@ -19,7 +22,10 @@ def fetch(model_id: str) -> Path:
 
     absent = f"there is no file or folder {model_id!r} here, and"
     try:
-        return Path(snapshot_download(model_id, allow_patterns=_WANTED, ignore_patterns=["*/*"]))
+        path = snapshot_download(model_id, allow_patterns=_WANTED, ignore_patterns=["*/*"])
+        if not _is_complete(Path(path)):
+            path = snapshot_download(model_id, allow_patterns=_FLAX, ignore_patterns=["*/*"])
+        return Path(path)
     except errors.GatedRepoError as error:
         raise PermissionError(
             f"{absent} {model_id!r} on the Hugging Face hub is gated: request access on its page, "
@@ -63,9 +69,9 @@ def _cached(model_id: str) -> Path | None:
 def _is_complete(folder: Path) -> bool:
     if not (folder / "config.json").is_file():
         return False
-    if (folder / SINGLE).is_file():
+    if any((folder / name).is_file() for name in (SINGLE, FLAX_SINGLE)):
         return True
-    try:
-        return bool(shards(folder / INDEX))
-    except (OSError, ValueError):
-        return False
+    for index in INDEXES:
+        with contextlib.suppress(OSError, ValueError):
+            return bool(shards(folder / index))
+    return False
