@@ -22,7 +22,7 @@ _NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM)  # kerne
 def write_file_atomically(path: Path, data: bytes) -> None:
     """Write or replace a file so that it is never seen half written, even after a power failure."""
     path = path.resolve()  # replace the target of a link, not the link
-    temporary = _beside(path)
+    temporary = temporary_beside(path)
     try:
         with temporary.open("xb") as file:
             file.write(data)
@@ -58,7 +58,7 @@ def replacing_folder(target: Path, replaceable: Collection[str]) -> Iterator[Pat
             f"{target} also holds {listed(foreign)}, which saving would delete: choose another "
             "folder, or move these files first"
         )
-    temporary = _beside(target)
+    temporary = temporary_beside(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary.mkdir()
@@ -89,8 +89,10 @@ def replacing_folder(target: Path, replaceable: Collection[str]) -> Iterator[Pat
         ) from error
 
 
-def _beside(path: Path) -> Path:
-    return path.with_name(f".{path.name[:100]}.{uuid.uuid4().hex}.tmp")
+def temporary_beside(path: Path) -> Path:
+    """Return a new hidden name next to a path, not longer than file systems allow."""
+    name = os.fsencode(path.name)[:100].decode(errors="ignore")  # limits are in bytes
+    return path.with_name(f".{name}.{uuid.uuid4().hex}.tmp")
 
 
 def _foreign(target: Path, replaceable: Collection[str]) -> list[str]:
@@ -123,7 +125,7 @@ def _exchange(new: Path, old: Path) -> None:
             return
         if (code := ctypes.get_errno()) not in _NO_EXCHANGE:
             raise OSError(code, os.strerror(code), str(old))
-    aside = _beside(old)
+    aside = temporary_beside(old)
     os.rename(old, aside)
     try:
         os.rename(new, old)

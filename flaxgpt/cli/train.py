@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
@@ -54,7 +55,8 @@ class TrainCommand:
         cfg = self.cfg
         if self.fit_vocabulary:
             cfg = dataclasses.replace(cfg, vocab_size=tokenizer_of(self.train_cfg).vocab_size)
-        say(f"{train(cfg, self.train_cfg, self.out).model}\n")
+        model = str(train(cfg, self.train_cfg, self.out).model)
+        say(f"{model.encode(errors='backslashreplace').decode()}\n")  # it may not be UTF-8
 
 
 def defaults(arguments: Sequence[str]) -> TrainCommand:
@@ -73,9 +75,9 @@ def defaults(arguments: Sequence[str]) -> TrainCommand:
     from flaxgpt.runs.start import resumes
     from flaxgpt.weights import read_config
 
-    folder, out = Path(source).expanduser(), given.out or source
+    folder, out = Path(os.path.expanduser(source)), given.out or source
     starting = dataclasses.replace(train_cfg, init_from=source)
-    if is_run(folder) and resumes(starting, Path(out).expanduser()):
+    if is_run(folder) and resumes(starting, Path(os.path.expanduser(out))):
         cfg, train_cfg = read_run(folder)
         return TrainCommand(None, out, cfg, dataclasses.replace(train_cfg, init_from=source))
     if not given.recipe:

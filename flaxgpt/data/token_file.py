@@ -18,7 +18,6 @@ import hashlib
 import itertools
 import json
 import os
-import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from flaxgpt._checks import listed, value_errors
-from flaxgpt._files import write_file_atomically
+from flaxgpt._files import temporary_beside, write_file_atomically
 from flaxgpt.data.corpus import TextScan, pieces, read_texts
 from flaxgpt.tokenizer import CharTokenizer, Tokenizer
 from flaxgpt.tokenizer.folder import tokenizer_fingerprint, tokenizer_recipe
@@ -123,7 +122,7 @@ def write_ids(
         "stop": stop,
     }
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
-    temporary = target.with_name(f".{target.name[:100]}.{uuid.uuid4().hex}.tmp")
+    temporary = temporary_beside(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("xb") as file:

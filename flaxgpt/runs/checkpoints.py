@@ -6,18 +6,19 @@
 
 `orbax.checkpoint.CheckpointManager` writes in the background and removes old checkpoints. Orbax
 0.12 does not sync a checkpoint to disk before naming it, restores a flipped bit as just another
-number, and leaves a half-written folder behind when a write fails. This module adds the sync, the
-checksums and the clean-up.
+number, leaves a half-written folder behind when a write fails, and misreads some paths. This module
+adds the sync, the checksums, the clean-up and, for such paths, a link.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
-import logging
 import math
 import os
 import shutil
+import tempfile
 import warnings
 import zlib
 from collections.abc import Sequence
@@ -32,6 +33,8 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, LatestN
 
 from flaxgpt._checks import check_size, listed
 from flaxgpt._files import sync
+from flaxgpt.runs.plain_path import PlainPath
+from flaxgpt.runs.quiet import QuietLibraries
 
 _CHECKSUMS = "checksums.json"
 Json = dict[str, Any]
@@ -51,7 +54,8 @@ class Checkpoints:
 
     The latest `keep` checkpoints remain, and the one with the lowest validation loss. They are
     written in the background while training continues. Every method first waits for the checkpoint
-    that is being written, and raises OSError once if that failed.
+    that is being written, and raises OSError once if that failed. A checkpoint counts as written
+    once its files have been read back from disk.
     """
 
     def __init__(self, folder: Path, keep: int) -> None:
@@ -60,9 +64,8 @@ class Checkpoints:
         for path in _unfinished(self._folder):
             warnings.warn(f"removing {path}, which a killed run left half-written", stacklevel=2)
             shutil.rmtree(path)
-        # Orbax also logs, with a traceback, every error that it raises.
-        self._log_filter = lambda record: "orbax" not in record.pathname
-        logging.getLogger("absl").addFilter(self._log_filter)
+        self._plain = PlainPath(self._folder)
+        self._quiet, self._failed = QuietLibraries(), False
         self._manager = self._open_manager()
         # The intact checkpoints, as far as is known.
         self._losses = {step: self._read_loss(step) for step in self._manager.all_steps()}
@@ -99,6 +102,7 @@ class Checkpoints:
         )
         self._size = sum(leaf.nbytes for leaf in jax.tree.leaves(arrays))
         try:
+            self._plain.renew()
             _check_space(self._folder, self._size)
             while self._damaged:
                 self._manager.delete(self._damaged.pop())
@@ -142,6 +146,25 @@ class Checkpoints:
             + "; start a new run in another folder"
         )
 
+    def verify(self, state: Any) -> None:
+        """Restore the newest checkpoint, and raise OSError unless it holds this state."""
+        step = self.latest_step()
+        assert step is not None
+        try:
+            for (name, read), (_, leaf) in zip(
+                _named(self._read_arrays(step, state)), _named(state), strict=True
+            ):
+                written = np.asarray(jax.random.key_data(leaf) if _is_key(leaf) else leaf)
+                if (read.dtype, read.shape) != (written.dtype, written.shape) or (
+                    read.tobytes() != written.tobytes()
+                ):
+                    raise ValueError(f"{name} is not what was written")
+        except Exception as error:
+            raise OSError(
+                f"the checkpoint written to {self._folder / str(step)} cannot be restored: "
+                f"{_first_line(error)}; train in another folder"
+            ) from error
+
     def latest_step(self) -> int | None:
         """Return the step of the newest checkpoint, or None if there is none."""
         self.wait()
@@ -165,6 +188,8 @@ class Checkpoints:
             self._manager.close()
             self._manager = self._open_manager()
         kept = self._manager.all_steps()
+        if step not in kept or not (self._folder / str(step) / _CHECKSUMS).exists():
+            raise self._clean_up(step, OSError("it is not there after it was written"))
         self._losses = {step: loss for step, loss in self._losses.items() if step in kept}
 
     def close(self) -> None:
@@ -173,7 +198,9 @@ class Checkpoints:
             self.wait()
         finally:
             self._manager.close()
-            logging.getLogger("absl").removeFilter(self._log_filter)
+            self._plain.close()
+            if not self._failed:  # or threads of orbax would still report the failure
+                self._quiet.close()
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -184,7 +211,7 @@ class Checkpoints:
     def _open_manager(self) -> Any:
         policy = AnyPreservationPolicy([LatestN(self._keep), _KeepBest(self._best)])
         return ocp.CheckpointManager(
-            self._folder,
+            self._plain.path,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policy,
                 temporary_path_class=_DurableFolder,
@@ -203,16 +230,18 @@ class Checkpoints:
         """Remove what a failed write left behind, and return the error to raise."""
         self._writing = None
         del self._losses[step]
+        self._failed = True
+        with contextlib.suppress(Exception):  # the error that is being reported
+            self._manager.close()  # waits for threads that are still writing
         for path in _unfinished(self._folder):
-            shutil.rmtree(path)
-        self._manager.close()
+            shutil.rmtree(path, ignore_errors=True)
         self._manager = self._open_manager()  # the old one no longer counts what it would remove
         reason = error.__cause__ or error
-        if not isinstance(reason, OSError) and shutil.disk_usage(self._folder).free < self._size:
+        if not isinstance(reason, OSError) and _free(self._folder) < self._size:
             reason = OSError(errno.ENOSPC, "No space left on device")  # orbax may report another
         return OSError(
             f"checkpoint of step {step} could not be written to {self._folder / str(step)}: "
-            f"{reason}; earlier checkpoints are intact: free some space, or fix "
+            f"{_first_line(reason)}; earlier checkpoints are intact: free some space, or fix "
             "the cause, and resume"
         )
 
@@ -229,9 +258,6 @@ class Checkpoints:
         return _read_run(folder)["validation_loss"]
 
     def _read_state(self, step: int, template: Any, key_impls: dict[str, str]) -> Any:
-        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), template)
-        items = ocp.args.Composite(arrays=ocp.args.PyTreeRestore(template, restore_args=as_numpy))
-
         def place(path: Any, array: Any, like: Any) -> jax.Array:
             if impl := key_impls.get(_name(path)):
                 array = jax.random.wrap_key_data(jnp.asarray(array), impl=impl)
@@ -239,8 +265,29 @@ class Checkpoints:
             sharding = like.sharding if getattr(like, "committed", True) else None
             return jax.device_put(array, sharding)
 
-        arrays = self._manager.restore(step, args=items).arrays
+        arrays = self._read_arrays(step, template)
         return jax.tree_util.tree_map_with_path(place, arrays, template)
+
+    def _read_arrays(self, step: int, template: Any) -> Any:
+        """Return the NumPy arrays of a checkpoint; keys as their data."""
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), template)
+        items = ocp.args.Composite(arrays=ocp.args.PyTreeRestore(template, restore_args=as_numpy))
+        return self._manager.restore(step, args=items).arrays
+
+
+def check_folder(folder: Path) -> None:
+    """Write and restore a small checkpoint in a folder, and remove it.
+
+    Raises:
+        OSError, ValueError: the folder cannot hold checkpoints.
+    """
+    state = {"array": jnp.arange(3)}
+    with (
+        tempfile.TemporaryDirectory(prefix=".", suffix=".tmp", dir=folder) as temporary,
+        Checkpoints(Path(temporary), keep=1) as checkpoints,
+    ):
+        checkpoints.save(0, state, {}, {})
+        checkpoints.verify(state)
 
 
 class _DurableFolder(ocp.path.atomicity.AtomicRenameTemporaryPath):
@@ -257,6 +304,7 @@ class _DurableFolder(ocp.path.atomicity.AtomicRenameTemporaryPath):
         (folder / _CHECKSUMS).write_text(json.dumps(sums))
         for path in (*paths, folder / _CHECKSUMS, folder):
             sync(path)
+        _check_files(folder)
         os.rename(folder, final)
         sync(final.parent)
 
@@ -294,13 +342,16 @@ def _check_files(folder: Path, prefix: str = "") -> None:
 def _crc32(path: Path) -> int:
     checksum = 0
     with path.open("rb") as file:
+        if hasattr(os, "posix_fadvise"):  # read what is on disk, as far as the system permits
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         while block := file.read(2**20):
             checksum = zlib.crc32(block, checksum)
     return checksum
 
 
 def _unfinished(folder: Path) -> list[Path]:
-    return sorted(folder.glob(f"[0-9]*{ocp.path.atomicity.TMP_DIR_SUFFIX}*"))
+    found = folder.glob(f"[0-9]*{ocp.path.atomicity.TMP_DIR_SUFFIX}*")
+    return sorted(path for path in found if path.is_dir() and not path.is_symlink())
 
 
 def _read_run(folder: Path) -> dict[str, Any]:
@@ -309,9 +360,19 @@ def _read_run(folder: Path) -> dict[str, Any]:
 
 def _check_space(folder: Path, needed: int) -> None:
     needed += needed // 20 + 1_000_000  # orbax's own files, and partly filled blocks
-    free = shutil.disk_usage(folder).free
-    if needed > free:
+    if needed > (free := _free(folder)):
         raise OSError(f"it takes {needed / 1e6:,.0f} MB and {free / 1e6:,.0f} MB are free")
+
+
+def _free(folder: Path) -> float:
+    """Return the free space of a folder in bytes; infinity if the folder has been removed."""
+    return shutil.disk_usage(folder).free if folder.exists() else math.inf
+
+
+def _first_line(error: BaseException) -> str:
+    """Return the message of an error without what libraries append to it in brackets or lines."""
+    message = str(error) or type(error).__name__
+    return message.partition("\n")[0].partition(" [tensorstore_spec=")[0]
 
 
 def _named(tree: Any) -> list[tuple[str, Any]]:

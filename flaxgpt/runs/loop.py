@@ -58,6 +58,7 @@ class _Context(NamedTuple):
     checkpoints: Checkpoints
     report: Report
     signals: list[int]
+    verified: list[int]  # the step of the first checkpoint, once it has been restored
 
 
 def train(
@@ -97,7 +98,7 @@ def train(
         )
     console = Console(stderr=True) if console is None else console
     say = partial(console.print, markup=False, style="dim")
-    out = Path(out).expanduser()
+    out = Path(os.path.expanduser(out)).absolute()  # the process may change its directory
     with contextlib.ExitStack() as stack:
         if resumes(train_cfg, out):
             stack.enter_context(lock_run(out))  # before any of its files is changed
@@ -110,7 +111,7 @@ def train(
         state = _restore(run, checkpoints)
         start = int(state.step)
         report = stack.enter_context(Report(out, run.train_cfg.steps, start, console))
-        state = _train_until_done(_Context(run, checkpoints, report, signals), state)
+        state = _train_until_done(_Context(run, checkpoints, report, signals, []), state)
         checkpoints.wait()
         if int(state.step) > start:
             report.saved(int(state.step))
@@ -132,7 +133,7 @@ def _restore(run: Run, checkpoints: Checkpoints) -> TrainState:
 
 def _train_until_done(context: _Context, state: TrainState) -> TrainState:
     """Train until the last step or a signal, and return the final state."""
-    run, checkpoints, report, signals = context
+    run, checkpoints, report, signals, _ = context
     recipe, step = run.train_cfg, int(state.step)
     if step >= recipe.steps:
         report.note(f"already at step {step}: set steps above {step} to continue")
@@ -219,6 +220,9 @@ def _save_checkpoint(
         save(run.folder / "model", run.cfg, state.params, tokenizer=run.tokenizer)
     config = {"model": run.cfg.to_dict(), "training": recipe.to_dict()}
     context.checkpoints.save(step, _arrays(state), position, config, loss)
+    if not context.verified:
+        context.checkpoints.verify(_arrays(state))
+        context.verified.append(step)
 
 
 def _arrays(state: TrainState) -> dict[str, Any]:

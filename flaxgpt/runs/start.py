@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -26,7 +27,7 @@ _FIXED = ("tokenizer", "val_fraction", "batch_size", "windows", "seed", "optimiz
 
 def resumes(train_cfg: TrainConfig, out: Path) -> bool:
     """Return whether a recipe resumes the run in `out` instead of starting a new one."""
-    source = Path(train_cfg.init_from).expanduser()
+    source = Path(os.path.expanduser(train_cfg.init_from))
     return source.is_dir() and out.is_dir() and source.samefile(out) and is_run(out)
 
 
@@ -49,6 +50,10 @@ def start_run(cfg: GPTConfig, train_cfg: TrainConfig, out: Path, say: Say) -> Ru
     params, tokenizer = _initial_model(cfg, train_cfg, texts.training)
     out.mkdir(parents=True, exist_ok=True)
     try:
+        # Imported here because orbax takes as long as loading a small model.
+        from flaxgpt.runs.checkpoints import check_folder
+
+        check_folder(out)
         write_config(out, cfg, train_cfg, texts.hashes)
         save_tokenizer(tokenizer, out)
         data = tokenize_files(cfg, train_cfg, out, tokenizer, texts, say)
@@ -147,7 +152,7 @@ def _make_tokenizer(name: str, text: TextScan | None) -> Tokenizer:
         if text is None:
             raise ValueError("tokenizer='characters' needs text to take characters from: give data")
         return CharTokenizer(text.alphabet)
-    folder = Path(name).expanduser()
+    folder = Path(os.path.expanduser(name))
     if folder.is_dir() and (tokenizer := read_tokenizer(folder)):
         return tokenizer
     raise ValueError(
