@@ -7,9 +7,10 @@ import errno
 import fnmatch
 import functools
 import os
+import re
 import shutil
 import uuid
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,6 +18,17 @@ from flaxgpt._checks import listed
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 _NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM)  # kernel or file system
+
+
+class ForeignFilesError(ValueError):
+    """A folder is not replaced because it also holds the files in `names`."""
+
+    def __init__(self, folder: Path, names: Sequence[str]) -> None:
+        super().__init__(
+            f"{folder} also holds {listed(names)}, which saving would delete: choose another "
+            "folder, or move these files first"
+        )
+        self.names = tuple(names)
 
 
 def write_file_atomically(path: Path, data: bytes) -> None:
@@ -49,15 +61,13 @@ def replacing_folder(target: Path, replaceable: Collection[str]) -> Iterator[Pat
         replaceable: patterns of file names. A folder that holds anything else is not replaced.
 
     Raises:
-        ValueError: `target` is a file, or a folder with other contents.
+        ForeignFilesError: `target` is a folder that also holds other files.
+        ValueError: `target` is a file.
         OSError: the folder cannot be written. The target is unchanged.
     """
     target = target.resolve()  # replace the target of a link, not the link
-    if foreign := _foreign(target, replaceable):
-        raise ValueError(
-            f"{target} also holds {listed(foreign)}, which saving would delete: choose another "
-            "folder, or move these files first"
-        )
+    if foreign := foreign_files(target, replaceable):
+        raise ForeignFilesError(target, foreign)
     temporary = temporary_beside(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -77,9 +87,11 @@ def replacing_folder(target: Path, replaceable: Collection[str]) -> Iterator[Pat
         raise
     sync(target.parent)
     try:
-        # Check again: a file added since the first check must not be deleted.
-        if foreign := _foreign(temporary, replaceable):
-            raise FileExistsError(f"{listed(foreign)} was added meanwhile")
+        # A file added since the first check must not be deleted.
+        for name in foreign_files(temporary, replaceable):
+            if os.path.lexists(target / name):
+                raise FileExistsError(f"{name} was added meanwhile")
+            os.rename(temporary / name, target / name)
         if temporary.exists():
             shutil.rmtree(temporary)
     except OSError as error:
@@ -95,7 +107,8 @@ def temporary_beside(path: Path) -> Path:
     return path.with_name(f".{name}.{uuid.uuid4().hex}.tmp")
 
 
-def _foreign(target: Path, replaceable: Collection[str]) -> list[str]:
+def foreign_files(target: Path, replaceable: Collection[str]) -> list[str]:
+    """Return the names in a folder that no pattern matches or that are folders or links."""
     if not target.exists():
         return []
     if not target.is_dir():
@@ -106,6 +119,22 @@ def _foreign(target: Path, replaceable: Collection[str]) -> list[str]:
         if not entry.is_file(follow_symlinks=False)
         or not any(fnmatch.fnmatchcase(entry.name, pattern) for pattern in replaceable)
     )
+
+
+def is_temporary(path: Path) -> bool:
+    """Return whether a path has the name of a temporary file or folder of this module."""
+    return re.fullmatch(r"(?s)\..*\.[0-9a-f]{32}\.tmp", path.name) is not None
+
+
+@contextmanager
+def temporary_folder(beside: Path) -> Iterator[Path]:
+    """Yield an empty hidden folder next to a path, removed when the block ends."""
+    folder = temporary_beside(beside)
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def sync(path: Path) -> None:

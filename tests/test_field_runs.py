@@ -4,11 +4,14 @@ import dataclasses
 import errno
 import io
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
@@ -19,8 +22,10 @@ from command import QUICK
 from command import run as command
 from flaxgpt import GPTConfig
 from flaxgpt.runs import checkpoints as checkpoint
-from flaxgpt.runs import read_run, train
+from flaxgpt.runs import loop, read_run, train
+from flaxgpt.runs import report as reporting
 from flaxgpt.runs.checkpoints import Checkpoints
+from flaxgpt.runs.report import Report
 from flaxgpt.training import TrainConfig
 
 CFG = GPTConfig(vocab_size=20, context_length=8, emb_dim=8, n_heads=2, n_layers=1)
@@ -200,6 +205,167 @@ def test_a_first_checkpoint_that_differs_from_the_state_is_an_error(tmp_path):
         checkpoints.save(1, {"array": jnp.arange(3)}, {}, {})
         with pytest.raises(OSError, match="array is not what was written; train in another folder"):
             checkpoints.verify({"array": jnp.arange(1, 4)})
+
+
+# What happens to the folder of a run while nobody watches it
+
+
+def replace_by_folder(path):
+    path.unlink(missing_ok=True)
+    path.mkdir()
+
+
+def dangle(path):
+    path.unlink(missing_ok=True)
+    path.symlink_to("no/where")
+
+
+DISTURBANCES = {  # what happens, and what the run says about it
+    "stray": (lambda out: (out / "model" / ".DS_Store").touch(), "other files"),
+    "folder in model": (lambda out: (out / "model" / "old").mkdir(), "other files"),
+    "no model": (lambda out: shutil.rmtree(out / "model"), None),
+    "metrics": (lambda out: replace_by_folder(out / "metrics.jsonl"), "metrics are not written"),
+    "no metrics": (lambda out: (out / "metrics.jsonl").unlink(), None),
+    "bad metrics": (lambda out: (out / "metrics.jsonl").write_text("?\n"), "no loss.png"),
+    "binary metrics": (lambda out: (out / "metrics.jsonl").write_bytes(b"\xff\n"), "no loss.png"),
+    "plot": (lambda out: replace_by_folder(out / "loss.png"), "no loss.png"),
+    "samples": (lambda out: replace_by_folder(out / "samples.txt"), "samples are not written"),
+    "dangling": (lambda out: dangle(out / "loss.png"), "no loss.png"),
+    "no lock": (lambda out: (out / ".lock").unlink(), None),
+    "no config": (lambda out: (out / "config.json").touch(), None),
+    "stray checkpoint": (lambda out: (out / "checkpoints" / "9").touch(), None),
+    "stray in checkpoint": (lambda out: (out / "checkpoints" / "x.txt").touch(), None),
+}
+
+
+@pytest.fixture
+def after_step(monkeypatch):
+    """Return a function that calls another with the folder of the run, after a step."""
+
+    def schedule(step, function):
+        report = Report.training
+
+        def training(self, now, *others):
+            report(self, now, *others)
+            if now == step:
+                function(self._metrics.parent)
+
+        monkeypatch.setattr(Report, "training", training)
+
+    return schedule
+
+
+@pytest.mark.parametrize("name", DISTURBANCES)
+def test_a_disturbed_run_saves_its_checkpoints_warns_once_and_resumes(
+    name, text, tmp_path, after_step
+):
+    disturb, message = DISTURBANCES[name]
+    after_step(2, disturb)
+    out = tmp_path / "run"
+    result, seen = trained(out, text, steps=4, log_every=1)
+    assert int(result.state.step) == 4
+    assert {"3", "4"} <= set(os.listdir(out / "checkpoints"))
+    assert seen.count(message or "checkpoint saved") == 1
+    assert (": " in seen) or not message
+    result, _ = trained(out, text, steps=5, init_from=str(out))
+    assert int(result.state.step) == 5
+    flaxgpt.load(out / "model")
+
+
+BLOCKED = {
+    "a folder": lambda out: replace_by_folder(out / "model" / "config.json"),
+    "a link": lambda out: link_away(out / "model" / "config.json"),
+    "a file": lambda out: (shutil.rmtree(out / "model"), (out / "model").touch()),
+}
+
+
+def link_away(path):
+    path.rename(path.with_name("elsewhere"))
+    path.symlink_to("elsewhere")
+
+
+@pytest.mark.parametrize("name", BLOCKED)
+def test_a_model_that_cannot_be_saved_is_saved_from_its_checkpoint_later(
+    name, text, tmp_path, after_step
+):
+    out = tmp_path / "run"
+    after_step(2, BLOCKED[name])
+    with pytest.raises(OSError, match="training is complete, but its best model is not in"):
+        trained(out, text, steps=4, log_every=1, val_fraction=0)
+    assert {"3", "4"} <= set(os.listdir(out / "checkpoints"))
+    (out / "model").rename(out / "moved")
+    result, _ = trained(out, text, steps=4, val_fraction=0, init_from=str(out))
+    params = flaxgpt.load(out / "model")[1]
+    jax.tree.map(np.testing.assert_array_equal, params, result.state.params)
+
+
+def test_a_resumed_run_saves_the_best_model_again_if_it_is_gone(text, tmp_path, monkeypatch):
+    losses = iter([1.0, 3.0, 4.0])  # the first is the best
+    monkeypatch.setattr(loop, "mean_loss", lambda *_, **__: next(losses))
+    out = tmp_path / "run"
+    trained(out, text)
+    before = (out / "model" / "model.safetensors").read_bytes()
+    shutil.rmtree(out / "model")
+    trained(out, text, steps=3, init_from=str(out))
+    assert (out / "model" / "model.safetensors").read_bytes() == before
+
+
+def fail(*_, **__):
+    raise RuntimeError("out of order")
+
+
+FAILING = {  # a function of `loop` or `report`, and what the run says
+    "drawing": (reporting, "draw_loss", "no loss.png: out of order"),
+    "sampling": (loop, "generate", "no sample: out of order"),
+}
+
+
+@pytest.mark.parametrize("name", FAILING)
+def test_a_failing_plot_or_sample_is_one_warning(name, text, tmp_path, monkeypatch):
+    module, function, message = FAILING[name]
+    monkeypatch.setattr(module, function, fail)
+    result, seen = trained(tmp_path / "run", text)
+    assert int(result.state.step) == 2
+    assert seen.count(message) == 1
+
+
+def test_a_failing_validation_ends_the_run_after_a_checkpoint(text, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "mean_loss", fail)
+    with pytest.raises(RuntimeError, match="out of order"):
+        trained(tmp_path / "run", text)
+    assert os.listdir(tmp_path / "run" / "checkpoints") == ["1"]
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError(), OSError(errno.EIO, "EIO"), ValueError("I/O")])
+def test_a_run_whose_terminal_is_closed_continues(error, text, tmp_path):
+    class Closed(io.StringIO):
+        def write(self, line):
+            raise error
+
+    recipe = dataclasses.replace(RECIPE, data=(str(text),))
+    result = train(CFG, recipe, tmp_path / "run", console=Console(file=Closed()))
+    assert int(result.state.step) == 2
+
+
+def test_a_run_that_cannot_start_removes_only_its_own_files(text, tmp_path, monkeypatch):
+    def fails(*_, **__):
+        (tmp_path / "run" / "notes.txt").write_text("mine")
+        fail()
+
+    monkeypatch.setattr("flaxgpt.runs.start.tokenize_files", fails)
+    with pytest.raises(RuntimeError, match="out of order"):
+        trained(tmp_path / "run", text)
+    assert os.listdir(tmp_path / "run") == ["notes.txt"]
+
+
+@pytest.mark.parametrize("name", [".notes.tmp", ".model.tmp", f".model.{'0' * 32}.tmp/mine.txt"])
+def test_resuming_removes_no_file_of_others(name, text, tmp_path):
+    out = tmp_path / "run"
+    trained(out, text)
+    (out / name).parent.mkdir(exist_ok=True)
+    (out / name).write_text("mine")
+    trained(out, text, steps=3, init_from=str(out))
+    assert (out / name).read_text() == "mine"
 
 
 # Messages of libraries

@@ -170,18 +170,26 @@ def test_a_message_lists_at_most_eight_files(tmp_path: Path) -> None:
 
 def test_a_file_added_while_saving_is_kept(tmp_path: Path) -> None:
     save(tmp_path / "model", "old")
-    message = (
-        r"model is saved, but its previous contents could not be removed .* late\.tex was added"
-    )
+    with replacing_folder(tmp_path / "model", OURS) as folder:
+        fill(folder, "new")
+        (tmp_path / "model" / "late.tex").write_text("work")
+    assert contents(tmp_path / "model") == NEW | {"late.tex": "work"}
+    assert os.listdir(tmp_path) == ["model"]
+
+
+def test_a_link_put_in_place_of_a_file_while_saving_is_kept_beside(tmp_path: Path) -> None:
+    save(tmp_path / "model", "old")
+    message = r"model is saved, but its previous contents could not be removed .* a\.txt was added"
     with (
         pytest.raises(OSError, match=message),
         replacing_folder(tmp_path / "model", OURS) as folder,
     ):
         fill(folder, "new")
-        (tmp_path / "model" / "late.tex").write_text("work")
+        (tmp_path / "model" / "a.txt").unlink()
+        (tmp_path / "model" / "a.txt").symlink_to("b-1.txt")
     assert contents(tmp_path / "model") == NEW
     (aside,) = tmp_path.glob(".model.*.tmp")
-    assert contents(aside) == OLD | {"late.tex": "work"}
+    assert (aside / "a.txt").is_symlink()
 
 
 def test_replacing_a_file_with_a_folder_is_an_error(tmp_path: Path) -> None:

@@ -254,7 +254,7 @@ def test_fine_tuning_killed_in_its_first_checkpoint_restarts_from_the_source(don
     out = tmp_path / "run"
     create(out, **changes)
     (out / "checkpoints" / "8.orbax-checkpoint-tmp").mkdir(parents=True)
-    (out / "data" / ".train.npy.0123.tmp").touch()
+    (out / "data" / ".train.npy.0123456789abcdef0123456789abcdef.tmp").touch()
     result, _ = run(out, **changes | {"init_from": str(out)})
     assert_equal(result, whole)
     assert not list((out / "data").glob(".*.tmp"))

@@ -18,7 +18,6 @@ import json
 import math
 import os
 import shutil
-import tempfile
 import warnings
 import zlib
 from collections.abc import Sequence
@@ -32,7 +31,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, LatestN
 
 from flaxgpt._checks import check_size, listed
-from flaxgpt._files import sync
+from flaxgpt._files import sync, temporary_folder
 from flaxgpt.runs.plain_path import PlainPath
 from flaxgpt.runs.quiet import QuietLibraries
 
@@ -165,6 +164,18 @@ class Checkpoints:
                 f"{_first_line(error)}; train in another folder"
             ) from error
 
+    def read(self, step: int, template: Any) -> Any:
+        """Return the state in a checkpoint as NumPy arrays; OSError if the checkpoint is damaged.
+
+        The template is that of `restore`. Random keys are returned as their data.
+        """
+        self.wait()
+        try:
+            _check_files(self._folder / str(step))
+        except _DamagedError as damage:
+            raise OSError(f"checkpoint {self._folder / str(step)} is damaged: {damage}") from damage
+        return self._read_arrays(step, template)
+
     def latest_step(self) -> int | None:
         """Return the step of the newest checkpoint, or None if there is none."""
         self.wait()
@@ -283,8 +294,8 @@ def check_folder(folder: Path) -> None:
     """
     state = {"array": jnp.arange(3)}
     with (
-        tempfile.TemporaryDirectory(prefix=".", suffix=".tmp", dir=folder) as temporary,
-        Checkpoints(Path(temporary), keep=1) as checkpoints,
+        temporary_folder(folder / "checkpoints") as temporary,
+        Checkpoints(temporary, keep=1) as checkpoints,
     ):
         checkpoints.save(0, state, {}, {})
         checkpoints.verify(state)

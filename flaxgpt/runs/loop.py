@@ -15,19 +15,21 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from rich.console import Console
+from rich.text import Text
 
+from flaxgpt._checks import listed
 from flaxgpt.config import GPTConfig
 from flaxgpt.generation.batch import generate
 from flaxgpt.runs.checkpoints import Checkpoints
 from flaxgpt.runs.folder import Run, lock_run
-from flaxgpt.runs.report import Report
+from flaxgpt.runs.model_folder import save_model
+from flaxgpt.runs.report import Report, show
 from flaxgpt.runs.signals import catch_signals
 from flaxgpt.runs.start import resume_run, resumes, start_run
 from flaxgpt.training.config import TrainConfig
 from flaxgpt.training.losses import mean_loss
 from flaxgpt.training.step import TrainState, init_state, train_steps
 from flaxgpt.typing import Params
-from flaxgpt.weights import save
 
 
 class DivergedError(ArithmeticError):
@@ -59,6 +61,7 @@ class _Context(NamedTuple):
     report: Report
     signals: list[int]
     verified: list[int]  # the step of the first checkpoint, once it has been restored
+    unsaved: list[str]  # why the model could not be saved, if it could not
 
 
 def train(
@@ -97,7 +100,10 @@ def train(
             "train_step and data.batches(process_index=..., process_count=...) over a mesh"
         )
     console = Console(stderr=True) if console is None else console
-    say = partial(console.print, markup=False, style="dim")
+
+    def say(line: str) -> None:
+        show(console, Text(line, "dim"))
+
     out = Path(os.path.expanduser(out)).absolute()  # the process may change its directory
     with contextlib.ExitStack() as stack:
         if resumes(train_cfg, out):
@@ -111,11 +117,19 @@ def train(
         state = _restore(run, checkpoints)
         start = int(state.step)
         report = stack.enter_context(Report(out, run.train_cfg.steps, start, console))
-        state = _train_until_done(_Context(run, checkpoints, report, signals, []), state)
+        context = _Context(run, checkpoints, report, signals, [], [])
+        if checkpoints.latest_step() is not None:
+            _save_best_model(context, state)
+        state = _train_until_done(context, state)
         checkpoints.wait()
         if int(state.step) > start:
             report.saved(int(state.step))
         best_step, best_loss = checkpoints.best() or (None, None)
+    if context.unsaved and not signals:
+        raise OSError(
+            f"training is complete, but its best model is not in {out / 'model'}: "
+            f"{context.unsaved[0]}; fix the cause and resume the run, which saves the model"
+        )
     if signals:  # everything is closed: let the signal take its default action
         signal.raise_signal(signals[0])
     return TrainResult(state, best_loss, best_step, out / "model")
@@ -133,7 +147,7 @@ def _restore(run: Run, checkpoints: Checkpoints) -> TrainState:
 
 def _train_until_done(context: _Context, state: TrainState) -> TrainState:
     """Train until the last step or a signal, and return the final state."""
-    run, checkpoints, report, signals, _ = context
+    run, checkpoints, report, signals, *_ = context
     recipe, step = run.train_cfg, int(state.step)
     if step >= recipe.steps:
         report.note(f"already at step {step}: set steps above {step} to continue")
@@ -170,11 +184,12 @@ def _train_until_done(context: _Context, state: TrainState) -> TrainState:
                 report.training(step, mean, rate, norm, tokens, sum(times))
                 unlogged.clear()
         stopping = bool(signals)
-        if recipe.sample_every and _due(step, recipe.sample_every, recipe):
-            report.sample(step, _sample(run, state.params))
         windows = run.val_windows if _due(step, recipe.eval_every, recipe) else None
         if windows is not None or stopping or _due(step, recipe.save_every, recipe):
             _save_checkpoint(context, state, position, windows)
+        if recipe.sample_every and _due(step, recipe.sample_every, recipe):
+            with report.tolerating("no sample"):
+                report.sample(step, _sample(run, state.params))
         if stopping:
             break
     return state
@@ -207,22 +222,57 @@ def _diverged(latest: int | None, step: int, loss: float, norm: float, rate: flo
 def _save_checkpoint(
     context: _Context, state: TrainState, position: dict[str, Any], windows: np.ndarray | None
 ) -> None:
-    """Validate on the windows, if any, save the model if it is the best, and save a checkpoint."""
-    run, recipe, step, loss = context.run, context.run.train_cfg, int(state.step), None
-    is_best = run.val_windows is None  # without validation, the last model is saved
+    """Validate on the windows, if any, save a checkpoint, and save the model if it is the best."""
+    run, checkpoints, report, _, verified, _ = context
+    recipe, step = run.train_cfg, int(state.step)
+    config = {"model": run.cfg.to_dict(), "training": recipe.to_dict()}
+    loss, is_best = None, run.val_windows is None  # without validation, the last model is saved
     if windows is not None:
         size, dtype = recipe.batch_size // recipe.accumulate, recipe.dtype
-        loss = mean_loss(run.cfg, state.params, windows, batch_size=size, dtype=dtype)
-        best = context.checkpoints.best()
+        try:
+            loss = mean_loss(run.cfg, state.params, windows, batch_size=size, dtype=dtype)
+        except Exception:  # such as too little memory: the steps so far must not be lost
+            checkpoints.save(step, _arrays(state), position, config)
+            raise
+        best = checkpoints.best()
         is_best = best is None or loss < best[1]
-        context.report.validation(step, loss, is_best)
+        report.validation(step, loss, is_best)
+    checkpoints.save(step, _arrays(state), position, config, loss)
+    if not verified:
+        checkpoints.verify(_arrays(state))
+        verified.append(step)
     if is_best:
-        save(run.folder / "model", run.cfg, state.params, tokenizer=run.tokenizer)
-    config = {"model": run.cfg.to_dict(), "training": recipe.to_dict()}
-    context.checkpoints.save(step, _arrays(state), position, config, loss)
-    if not context.verified:
-        context.checkpoints.verify(_arrays(state))
-        context.verified.append(step)
+        _save_model(context, state.params)
+    if windows is not None:
+        report.draw()
+
+
+def _save_best_model(context: _Context, state: TrainState) -> None:
+    """Save the model of the best checkpoint, which a killed run may not have done."""
+    run, checkpoints = context.run, context.checkpoints
+    step, _ = checkpoints.best() or (None, None)
+    if run.val_windows is None:
+        step = checkpoints.latest_step()
+    if step == int(state.step):
+        _save_model(context, state.params)
+    elif step is not None:
+        with context.report.tolerating("the best model is not saved again"):
+            _save_model(context, checkpoints.read(step, _arrays(state))["params"])
+
+
+def _save_model(context: _Context, params: Params) -> None:
+    """Save the model. A failure is only a warning, as its checkpoint can be used instead."""
+    run, report, unsaved = context.run, context.report, context.unsaved
+    folder = run.folder / "model"
+    unsaved.clear()
+    try:
+        others = save_model(folder, run.cfg, params, run.tokenizer)
+    except (OSError, ValueError) as error:
+        unsaved.append(str(error))
+        report.warn("the model is not saved", str(error))
+    else:
+        if others:
+            report.warn(f"{folder} holds other files, left in place", listed(others))
 
 
 def _arrays(state: TrainState) -> dict[str, Any]:

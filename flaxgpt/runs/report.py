@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.padding import Padding
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 from rich.text import Text
@@ -25,7 +27,8 @@ class Report:
     steps which a killed run had already reported do not appear twice: a step is reported before
     its checkpoint is written.
 
-    Every method raises OSError with the name of a file that cannot be written.
+    A report that cannot be written or shown does not stop the run: a file that fails is named in
+    one warning, and a console that has been closed shows nothing.
     """
 
     def __init__(
@@ -33,7 +36,7 @@ class Report:
     ) -> None:
         self._metrics, self._samples = folder / "metrics.jsonl", folder / "samples.txt"
         self._picture = folder / "loss.png"
-        self._can_draw = True
+        self._warned: set[str] = set()
         self._total, self._start = total_steps, start_step
         self._reported = start_step
         self._recent_steps = self._recent_seconds = 0.0
@@ -56,7 +59,8 @@ class Report:
         )
 
     def __enter__(self) -> Report:
-        journal.cut_back(self._metrics, self._samples, self._start)
+        with self.tolerating("earlier reports are not removed"):
+            journal.cut_back(self._metrics, self._samples, self._start)
         if self._live:
             self._bar.start()
             self._console.show_cursor(True)  # or a killed run would leave it hidden
@@ -64,7 +68,22 @@ class Report:
 
     def __exit__(self, *exception: object) -> None:
         if self._live:
-            self._bar.stop()
+            with _console_errors_ignored():
+                self._bar.stop()
+
+    @contextlib.contextmanager
+    def tolerating(self, lost: str) -> Iterator[None]:
+        """Turn an exception in a `with` block into a warning that says what is lost, shown once."""
+        try:
+            yield
+        except Exception as error:
+            self.warn(lost, str(error) or type(error).__name__)
+
+    def warn(self, what: str, why: str) -> None:
+        """Show a warning, but only the first one about the same thing."""
+        if what not in self._warned:
+            self._warned.add(what)
+            self.note(f"{what}: {why}")
 
     def training(
         self, step: int, loss: float, rate: float, norm: float, tokens: int, seconds: float
@@ -77,7 +96,7 @@ class Report:
         speed = tokens / seconds
         record = {"step": step, "loss": loss, "learning_rate": rate, "grad_norm": norm}
         record |= {"tokens_per_s": speed, "seconds": seconds}
-        journal.append(self._metrics, journal.metrics_line(record))
+        self._record(record)
 
         # An exponential mean with a half-life of about seven calls: steady, but it follows changes.
         self._recent_steps = 0.9 * self._recent_steps + (step - self._reported)
@@ -91,19 +110,17 @@ class Report:
             self._say(f"{place}  {figures}")
 
     def validation(self, step: int, loss: float, best: bool) -> None:
-        """Report the validation loss, in nats per token, and redraw loss.png."""
-        record = {"step": step, "validation_loss": loss, "best": best}
-        journal.append(self._metrics, journal.metrics_line(record))
+        """Report the validation loss, in nats per token."""
+        self._record({"step": step, "validation_loss": loss, "best": best})
         line = f"{self._place(step)}  validation {loss:.4f}"
         self._say(f"{line} (best)" if best else line, "green" if best else "")
-        try:
-            if self._can_draw:
-                picture = draw_loss(journal.read_metrics(self._metrics))
-                with journal.errors_naming(self._picture):
-                    write_file_atomically(self._picture, picture)
-        except ImportError as error:
-            self._can_draw = False
-            self.note(f"no loss.png: {error}")
+
+    def draw(self) -> None:
+        """Redraw loss.png."""
+        with self.tolerating("no loss.png"):
+            picture = draw_loss(journal.read_metrics(self._metrics))
+            with journal.errors_naming(self._picture):
+                write_file_atomically(self._picture, picture)
 
     def saved(self, step: int) -> None:
         """Report that a checkpoint is on disk."""
@@ -112,10 +129,12 @@ class Report:
     def sample(self, step: int, text: str) -> None:
         """Show sampled text, with control characters escaped, and append it to samples.txt."""
         block = journal.sample_block(step, text)
-        journal.append(self._samples, block)
+        with self.tolerating("samples are not written"):
+            journal.append(self._samples, block)
         self._say(f"{self._place(step)}  sample")
         if self._live:
-            self._console.print(Padding(Text(journal.escape_controls(text), "dim"), (0, 2)))
+            text = journal.escape_controls(text)
+            show(self._console, Padding(Text(text, "dim"), (0, 2)))
         else:
             self._say(block.partition("\n")[2].rstrip("\n"))
 
@@ -123,11 +142,28 @@ class Report:
         """Show a message on a line of its own."""
         self._say(journal.escape_controls(text))
 
+    def _record(self, record: dict[str, float]) -> None:
+        with self.tolerating("metrics are not written"):
+            journal.append(self._metrics, journal.metrics_line(record))
+
     def _place(self, step: int) -> str:
         return f"step {step}/{self._total}"
 
     def _say(self, line: str, style: str = "") -> None:
-        self._console.print(Text(line, style), soft_wrap=True)
+        show(self._console, Text(line, style), soft_wrap=True)
+
+
+def show(console: Console, renderable: RenderableType, *, soft_wrap: bool = False) -> None:
+    """Print on a console, unless its terminal or pipe has been closed."""
+    with _console_errors_ignored():
+        console.print(renderable, soft_wrap=soft_wrap)
+
+
+@contextlib.contextmanager
+def _console_errors_ignored() -> Iterator[None]:
+    # Rich raises SystemExit when a pipe is closed, and Python ValueError when a file is.
+    with contextlib.suppress(OSError, ValueError, SystemExit):
+        yield
 
 
 def _clock(seconds: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import shutil
@@ -10,15 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from flaxgpt._checks import listed, value_errors
+from flaxgpt._files import foreign_files, is_temporary
 from flaxgpt.config import GPTConfig, check_config
 from flaxgpt.data import TextScan
 from flaxgpt.runs.folder import Run, Say, is_run, read_config, write_config
 from flaxgpt.runs.texts import scan_files, tokenize_files
 from flaxgpt.tokenizer import TOKENIZER_NAMES, CharTokenizer, Tokenizer, load_tokenizer
-from flaxgpt.tokenizer.folder import read_tokenizer, save_tokenizer
+from flaxgpt.tokenizer.folder import FILE_NAME, read_tokenizer, save_tokenizer
 from flaxgpt.training.config import TrainConfig
 from flaxgpt.typing import Params
 from flaxgpt.weights import book_params, load
+from flaxgpt.weights.saving import REPLACEABLE
 
 # Settings that cannot change when a run is resumed: the parameters, the optimizer state or the
 # position in the data would no longer fit.
@@ -41,7 +44,7 @@ def start_run(cfg: GPTConfig, train_cfg: TrainConfig, out: Path, say: Say) -> Ru
         raise ValueError(f"{out.parent} is a file, so {out} cannot be a folder")
     existed = out.exists()
     # A killed process may have left temporary files.
-    if existed and (not out.is_dir() or any(not entry.match(".*.tmp") for entry in out.iterdir())):
+    if existed and not (out.is_dir() and all(map(is_temporary, out.iterdir()))):
         advice = f"--init-from {out} resumes it" if is_run(out) else "choose a new folder"
         raise ValueError(f"{out} is in use, and nothing in it is overwritten: {advice}")
     if not train_cfg.data:
@@ -58,10 +61,7 @@ def start_run(cfg: GPTConfig, train_cfg: TrainConfig, out: Path, say: Say) -> Ru
         save_tokenizer(tokenizer, out)
         data = tokenize_files(cfg, train_cfg, out, tokenizer, texts, say)
     except BaseException:
-        for entry in out.iterdir():
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-        if not existed:
-            out.rmdir()
+        _remove_inputs(out, existed)
         raise
     return Run(out, cfg, train_cfg, tokenizer, params, *data)
 
@@ -73,8 +73,8 @@ def resume_run(cfg: GPTConfig, train_cfg: TrainConfig, out: Path, say: Say) -> R
     """
     check_config(cfg)
     old_cfg, old, hashes = read_config(out)
-    for path in (*out.glob(".*.tmp"), *(out / "data").glob(".*.tmp")):  # of a killed process
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    _remove_temporary(out, say)  # of a killed process
+    _remove_temporary(out / "data", say)
     if faults := _changes(old_cfg, cfg, vars(cfg)) + _changes(old, train_cfg, _FIXED):
         raise ValueError(
             f"the run in {out} cannot resume with {listed(faults)}: use the old values, or start "
@@ -102,6 +102,28 @@ def resume_run(cfg: GPTConfig, train_cfg: TrainConfig, out: Path, say: Say) -> R
         write_config(out, cfg, train_cfg, hashes)
     data = tokenize_files(cfg, train_cfg, out, tokenizer, texts, say)
     return Run(out, cfg, train_cfg, tokenizer, params, *data)
+
+
+def _remove_inputs(out: Path, existed: bool) -> None:
+    """Remove what `start_run` has written, and no other files."""
+    for name in ("config.json", FILE_NAME, "tokenizer.json"):
+        (out / name).unlink(missing_ok=True)
+    for name in ("train.npy", "train.json", "val.npy", "val.json"):
+        (out / "data" / name).unlink(missing_ok=True)
+    for folder in [out / "data", out][: 1 if existed else 2]:
+        with contextlib.suppress(OSError):  # it holds other files, or does not exist
+            folder.rmdir()
+
+
+def _remove_temporary(folder: Path, say: Say) -> None:
+    """Remove temporary files, but none that was added to the model while it was replaced."""
+    for path in filter(is_temporary, folder.iterdir() if folder.is_dir() else ()):
+        if not path.is_dir():
+            path.unlink()
+        elif path.match(".model.*") and (others := foreign_files(path, REPLACEABLE)):
+            say(f"{path}, of a killed process, also holds {listed(others)}: left in place")
+        else:
+            shutil.rmtree(path)
 
 
 def tokenizer_of(train_cfg: TrainConfig) -> Tokenizer:

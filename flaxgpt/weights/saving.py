@@ -22,7 +22,7 @@ from flaxgpt.weights.table import export
 from flaxgpt.weights.tensors import INDEXES, SINGLE
 
 # The files that `save` and transformers' save_pretrained write: only these may be replaced.
-_REPLACEABLE = (
+REPLACEABLE = (
     *("config.json", "generation_config.json", SINGLE, INDEXES[0], "model-*-of-*.safetensors"),
     *("flaxgpt_tokenizer.json", "tokenizer.json", "tokenizer_config.json", "vocab.json"),
     *("merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
@@ -60,7 +60,7 @@ def save(
     check_params(param_shapes(cfg), params)
     table = LAYOUTS[layout]
     assert table.write_config is not None
-    with replacing_folder(Path(folder).expanduser(), _REPLACEABLE) as temporary:
+    with replacing_folder(Path(folder).expanduser(), REPLACEABLE) as temporary:
         config = json.dumps(table.write_config(cfg), indent=2) + "\n"
         (temporary / "config.json").write_text(config, encoding="utf-8")
         if tokenizer is not None:
