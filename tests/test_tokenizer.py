@@ -733,13 +733,26 @@ class TestFolders:
             assert tokenizer.decode(ids) == gpt2.decode(ids)
             assert list(map(tokenizer.token_bytes, ids)) == list(map(gpt2.token_bytes, ids))
 
-    def test_added_tokens_json_contains_special_tokens(self, tmp_path: Path) -> None:
+    def test_added_tokens_json_contains_tokens_that_are_always_recognized(
+        self, tmp_path: Path
+    ) -> None:
         size = len(vocab_of(MERGES))
         write_pair(tmp_path, vocab_of(MERGES), MERGES)
         write_settings(tmp_path, "added_tokens.json", **{"<é>": size + 1, "<b>": size})
         tokenizer = load_tokenizer(tmp_path)
-        assert tokenizer.special_tokens == {"<|endoftext|>": 0, "<b>": size, "<é>": size + 1}
-        assert tokenizer.encode("<b><é>", allowed_special="all") == [size, size + 1]
+        assert tokenizer.special_tokens == {"<|endoftext|>": 0}
+        assert tokenizer.encode("<b><é>") == [size, size + 1]
+
+    @pytest.mark.parametrize("name", ["special_tokens_map.json", "tokenizer_config.json"])
+    def test_added_tokens_that_the_settings_name_are_special(
+        self, tmp_path: Path, name: str
+    ) -> None:
+        size = len(vocab_of(MERGES))
+        write_pair(tmp_path, vocab_of(MERGES), MERGES)
+        write_settings(tmp_path, "added_tokens.json", **{"<b>": size, "<c>": size + 1})
+        write_settings(tmp_path, name, pad_token="<b>", additional_special_tokens=["<c>"])
+        tokens = load_tokenizer(tmp_path).special_tokens
+        assert tokens == {"<|endoftext|>": 0, "<b>": size, "<c>": size + 1}
 
     def test_tokenizer_config_says_which_added_tokens_are_not_special(self, tmp_path: Path) -> None:
         size = len(vocab_of(MERGES))

@@ -14,8 +14,10 @@ from flaxgpt._checks import unknown_name, value_errors
 from flaxgpt._files import write_file_atomically
 from flaxgpt.tokenizer.bpe import TOKENIZER_NAMES, BPETokenizer, shipped_tokenizer
 from flaxgpt.tokenizer.characters import CharTokenizer
-from flaxgpt.tokenizer.huggingface import HuggingFaceTokenizer, read_huggingface, read_object
+from flaxgpt.tokenizer.files import read_object
+from flaxgpt.tokenizer.huggingface import HuggingFaceTokenizer
 from flaxgpt.tokenizer.protocol import Tokenizer
+from flaxgpt.tokenizer.reading import read_huggingface
 
 FILE_NAME = "flaxgpt_tokenizer.json"
 _bpe_parts = operator.attrgetter("pattern", "ranks", "special_tokens")

@@ -1,4 +1,4 @@
-"""Tokenizers in Hugging Face's files, computed by the `tokenizers` library.
+"""Tokenizers in Hugging Face's `tokenizer.json`, computed by the `tokenizers` library.
 
 The library is imported on first use, because most uses of flaxgpt do not need it.
 """
@@ -12,10 +12,10 @@ import re
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flaxgpt._checks import value_errors
+from flaxgpt.tokenizer.files import parse_object
 from flaxgpt.tokenizer.protocol import AllowedSpecial, VocabularyTokenizer
 
 if TYPE_CHECKING:
@@ -23,11 +23,6 @@ if TYPE_CHECKING:
 
 _CONTEXT = 16  # ids of `after` that are decoded with the first piece of a stream
 _UNREADABLE = "the tokenizers library cannot read this tokenizer"
-
-# The classes of transformers that keep GPT-2's kind of tokenizer in vocab.json and merges.txt, and
-# BERT's kind in vocab.txt.
-_GPT2_CLASSES = ("GPT2Tokenizer", "RobertaTokenizer")
-_BERT_CLASSES = ("BertTokenizer", "DistilBertTokenizer", "ElectraTokenizer")
 
 
 @dataclass(unsafe_hash=True, repr=False)
@@ -48,8 +43,8 @@ class HuggingFaceTokenizer(VocabularyTokenizer):
     definition: str
 
     def __post_init__(self) -> None:
-        self._json = _parse_object(self.definition)
-        self._library = _build(self._json)  # recognizes all special tokens
+        self._json = parse_object(self.definition)
+        self._library = build(self._json)  # recognizes all special tokens
         self._encoders = {frozenset[str](): self._library}  # by the special tokens they ignore
         self._vocab = {id: token for token, id in self._library.get_vocab().items()}
         flagged = sorted(self._library.get_added_tokens_decoder().items())
@@ -83,7 +78,7 @@ class HuggingFaceTokenizer(VocabularyTokenizer):
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         self._check_bytes(text)
         if hidden not in self._encoders:
-            self._encoders[hidden] = _build(_without_tokens(self._json, hidden))
+            self._encoders[hidden] = build(_without_tokens(self._json, hidden))
         with value_errors("the tokenizers library cannot encode this text"):
             return self._encoders[hidden].encode(text, add_special_tokens=False).ids
 
@@ -153,19 +148,8 @@ def byte_letters() -> dict[str, int]:
     return dict(zip(letters, printable + others, strict=True))
 
 
-def _parse_object(text: str) -> dict[str, Any]:
-    if not isinstance(value := json.loads(text), dict):
-        raise ValueError(f"found a JSON {type(value).__name__}; expected an object")
-    return value
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file, or an empty one if the file does not exist."""
-    with value_errors(path):
-        return _parse_object(path.read_text(encoding="utf-8")) if path.exists() else {}
-
-
-def _build(definition: dict[str, Any]) -> tokenizers.Tokenizer:
+def build(definition: dict[str, Any]) -> tokenizers.Tokenizer:
+    """Return the library's tokenizer, without what adds to the ids of a text or changes them."""
     import tokenizers
 
     plain = definition | {"truncation": None, "padding": None, "post_processor": None}
@@ -207,89 +191,3 @@ def _kinds(component: Any) -> list[str]:
         return []
     parts = component.get("decoders") or component.get("pretokenizers") or []
     return [kind for part in parts for kind in _kinds(part)] or [component.get("type", "")]
-
-
-def read_huggingface(folder: Path) -> HuggingFaceTokenizer | None:
-    """Read `tokenizer.json`, GPT-2's `vocab.json` with `merges.txt`, or BERT's `vocab.txt`.
-
-    Return None if the folder has none and is not known to need another tokenizer than GPT-2's.
-    Raise a ValueError that names the file if one is damaged, missing, or of another kind.
-    """
-    path = folder / "tokenizer.json"
-    if path.exists():
-        with value_errors(path):
-            return HuggingFaceTokenizer(path.read_text(encoding="utf-8"))
-    source = folder / "tokenizer_config.json"
-    settings = read_object(source)
-    kind = settings.get("tokenizer_class")
-    if kind is None and (config := folder / "config.json").exists():
-        source, kind = config, read_object(config).get("tokenizer_class")
-    name = kind.removesuffix("Fast") if isinstance(kind, str) else None
-    vocab, merges, words = (folder / file for file in ("vocab.json", "merges.txt", "vocab.txt"))
-    if name in (None, *_GPT2_CLASSES):
-        for present, absent in ((vocab, merges), (merges, vocab)):
-            if present.exists() and not absent.exists():
-                raise ValueError(f"{absent} is missing; {present.name} cannot be read without it")
-        if vocab.exists():
-            return _read_gpt2(vocab, merges, settings)
-    if name in _BERT_CLASSES and words.exists():
-        from tokenizers import BertWordPieceTokenizer
-
-        with value_errors(f"{words}: {_UNREADABLE}"):
-            library = BertWordPieceTokenizer.from_file(
-                str(words),
-                lowercase=settings.get("do_lower_case", True),
-                strip_accents=settings.get("strip_accents"),
-                handle_chinese_chars=settings.get("tokenize_chinese_chars", True),
-            )
-        with value_errors(words):
-            return HuggingFaceTokenizer(library.to_str())
-    advice = (
-        "which cannot be read without a tokenizer.json; make one with transformers: "
-        f"AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"
-    )
-    if name not in (None, "GPT2Tokenizer"):
-        raise ValueError(f"{source}: the model needs a {kind}, {advice}")
-    for pattern in ("*.model", "*.tiktoken", "vocab.txt"):
-        for other in sorted(folder.glob(pattern)):
-            raise ValueError(f"{other}: this is another kind of tokenizer than GPT-2's, {advice}")
-    return None
-
-
-def _read_gpt2(vocab: Path, merges: Path, settings: dict[str, Any]) -> HuggingFaceTokenizer:
-    tokens, added = read_object(vocab), read_object(vocab.with_name("added_tokens.json"))
-    with value_errors(merges):
-        lines = merges.read_text(encoding="utf-8").split("\n")
-    # Only the first line can be a comment: "# #" is a merge like any other.
-    pairs = [line.split(" ") for line in lines[lines[0].startswith("#version") :] if line]
-    known = settings.get("added_tokens_decoder")
-    flags = known if isinstance(known, dict) else {}
-    with value_errors(f"{vocab} with {merges.name}"):
-        for token, id in (tokens | added).items():
-            if type(id) is not int or id < 0:
-                raise ValueError(f"token {token!r} has id {id!r}; expected a nonnegative integer")
-        # A token that no merge makes can only be a control token, such as <|endoftext|>. In other
-        # kinds of BPE there are many more, among them some that are not ASCII.
-        made = {"".join(pair) for pair in pairs} | byte_letters().keys()
-        others = {token: id for token, id in tokens.items() if token not in made | added.keys()}
-        for token, id in others.items():
-            if not token.isascii():
-                raise ValueError(
-                    f"token {token!r} (id {id}) is made by no merge and is not an added token; "
-                    "expected GPT-2's kind of vocabulary, and merges for all of it"
-                )
-        plain = dict.fromkeys(("normalized", "lstrip", "rstrip", "single_word"), False)
-        entries = [
-            {"id": id, "content": token, "special": True} | plain | flags.get(str(id), {})
-            for token, id in sorted((others | added).items(), key=lambda item: item[1])
-        ]
-        byte_level = {"type": "ByteLevel", "trim_offsets": False, "use_regex": True}
-        space = bool(settings.get("add_prefix_space", False))
-        definition = {
-            "version": "1.0",
-            "added_tokens": entries,
-            "pre_tokenizer": byte_level | {"add_prefix_space": space},
-            "decoder": byte_level | {"add_prefix_space": True},
-            "model": {"type": "BPE", "vocab": tokens, "merges": pairs},
-        }
-        return HuggingFaceTokenizer(json.dumps(definition))

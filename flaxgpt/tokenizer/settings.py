@@ -1,0 +1,248 @@
+"""The settings that transformers keeps beside a vocabulary, and what they change in a tokenizer.
+
+The rules are those of transformers 4 and 5 for `AutoTokenizer.from_pretrained(folder)`. Settings of
+the tokens around a text, of padding, truncation and decoding have no effect on the ids of the text.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from flaxgpt.tokenizer.files import read_object
+from flaxgpt.tokenizer.huggingface import build
+
+CONFIG, TOKENS_MAP, ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
+
+# The classes of transformers that keep GPT-2's kind of tokenizer in vocab.json and merges.txt, and
+# BERT's kind in vocab.txt. The generic ones add nothing to tokenizer.json.
+GPT2_CLASSES = ("GPT2Tokenizer", "RobertaTokenizer")
+BERT_CLASSES = ("BertTokenizer", "DistilBertTokenizer", "ElectraTokenizer")
+GENERIC_CLASSES = ("PreTrainedTokenizer", "TokenizersBackend")
+
+_NAMES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+_NAMED = tuple(f"{name}_token" for name in _NAMES)
+_LISTS = ("additional_special_tokens", "extra_special_tokens")
+_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+
+_GPT2_TOKENS = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
+_ROBERTA_TOKENS = {
+    **{"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "sep_token": "</s>"},
+    **{"pad_token": "<pad>", "cls_token": "<s>"},
+    "mask_token": {"content": "<mask>", "lstrip": True, "normalized": False},
+}
+_BERT_TOKENS = {f"{name}_token": f"[{name.upper()}]" for name in ("unk", "sep", "pad", "cls")}
+_BERT_TOKENS |= {"mask_token": "[MASK]"}
+_DEFAULT_TOKENS: dict[str, dict[str, Any]] = {
+    "GPT2Tokenizer": _GPT2_TOKENS,
+    "RobertaTokenizer": _ROBERTA_TOKENS,
+    **dict.fromkeys(BERT_CLASSES, _BERT_TOKENS),
+}
+
+# Settings of BERT's classes, the fields of a BertNormalizer and their defaults in these classes.
+_BERT_FIELDS = (
+    ("do_lower_case", "lowercase", True),
+    ("strip_accents", "strip_accents", None),
+    ("tokenize_chinese_chars", "handle_chinese_chars", True),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The settings in a folder.
+
+    Attributes:
+        folder: the folder, for messages.
+        kind: the tokenizer's class in transformers without "Fast", or None.
+        kind_file: the file that names the class.
+        values: the contents of tokenizer_config.json. As in transformers, special_tokens_map.json
+            takes precedence unless tokenizer_config.json lists the added tokens.
+        added: added tokens by id, in the form of tokenizer.json.
+    """
+
+    folder: Path
+    kind: str | None
+    kind_file: Path
+    values: dict[str, Any]
+    added: dict[int, dict[str, Any]]
+
+    @property
+    def named(self) -> dict[str, dict[str, Any]]:
+        """The special tokens that settings or the class name, by content."""
+        defaults = _DEFAULT_TOKENS.get(self.kind or "", {})
+        return {token["content"]: token for _, token in _named(self.folder, defaults | self.values)}
+
+    @property
+    def explicit(self) -> set[str]:
+        """The contents of the special tokens that the settings name."""
+        return {token["content"] for _, token in _named(self.folder, self.values)}
+
+    def token(self, name: str) -> str | None:
+        """Return the content of a special token such as "eos_token"."""
+        defaults = _DEFAULT_TOKENS.get(self.kind or "", {})
+        tokens = dict(_named(self.folder, defaults | self.values))
+        return tokens[name]["content"] if name in tokens else None
+
+    def flag(self, key: str, default: bool | None) -> bool | None:
+        """Return a setting that is true, false or, if that is the default, null."""
+        value = self.values.get(key, default)
+        if value is not default and not isinstance(value, bool):
+            raise ValueError(
+                f"{self.folder / CONFIG}: {key!r} is {value!r}; expected true or false"
+            )
+        return value
+
+
+def read_settings(folder: Path) -> Settings:
+    """Read the settings in a folder, all of whose files may be missing.
+
+    Raises:
+        ValueError: a file is damaged, or a token has an unknown form; the message names the file.
+    """
+    source = folder / CONFIG
+    values = read_object(source)
+    kind = values.get("tokenizer_class")
+    if kind is None and (config := folder / "config.json").exists():
+        source, kind = config, read_object(config).get("tokenizer_class")
+    if kind is not None and not isinstance(kind, str):
+        raise ValueError(f"{source}: 'tokenizer_class' is {kind!r}; expected a name")
+    if (listed := values.get("added_tokens_decoder")) is not None:
+        where = f"{folder / CONFIG}: 'added_tokens_decoder'"
+        if not isinstance(listed, dict) or not all(map(str.isdecimal, listed)):
+            raise ValueError(f"{where} must give a token for each id, got {str(listed)[:60]!r}")
+        added = {int(id): _entry(where, entry) for id, entry in listed.items()}
+    else:
+        values = values | read_object(folder / TOKENS_MAP)
+        special = {token["content"] for _, token in _named(folder, values)}
+        added = {}
+        where = str(folder / ADDED)
+        for token, id in read_object(folder / ADDED).items():
+            if type(id) is not int or id < 0:
+                expected = "expected a nonnegative integer"
+                raise ValueError(f"{where}: token {token!r} has id {id!r}; {expected}")
+            added[id] = _entry(where, {"content": token, "special": token in special})
+    return Settings(folder, kind and kind.removesuffix("Fast"), source, values, added)
+
+
+def apply_settings(definition: dict[str, Any], settings: Settings) -> dict[str, Any]:
+    """Return the contents of a tokenizer.json with the effect of the settings beside it.
+
+    Raises:
+        ValueError: transformers would not give the ids that a setting asks for, or its versions
+            differ; the message names the file and the key.
+    """
+    return _add_tokens(_set_case(_set_prefix_space(definition, settings), settings), settings)
+
+
+def _set_prefix_space(definition: dict[str, Any], settings: Settings) -> dict[str, Any]:
+    wanted = settings.flag("add_prefix_space", False if settings.kind in GPT2_CLASSES else None)
+    words = definition.get("pre_tokenizer")
+    parts = [*_parts(words), *_parts(definition.get("normalizer"))]
+    if wanted is None:
+        return definition
+    if isinstance(words, dict) and words.get("type") == "ByteLevel":
+        if words.get("add_prefix_space") is wanted:
+            return definition
+        if settings.kind not in GENERIC_CLASSES:
+            return definition | {"pre_tokenizer": words | {"add_prefix_space": wanted}}
+    else:
+        # Outside of byte-level BPE, SentencePiece's vocabularies have this setting.
+        marks = [part for part in parts if part.get("type") in ("Metaspace", "Prepend")]
+        if not marks or wanted is any(part.get("prepend_scheme") != "never" for part in marks):
+            return definition
+    raise ValueError(
+        f"{settings.folder / CONFIG}: 'add_prefix_space' is {str(wanted).lower()}, but "
+        "tokenizer.json says otherwise, and versions of transformers follow one or the other; "
+        "remove the key, or set it to what the model was trained with in both files"
+    )
+
+
+def _parts(component: Any) -> list[dict[str, Any]]:
+    """Return the parts of a pre-tokenizer or normalizer, those in a sequence one by one."""
+    if not isinstance(component, dict):
+        return []
+    parts = component.get("pretokenizers") or component.get("normalizers") or []
+    return [part for inner in parts for part in _parts(inner)] or [component]
+
+
+def _set_case(definition: dict[str, Any], settings: Settings) -> dict[str, Any]:
+    normalizer = definition.get("normalizer")
+    if not isinstance(normalizer, dict) or normalizer.get("type") != "BertNormalizer":
+        return definition
+    if settings.kind in (*GENERIC_CLASSES, *GPT2_CLASSES):
+        return definition
+    changed = dict(normalizer)
+    for key, field, default in _BERT_FIELDS:
+        if settings.kind in BERT_CLASSES or key in settings.values:
+            changed[field] = settings.flag(key, default)
+    return definition if changed == normalizer else definition | {"normalizer": changed}
+
+
+def _add_tokens(definition: dict[str, Any], settings: Settings) -> dict[str, Any]:
+    entries = definition.get("added_tokens") or []
+    present = [{field: entry[field] for field in ("content", *_FLAGS)} for entry in entries]
+    new = [token for _, token in sorted(settings.added.items()) if token not in present]
+    known = {token["content"] for token in [*present, *new]}
+    vocab = definition["model"].get("vocab", {})
+    tokens = set(vocab) if isinstance(vocab, dict) else {token for token, _ in vocab}
+    named, explicit = settings.named, settings.explicit
+    for content, token in named.items():
+        # A default of the class that the vocabulary lacks would only add an id that no text has.
+        if content and content not in known and (content in explicit or content in tokens):
+            new.append(token)
+    if not new:
+        return definition
+    import tokenizers
+
+    library = build(definition)
+    for token in new:
+        special = token["special"] or token["content"] in named
+        library.add_tokens([tokenizers.AddedToken(**token | {"special": special})])
+    for id, token in settings.added.items():
+        if (found := library.token_to_id(token["content"])) != id:
+            file = CONFIG if "added_tokens_decoder" in settings.values else ADDED
+            raise ValueError(
+                f"{settings.folder / file}: added token {token['content']!r} has id {id}, but the "
+                f"library gives it {found}; expected its id in the vocabulary, or ids that "
+                "continue it without a gap"
+            )
+    added = sorted(library.get_added_tokens_decoder().items())
+    return definition | {"added_tokens": [{"id": id} | _fields(token) for id, token in added]}
+
+
+def _fields(token: Any) -> dict[str, Any]:
+    """Return an added token of the library as a dict."""
+    return {"content": token.content} | {flag: getattr(token, flag) for flag in _FLAGS}
+
+
+def _named(folder: Path, values: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the key and the token of each special token that settings name."""
+    for key in _NAMED:
+        if (value := values.get(key)) is not None:
+            yield key, _entry(f"{folder / CONFIG}: {key!r}", value, special=True)
+    for key in _LISTS:
+        tokens = values.get(key) or []
+        if not isinstance(tokens, (list, dict)):
+            raise ValueError(f"{folder / CONFIG}: {key!r} is {tokens!r}; expected a list of tokens")
+        for value in tokens.values() if isinstance(tokens, dict) else tokens:
+            yield key, _entry(f"{folder / CONFIG}: {key!r}", value, special=True)
+
+
+def _entry(where: str, value: Any, special: bool = False) -> dict[str, Any]:
+    """Return an added token with all its fields, from its text or some of its fields."""
+    fields = {"content": value} if isinstance(value, str) else value
+    if not isinstance(fields, dict) or not isinstance(fields.get("content"), str):
+        raise ValueError(f"{where} holds {str(value)[:60]!r}; expected a token")
+    flags = {flag: fields[flag] for flag in _FLAGS if flag in fields}
+    if not all(isinstance(flag, bool) for flag in flags.values()):
+        raise ValueError(f"{where} holds {str(value)[:60]!r}, whose flags must be true or false")
+    special = flags.get("special", special)
+    plain = dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
+    return {
+        "content": fields["content"],
+        **plain,
+        "normalized": not special,
+        "special": special,
+    } | flags
