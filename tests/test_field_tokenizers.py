@@ -3,11 +3,26 @@
 import functools
 import json
 import lzma
+import tempfile
+import warnings
 from pathlib import Path
 
+import jax
 import pytest
 
-from flaxgpt.tokenizer import load_tokenizer
+import flaxgpt
+from command import call
+from flaxgpt import GPTConfig
+from flaxgpt.cli.generate import _stop_ids
+from flaxgpt.tokenizer import (
+    BPETokenizer,
+    CharTokenizer,
+    UnreadableTokenizerWarning,
+    load_tokenizer,
+)
+from flaxgpt.tokenizer.folder import read_tokenizer, save_tokenizer
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 FOLDERS = Path(__file__).parent / "golden" / "tokenizer_folders.json.xz"
 
@@ -120,3 +135,224 @@ class TestOrdinaryAddedTokens:
         assert "<note>" not in tokenizer.special_tokens
         ids = tokenizer.encode("a<note>b")
         assert 330 in ids and tokenizer.decode(ids) == "a<note>b"
+
+
+@functools.cache
+def small_model(vocab_size):
+    cfg = GPTConfig(vocab_size, context_length=8, emb_dim=4, n_heads=1, n_layers=1)
+    return cfg, flaxgpt.init(cfg, jax.random.key(0))
+
+
+def write_model(folder, vocab_size, files):
+    """Save a model without a tokenizer, and write or change files beside it."""
+    flaxgpt.save(folder, *small_model(vocab_size))
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = {key: value for key, value in config.items() if "token_id" not in key}
+    write_files(folder, files | {"config.json": config | files.get("config.json", {})})
+
+
+class TestStopIds:
+    """The ids that end a text come from the model's files."""
+
+    @pytest.mark.parametrize(
+        ("files", "stop_ids"),
+        [
+            ({}, (0,)),
+            ({"config.json": {"eos_token_id": 7}}, (7,)),
+            ({"config.json": {"eos_token_id": [7, 8, 7]}}, (7, 8)),
+            ({"generation_config.json": {"eos_token_id": 7}}, (7,)),
+            ({"generation_config.json": {"eos_token_id": [8, 7]}}, (8, 7)),
+            (
+                {
+                    "generation_config.json": {"eos_token_id": 9},
+                    "config.json": {"eos_token_id": 7},
+                },
+                (9,),
+            ),
+            ({"generation_config.json": {"eos_token_id": None}}, (0,)),
+            ({"generation_config.json": {}, "config.json": {"eos_token_id": 7}}, (7,)),
+            # The default of GPT2Config, whatever the vocabulary.
+            ({"config.json": {"bos_token_id": 50256, "eos_token_id": 50256}}, (0,)),
+            ({"config.json": {"eos_token_id": [50256, 7]}}, (7,)),
+            ({"tokenizer_config.json": {"eos_token": "the"}}, None),
+            ({"tokenizer_config.json": {"eos_token": "!"}}, (1,)),
+            ({"special_tokens_map.json": {"eos_token": {"content": "!"}}}, (1,)),
+            ({"tokenizer_config.json": {"pad_token": "!", "bos_token": "#"}}, (0,)),
+            (
+                {
+                    "tokenizer_config.json": {"eos_token": "!"},
+                    "config.json": {"eos_token_id": 7, "bos_token_id": 8, "pad_token_id": 9},
+                },
+                (7,),
+            ),
+        ],
+    )
+    @pytest.mark.parametrize("folder", ["v4-slow-gpt2", "edited-gpt2-prefix"])
+    def test_they_are_read_from_the_first_file_that_has_them(
+        self, tmp_path, folder, files, stop_ids
+    ):
+        vocabulary = dict(tokenizer_folders()[1][folder]["files"])
+        vocabulary.pop("tokenizer_config.json", None)
+        vocabulary.pop("config.json", None)
+        write_model(tmp_path, 340, vocabulary | files)
+        expected = (330,) if stop_ids is None else stop_ids  # "the" becomes an added token
+        assert flaxgpt.load(tmp_path)[2].stop_ids == expected
+        assert load_tokenizer(tmp_path).stop_ids == expected
+
+    @pytest.mark.parametrize("folder", ["v4-bert-cased", "v5-bert-uncased", "v4-slow-bert"])
+    def test_separators_and_padding_do_not_end_a_text(self, tmp_path, folder):
+        write_files(tmp_path, tokenizer_folders()[1][folder]["files"])
+        tokenizer = load_tokenizer(tmp_path)
+        assert {"[CLS]", "[SEP]", "[PAD]"} < tokenizer.special_tokens.keys()
+        assert tokenizer.stop_ids == ()
+
+    @pytest.mark.parametrize(
+        ("name", "stop_ids"), [("gpt2", (50256,)), ("tales", (4095,))], ids=str
+    )
+    def test_those_of_the_package_end_with_the_end_of_text(self, name, stop_ids):
+        assert load_tokenizer(name).stop_ids == stop_ids
+
+    def test_those_of_gpt2s_tokenizer_come_from_the_model_too(self, tmp_path):
+        write_model(tmp_path, 50257, {"generation_config.json": {"eos_token_id": [50256, 198]}})
+        assert flaxgpt.load(tmp_path)[2].stop_ids == (50256, 198)
+
+    @pytest.mark.parametrize("file", ["generation_config.json", "config.json"])
+    @pytest.mark.parametrize("value", ["</s>", 1.5, True, ["a"], {}], ids=repr)
+    def test_a_value_that_is_no_id_is_named(self, tmp_path, file, value):
+        save_tokenizer(CharTokenizer("ab"), tmp_path)
+        write_files(tmp_path, {file: {"eos_token_id": value}})
+        with pytest.raises(ValueError, match=f"{file}: 'eos_token_id' is .*; expected an id or"):
+            read_tokenizer(tmp_path)
+
+    SAVED = (
+        lambda: load_tokenizer("gpt2"),
+        lambda: load_tokenizer("gpt2").with_stop_ids([198, 50256]),
+        lambda: load_tokenizer("gpt2").with_stop_ids([]),
+        lambda: CharTokenizer("abc"),
+        lambda: CharTokenizer("abc", (1,)),
+        lambda: byte_tokenizer({"<|endoftext|>": 256}),
+        lambda: byte_tokenizer({"<|endoftext|>": 256, "</s>": 300}, [300, 10]),
+        lambda: byte_tokenizer({"<|endoftext|>": 256}, []),
+        lambda: folder_tokenizer("v4-gpt2"),
+        lambda: folder_tokenizer("v4-gpt2").with_stop_ids([]),
+        lambda: folder_tokenizer("v4-gpt2-prefix").with_stop_ids([5, 6]),
+        lambda: folder_tokenizer("v4-generic-strip"),
+        lambda: folder_tokenizer("v4-slow-bert"),
+        lambda: folder_tokenizer("v4-unigram"),
+        lambda: folder_tokenizer("v4-llama-added"),
+    )
+
+    @pytest.mark.parametrize("layout", ["huggingface", "book"])
+    @pytest.mark.parametrize("make", SAVED)
+    def test_a_saved_tokenizer_is_loaded_equal(self, tmp_path, make, layout):
+        tokenizer = make()
+        model = small_model(max(tokenizer.vocab_size, 60))
+        flaxgpt.save(tmp_path / "model", *model, layout=layout, tokenizer=tokenizer)
+        again = flaxgpt.load(tmp_path / "model")[2]
+        assert again == tokenizer and again.stop_ids == tokenizer.stop_ids
+        save_tokenizer(tokenizer, tmp_path / "run")
+        assert read_tokenizer(tmp_path / "run") == tokenizer
+
+    @pytest.mark.parametrize(
+        ("stop_ids", "saved"), [([], None), ([5], 5), ([5, 6], [5, 6])], ids=repr
+    )
+    def test_the_saved_configuration_has_them(self, tmp_path, stop_ids, saved):
+        tokenizer = folder_tokenizer("v4-gpt2").with_stop_ids(stop_ids)
+        flaxgpt.save(tmp_path / "model", *small_model(50257), tokenizer=tokenizer)
+        config = json.loads((tmp_path / "model" / "config.json").read_text(encoding="utf-8"))
+        assert (config["bos_token_id"], config["eos_token_id"]) == (0, saved)
+
+    def test_the_command_line_stops_at_them_alone(self, tmp_path):
+        cfg, params = small_model(256)
+        ids = flaxgpt.generate(cfg, params, [[97]], 8)[0]
+        # <s> is beyond the model's vocabulary.
+        tokenizer = byte_tokenizer({"<s>": 256}, [ids[3], 256])
+        for stop_ids, new in (([], ids), ([ids[3], 256], ids[: ids.index(ids[3]) + 1])):
+            saved = tokenizer.with_stop_ids(stop_ids)
+            flaxgpt.save(tmp_path / "model", cfg, params, tokenizer=saved)
+            options = ("--temperature", 0, "--max-new-tokens", 8, "--model", tmp_path / "model")
+            expected = "a" + tokenizer.decode(new) + "\n"
+            assert call("generate", "a", *options).stdout.decode() == expected
+
+    def test_the_command_line_does_not_stop_at_other_special_tokens(self):
+        tokenizer = folder_tokenizer("v4-gpt2-added")
+        cfg = small_model(340)[0]
+        assert tokenizer.special_tokens.keys() > {"<|endoftext|>", "<pad>"}
+        assert _stop_ids(cfg, tokenizer, ()) == [tokenizer.special_tokens["<|endoftext|>"]]
+        assert _stop_ids(cfg, folder_tokenizer("v4-bert-cased"), ()) == []
+        assert _stop_ids(cfg, tokenizer, ("<note>", "<pad>")) == [332, 330]
+
+
+def byte_tokenizer(special_tokens, stop_ids=None):
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    return BPETokenizer(".|\n", ranks, special_tokens, stop_ids)
+
+
+@functools.cache
+def folder_tokenizer(name):
+    with tempfile.TemporaryDirectory() as folder:
+        write_files(Path(folder), tokenizer_folders()[1][name]["files"])
+        return load_tokenizer(folder)
+
+
+class TestMissingTokenizers:
+    """`load` says that a model comes without a tokenizer, and does not guess one."""
+
+    @pytest.mark.parametrize("vocab_size", [65, 128, 50256, 50258, 50260, 50304, 51200])
+    def test_a_model_of_another_size_without_a_tokenizer_is_a_warning(self, tmp_path, vocab_size):
+        write_model(tmp_path, vocab_size, {})
+        message = f"no tokenizer for its {vocab_size} tokens: add vocab.json and merges.txt, .* to"
+        with pytest.warns(UnreadableTokenizerWarning, match=message):
+            assert flaxgpt.load(tmp_path)[2] is None
+
+    @pytest.mark.parametrize(
+        "files",
+        [
+            {"tokenizer_config.json": {"tokenizer_class": "BertTokenizer"}},
+            {"config.json": {"tokenizer_class": "T5Tokenizer"}},
+            {"tokenizer_config.json": {"do_lower_case": True}},
+            {"tokenizer_config.json": {"unk_token": "[UNK]", "sep_token": "[SEP]"}},
+            {"tokenizer_config.json": {"additional_special_tokens": ["<|user|>"]}},
+            {"tokenizer_config.json": {"added_tokens_decoder": {"0": {"content": "<pad>"}}}},
+            {"special_tokens_map.json": {"eos_token": "</s>"}},
+            {"special_tokens_map.json": {"cls_token": {"content": "[CLS]", "lstrip": False}}},
+            {"added_tokens.json": {"<note>": 50256}},
+            {"config.json": {"bos_token_id": 1, "eos_token_id": 2}},
+            {"vocab.txt": "[PAD]\n"},
+            {"spiece.model": ""},
+            {"tokenizer.tiktoken": ""},
+            {"my_vocab.json": "{}"},
+            {"chars.vocab": ""},
+            {"tokenizer.pkl": ""},
+        ],
+        ids=str,
+    )
+    def test_gpt2s_tokenizer_is_not_assumed_if_the_folder_says_otherwise(self, tmp_path, files):
+        write_model(tmp_path, 50257, files)
+        with pytest.warns(UnreadableTokenizerWarning, match=r"no tokenizer: .*; add|save_pretrai"):
+            assert flaxgpt.load(tmp_path)[2] is None
+
+    @pytest.mark.parametrize(
+        "files",
+        [
+            {},
+            {"tokenizer_config.json": {"model_max_length": 1024, "tokenizer_class": None}},
+            {"tokenizer_config.json": {"eos_token": "<|endoftext|>", "add_prefix_space": False}},
+            {"special_tokens_map.json": {"unk_token": "<|endoftext|>"}},
+            {"config.json": {"bos_token_id": 50256, "eos_token_id": 50256}},
+            {"config.json": {"eos_token_id": 198}},
+            {"generation_config.json": {"eos_token_id": 50256}, "chat_template.jinja": ""},
+        ],
+        ids=str,
+    )
+    def test_gpt2s_tokenizer_is_assumed_if_everything_agrees(self, tmp_path, files):
+        write_model(tmp_path, 50257, files)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            tokenizer = flaxgpt.load(tmp_path)[2]
+        assert tokenizer.encode("Hello, I am") == [15496, 11, 314, 716]
+
+    @pytest.mark.parametrize("folder", ["v4-slow-bert", "v4-bert-cased", "v4-unigram"])
+    def test_a_tokenizer_in_the_folder_is_used_whatever_the_vocabulary_size(self, tmp_path, folder):
+        write_model(tmp_path, 50257, tokenizer_folders()[1][folder]["files"])
+        assert flaxgpt.load(tmp_path)[2] == folder_tokenizer(folder)

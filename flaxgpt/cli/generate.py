@@ -53,7 +53,7 @@ class GenerateCommand:
     """Number of continuations, printed with an empty line between them."""
 
     stop: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """Token that ends the text, as text or id (repeatable); the special tokens by default."""
+    """Token that ends the text, as text or id (repeatable); by default, those of the model."""
 
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Dtype of the computation."""
@@ -108,8 +108,8 @@ class GenerateCommand:
 
 def _stop_ids(cfg: GPTConfig, tokenizer: Tokenizer, stops: tuple[str, ...]) -> list[int]:
     if not stops:
-        # A tokenizer may have special tokens, such as padding, that the model does not have.
-        return [token for token in tokenizer.special_tokens.values() if token < cfg.vocab_size]
+        # A tokenizer may have tokens that the model does not have.
+        return [token for token in tokenizer.stop_ids if token < cfg.vocab_size]
     ids = []
     for stop in stops:
         tokens = [int(stop)] if stop.isdecimal() else tokenizer.encode(stop, allowed_special="all")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import warnings
 from typing import Annotated, Any, Literal
 
 import tyro
@@ -15,6 +16,7 @@ from flaxgpt.cli import tables
 from flaxgpt.cli.common import progress, say
 from flaxgpt.config import PRESETS, GPTConfig, block_index, block_name
 from flaxgpt.inspection import TreeRow, compare, count_params, largest_batch, tree_rows
+from flaxgpt.tokenizer.folder import UnreadableTokenizerWarning
 from flaxgpt.typing import Params
 from flaxgpt.weights import read_config, read_stored_bytes
 
@@ -195,7 +197,8 @@ def _read(model: str) -> tuple[GPTConfig, Params | None, dict[str, int]]:
     """Return the configuration, the parameters (None for presets) and the bytes by stored dtype."""
     if model in PRESETS:
         return GPTConfig.preset(model), None, {}
-    with progress(f"loading {model}") as advance:
+    with progress(f"loading {model}") as advance, warnings.catch_warnings():
+        warnings.simplefilter("ignore", UnreadableTokenizerWarning)  # it is not needed here
         cfg, params, _ = flaxgpt.load(model, progress=advance)
     return cfg, params, read_stored_bytes(model)
 

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import os
 import shutil
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,12 @@ from flaxgpt.data import TextScan
 from flaxgpt.runs.folder import Run, Say, is_run, read_config, write_config
 from flaxgpt.runs.texts import scan_files, tokenize_files
 from flaxgpt.tokenizer import TOKENIZER_NAMES, CharTokenizer, Tokenizer, load_tokenizer
-from flaxgpt.tokenizer.folder import FILE_NAME, read_tokenizer, save_tokenizer
+from flaxgpt.tokenizer.folder import (
+    FILE_NAME,
+    UnreadableTokenizerWarning,
+    read_tokenizer,
+    save_tokenizer,
+)
 from flaxgpt.training.config import TrainConfig
 from flaxgpt.typing import Params
 from flaxgpt.weights import book_params, load
@@ -160,7 +166,10 @@ def _load_source(cfg: GPTConfig, train_cfg: TrainConfig) -> tuple[Params | None,
         return None, None
     if train_cfg.init_from == "book":
         return book_params(cfg), load_tokenizer("gpt2")
-    source_cfg, params, tokenizer = load(train_cfg.init_from)
+    with warnings.catch_warnings():
+        if train_cfg.tokenizer:  # the model's own is not used
+            warnings.simplefilter("ignore", UnreadableTokenizerWarning)
+        source_cfg, params, tokenizer = load(train_cfg.init_from)
     names = [name for name in vars(cfg) if not name.startswith("drop_rate")]
     if faults := _changes(source_cfg, cfg, names):
         raise ValueError(f"{train_cfg.init_from} has another architecture: {listed(faults)}")

@@ -6,12 +6,13 @@ import base64
 import functools
 import importlib.resources
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import tiktoken
 
 from flaxgpt._checks import value_errors
-from flaxgpt.tokenizer.protocol import AllowedSpecial, VocabularyTokenizer
+from flaxgpt.tokenizer.protocol import END_OF_TEXT, AllowedSpecial, VocabularyTokenizer
 
 # GPT-2 splits text into words before it merges bytes. The published pattern (openai/gpt-2,
 # src/encoder.py) is 's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+.
@@ -29,10 +30,12 @@ class BPETokenizer(VocabularyTokenizer):
             that it does not match is dropped.
         ranks: the bytes of each token and its id. Lower ids are merged first.
         special_tokens: the text of each special token and its id.
+        stop_ids: ids that end a text; None for that of `<|endoftext|>`, if it is a special token.
 
     Raises:
         ValueError: a byte has no token, an id is negative, not an integer or used twice, a special
-            token is a prefix of another, or `pattern` is not a valid expression.
+            token is a prefix of another, a stop id has no token, or `pattern` is not a valid
+            expression.
 
     Example:
         >>> from flaxgpt.tokenizer import load_tokenizer
@@ -41,7 +44,11 @@ class BPETokenizer(VocabularyTokenizer):
     """
 
     def __init__(
-        self, pattern: str, ranks: Mapping[bytes, int], special_tokens: Mapping[str, int]
+        self,
+        pattern: str,
+        ranks: Mapping[bytes, int],
+        special_tokens: Mapping[str, int],
+        stop_ids: Iterable[int] | None = None,
     ) -> None:
         missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
         if missing:
@@ -69,9 +76,20 @@ class BPETokenizer(VocabularyTokenizer):
             raise ValueError("a special token is empty; expected at least one character")
         self.pattern, self.ranks = pattern, dict(ranks)
         self._special_tokens = special = dict(special_tokens)
+        self.stop_ids = self._check_stop_ids(stop_ids)
         self._encoding = tiktoken.Encoding(
             "flaxgpt", pat_str=pattern, mergeable_ranks=self.ranks, special_tokens=special
         )
+
+    @property
+    def _definition(self) -> tuple[Any, ...]:
+        return self.pattern, self.ranks, self._special_tokens, self.stop_ids
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, BPETokenizer) and self._definition == other._definition
+
+    def __hash__(self) -> int:
+        return hash((self.pattern, len(self.ranks), self.stop_ids))
 
     def encode(self, text: str, *, allowed_special: AllowedSpecial = ()) -> list[int]:
         """See `Tokenizer.encode`. As in tiktoken, a lone surrogate is encoded as U+FFFD."""
@@ -90,4 +108,4 @@ def shipped_tokenizer(name: str) -> BPETokenizer:
     file = importlib.resources.files("flaxgpt") / "vocab" / f"{name}.tiktoken"
     pairs = (line.split() for line in file.read_bytes().splitlines())
     ranks = {base64.b64decode(token): int(rank) for token, rank in pairs}
-    return BPETokenizer(GPT2_PATTERN, ranks, {"<|endoftext|>": len(ranks)})
+    return BPETokenizer(GPT2_PATTERN, ranks, {END_OF_TEXT: len(ranks)})

@@ -14,9 +14,11 @@ class CharTokenizer(VocabularyTokenizer):
 
     Args:
         characters: the vocabulary, with each character once.
+        stop_ids: ids that end a text.
 
     Raises:
-        ValueError: `characters` is empty, repeats a character or contains a lone surrogate.
+        ValueError: `characters` is empty, repeats a character or contains a lone surrogate, or a
+            stop id is not in the vocabulary.
 
     Example:
         >>> CharTokenizer.from_text("hello").encode("hole")
@@ -24,6 +26,7 @@ class CharTokenizer(VocabularyTokenizer):
     """
 
     characters: str
+    stop_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not isinstance(self.characters, str) or not self.characters:
@@ -41,6 +44,7 @@ class CharTokenizer(VocabularyTokenizer):
                 )
         vocab = {id: character.encode() for id, character in enumerate(self.characters)}
         object.__setattr__(self, "_vocab", vocab)
+        object.__setattr__(self, "stop_ids", self._check_stop_ids(self.stop_ids))
 
     @classmethod
     def from_text(cls, text: str) -> CharTokenizer:

@@ -34,13 +34,17 @@ class HuggingFaceTokenizer(VocabularyTokenizer):
     marked as special; other added tokens are always recognized, as in the library.
 
     Args:
-        definition: the contents of a `tokenizer.json`. Tokenizers are equal if it is.
+        definition: the contents of a `tokenizer.json`. Tokenizers are equal if it and the stop ids
+            are.
+        stop_ids: ids that end a text; None for that of `<|endoftext|>`, if it is a special token.
 
     Raises:
-        ValueError: the library cannot read the definition, or would change ids in it.
+        ValueError: the library cannot read the definition, or would change ids in it, or a stop id
+            has no token.
     """
 
     definition: str
+    stop_ids: tuple[int, ...] = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
         self._json = parse_object(self.definition)
@@ -64,6 +68,7 @@ class HuggingFaceTokenizer(VocabularyTokenizer):
                 f"id {shared} belongs to {[token for token in vocab if vocab[token] == shared]}; "
                 "expected one token"
             )
+        self.stop_ids = self._check_stop_ids(self.stop_ids)
         for entry in self._added:
             if self._vocab.get(entry["id"]) != entry["content"]:
                 raise ValueError(
@@ -71,6 +76,10 @@ class HuggingFaceTokenizer(VocabularyTokenizer):
                     f"it {self._library.token_to_id(entry['content'])}; expected its id in the "
                     "vocabulary, or ids that continue it without a gap"
                 )
+
+    def token_id(self, token: str) -> int | None:
+        """Return the id of a token, or None."""
+        return self._library.token_to_id(token)
 
     def encode(self, text: str, *, allowed_special: AllowedSpecial = ()) -> list[int]:
         """See `Tokenizer.encode`. A lone surrogate is encoded as U+FFFD."""

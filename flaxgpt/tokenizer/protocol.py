@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import codecs
+import copy
 import functools
 import operator
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, Self
 
 import numpy as np
 
+from flaxgpt._checks import check_stop_ids
+
 AllowedSpecial = Collection[str] | Literal["all"]
+END_OF_TEXT = "<|endoftext|>"
 
 
 class Tokenizer(Protocol):
@@ -26,6 +30,14 @@ class Tokenizer(Protocol):
 
         `encode` never produces these ids from text unless `allowed_special` permits it, except
         that of an unknown token, which stands for text outside the vocabulary.
+        """
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """The ids that end a text, such as `(50256,)`; pass them to `generate` as `stop_ids`.
+
+        A tokenizer loaded from a folder has those of the model, from `generation_config.json`,
+        `config.json` or the tokenizer's files.
         """
 
     def encode(self, text: str, *, allowed_special: AllowedSpecial = ()) -> list[int]:
@@ -80,6 +92,7 @@ class VocabularyTokenizer(Tokenizer):
 
     _vocab: Mapping[int, Any]  # the bytes of each id
     _special_tokens: Mapping[str, int] = {}
+    stop_ids: tuple[int, ...] = ()
 
     def __repr__(self) -> str:
         kind = type(self).__name__
@@ -92,6 +105,31 @@ class VocabularyTokenizer(Tokenizer):
     @property
     def special_tokens(self) -> dict[str, int]:
         return dict(self._special_tokens)
+
+    def has_token(self, id: int) -> bool:
+        """Return whether a token has this id."""
+        return id in self._vocab
+
+    @property
+    def default_stop_ids(self) -> tuple[int, ...]:
+        """The id of `<|endoftext|>`, if it is a special token."""
+        return tuple(id for token, id in self._special_tokens.items() if token == END_OF_TEXT)
+
+    def with_stop_ids(self, stop_ids: Iterable[int]) -> Self:
+        """Return this tokenizer with other `stop_ids`; ValueError for one that no token has."""
+        checked = self._check_stop_ids(stop_ids)
+        if checked == self.stop_ids:
+            return self
+        changed = copy.copy(self)
+        object.__setattr__(changed, "stop_ids", checked)  # also if it is a frozen dataclass
+        return changed
+
+    def _check_stop_ids(self, stop_ids: Iterable[int] | None) -> tuple[int, ...]:
+        """Return stop ids as a tuple; None stands for the end-of-text token, if there is one."""
+        checked = self.default_stop_ids if stop_ids is None else check_stop_ids(stop_ids)
+        for id in checked:
+            self._check_id(id, " of stop_ids")
+        return tuple(dict.fromkeys(checked))
 
     def decode(self, ids: Sequence[int]) -> str:
         tokens = [self._vocab[id] for id in self._check_ids(ids)]

@@ -21,12 +21,20 @@ from flaxgpt.tokenizer.settings import (
 def read_huggingface(folder: Path) -> HuggingFaceTokenizer | None:
     """Read `tokenizer.json`, GPT-2's `vocab.json` with `merges.txt`, or BERT's `vocab.txt`.
 
-    The settings beside these files are applied; see `settings`.
+    The settings beside these files are applied; see `settings`. The end-of-text token that they
+    name is the stop id.
 
     Return None if the folder has none and is not known to need another tokenizer than GPT-2's.
     Raise a ValueError that names the file if one is damaged, missing, or of another kind.
     """
     settings = read_settings(folder)
+    tokenizer = _read(folder, settings)
+    if tokenizer is None or (stops := settings.stop_ids(tokenizer)) is None:
+        return tokenizer
+    return tokenizer.with_stop_ids(stops)
+
+
+def _read(folder: Path, settings: Settings) -> HuggingFaceTokenizer | None:
     path, words = folder / "tokenizer.json", folder / "vocab.txt"
     if path.exists():
         with value_errors(path):

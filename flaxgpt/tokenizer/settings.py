@@ -7,12 +7,14 @@ the tokens around a text, of padding, truncation and decoding have no effect on 
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from flaxgpt.tokenizer.files import read_object
-from flaxgpt.tokenizer.huggingface import build
+from flaxgpt.tokenizer.huggingface import HuggingFaceTokenizer, build
+from flaxgpt.tokenizer.protocol import VocabularyTokenizer
 
 CONFIG, TOKENS_MAP, ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
 
@@ -24,6 +26,7 @@ GENERIC_CLASSES = ("PreTrainedTokenizer", "TokenizersBackend")
 
 _NAMES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 _NAMED = tuple(f"{name}_token" for name in _NAMES)
+_STOPS = "stop_ids"  # flaxgpt's own setting
 _LISTS = ("additional_special_tokens", "extra_special_tokens")
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
@@ -40,6 +43,21 @@ _DEFAULT_TOKENS: dict[str, dict[str, Any]] = {
     "RobertaTokenizer": _ROBERTA_TOKENS,
     **dict.fromkeys(BERT_CLASSES, _BERT_TOKENS),
 }
+
+# Names under which other programs keep vocabularies, and that flaxgpt does not read.
+_VOCABULARY_FILES = (
+    *("*vocab*", "*.vocab", "*tokenizer*.pkl", "*tokenizer*.bin", "tokenizer.txt", "tekken.json"),
+    *(
+        "*.spm",
+        "*spiece*",
+        "*sentencepiece*",
+        "*.model",
+        "*.tiktoken",
+        "dict.txt",
+        "*bpe*",
+        "*merges*",
+    ),
+)
 
 # Settings of BERT's classes, the fields of a BertNormalizer and their defaults in these classes.
 _BERT_FIELDS = (
@@ -85,6 +103,19 @@ class Settings:
         tokens = dict(_named(self.folder, defaults | self.values))
         return tokens[name]["content"] if name in tokens else None
 
+    def stop_ids(self, tokenizer: HuggingFaceTokenizer) -> list[int] | None:
+        """Return the ids that end a text, or None if the settings have none."""
+        if (stops := self.values.get(_STOPS)) is not None:
+            if not isinstance(stops, list) or not all(map(tokenizer.has_token, stops)):
+                place = f"{self.folder / CONFIG}: {_STOPS!r}"
+                raise ValueError(f"{place} is {stops!r}; expected ids of the vocabulary")
+            return stops
+        token = self.token("eos_token")
+        if token is None:
+            others = dict(_named(self.folder, read_object(self.folder / TOKENS_MAP)))
+            token = others["eos_token"]["content"] if "eos_token" in others else None
+        return None if token is None or (id := tokenizer.token_id(token)) is None else [id]
+
     def flag(self, key: str, default: bool | None) -> bool | None:
         """Return a setting that is true, false or, if that is the default, null."""
         value = self.values.get(key, default)
@@ -126,6 +157,46 @@ def read_settings(folder: Path) -> Settings:
     return Settings(folder, kind and kind.removesuffix("Fast"), source, values, added)
 
 
+def settings_of(tokenizer: HuggingFaceTokenizer) -> dict[str, Any]:
+    """Return the tokenizer_config.json with which transformers reads the tokenizer.json alike."""
+    words = json.loads(tokenizer.definition).get("pre_tokenizer") or {}
+    # Some versions would otherwise replace it by false.
+    space = {key: value for key, value in words.items() if key == "add_prefix_space"}
+    stops = [name for name, id in tokenizer.special_tokens.items() if id in tokenizer.stop_ids[:1]]
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **space,
+        "clean_up_tokenization_spaces": False,
+        "eos_token": stops[0] if stops else None,
+        _STOPS: list(tokenizer.stop_ids),
+    }
+
+
+def sign_of_another(folder: Path, expected: VocabularyTokenizer) -> str | None:
+    """Return what in a folder without a vocabulary names another tokenizer than the expected one.
+
+    The folder names the special tokens, the settings or the files of the other tokenizer.
+    """
+    settings = read_settings(folder)
+    tokens_map = read_object(folder / TOKENS_MAP)
+    added = {token["content"]: id for id, token in settings.added.items()}
+    named = [token["content"] for _, token in _named(folder, tokens_map | settings.values)]
+    for token in (*added, *named):
+        if token not in expected.special_tokens:
+            return f"{folder} names the special token {token!r} in its settings"
+    for key, _, _ in _BERT_FIELDS:
+        if key in settings.values:
+            return f"{folder / CONFIG} has the setting {key!r}"
+    config = read_object(folder / "config.json")
+    ids = [config.get(key) for key in ("bos_token_id", "eos_token_id")]
+    if all(type(id) is int and id not in expected.stop_ids for id in ids):
+        return f"{folder / 'config.json'} has bos_token_id {ids[0]} and eos_token_id {ids[1]}"
+    for pattern in _VOCABULARY_FILES:
+        for path in sorted(folder.glob(pattern)):
+            return f"{path} is a file of a tokenizer"
+    return None
+
+
 def apply_settings(definition: dict[str, Any], settings: Settings) -> dict[str, Any]:
     """Return the contents of a tokenizer.json with the effect of the settings beside it.
 
@@ -147,6 +218,8 @@ def _set_prefix_space(definition: dict[str, Any], settings: Settings) -> dict[st
             return definition
         if settings.kind not in GENERIC_CLASSES:
             return definition | {"pre_tokenizer": words | {"add_prefix_space": wanted}}
+    elif settings.kind in GENERIC_CLASSES:
+        return definition
     else:
         # Outside of byte-level BPE, SentencePiece's vocabularies have this setting.
         marks = [part for part in parts if part.get("type") in ("Metaspace", "Prepend")]

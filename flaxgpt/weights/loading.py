@@ -15,7 +15,7 @@ from flax.traverse_util import unflatten_dict
 
 from flaxgpt.config import GPTConfig
 from flaxgpt.tokenizer import Tokenizer, load_tokenizer
-from flaxgpt.tokenizer.folder import UnreadableTokenizerWarning, read_tokenizer
+from flaxgpt.tokenizer.folder import UnreadableTokenizerWarning, read_model_tokenizer
 from flaxgpt.typing import Params, Progress
 from flaxgpt.weights.book_init import book_params
 from flaxgpt.weights.matching import match_layout
@@ -23,7 +23,8 @@ from flaxgpt.weights.source import locate, read_config_file, weight_files
 from flaxgpt.weights.table import TOKEN_EMBEDDING, Layout, Slot
 from flaxgpt.weights.tensors import FLOATS, Tensor, read, stamp, tensors_in
 
-_GPT2_VOCABULARY = 50257
+_FILES = "vocab.json and merges.txt, tokenizer.json, vocab.txt or flaxgpt_tokenizer.json"
+_OTHERS = "flaxgpt.load_tokenizer('gpt2') if it was trained with GPT-2's"
 
 
 def load(
@@ -45,8 +46,9 @@ def load(
 
     Returns:
         The configuration; the parameters, as nested float32 arrays whatever the dtype in the file;
-        and the tokenizer stored with the model. Without one, a model with GPT-2's vocabulary size
-        gets GPT-2's tokenizer and others None. An unreadable tokenizer gives a warning and None.
+        and the tokenizer stored with the model, whose `stop_ids` are the model's. Without one, a
+        model with GPT-2's vocabulary size gets GPT-2's tokenizer, unless its files name another. A
+        missing or unreadable tokenizer gives an `UnreadableTokenizerWarning` and None.
 
     Raises:
         FileNotFoundError: there is no such folder, file or model.
@@ -64,15 +66,16 @@ def load(
     path = locate(source)
     paths = weight_files(path)
     cfg = read_config_file(path)
+    folder = path if path.is_dir() else path.parent
+    tokenizer = None
     try:
-        tokenizer = read_tokenizer(path if path.is_dir() else path.parent)
+        tokenizer = read_model_tokenizer(folder, cfg.vocab_size)
+        reason = f" for its {cfg.vocab_size} tokens: add {_FILES} to {folder}, or use {_OTHERS}"
     except ValueError as error:
-        # Many GPT-2 models have another kind of tokenizer, and their weights are still useful.
-        warnings.warn(f"no tokenizer: {error}", UnreadableTokenizerWarning, stacklevel=2)
-        tokenizer = None
-    else:
-        if tokenizer is None and cfg.vocab_size == _GPT2_VOCABULARY:
-            tokenizer = load_tokenizer("gpt2")
+        reason = f": {error}"
+    if tokenizer is None:
+        # The weights are still useful.
+        warnings.warn(f"no tokenizer{reason}", UnreadableTokenizerWarning, stacklevel=2)
     return cfg, _read_params(cfg, paths, progress), tokenizer
 
 

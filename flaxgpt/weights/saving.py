@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
@@ -49,7 +49,7 @@ def save(
         cfg: the configuration.
         params: its parameters; bfloat16 and float16 are written unchanged, the rest as float32.
         layout: `huggingface`, for transformers' `GPT2LMHeadModel`, or `book`, for its `GPTModel`.
-        tokenizer: if given, stored with the weights.
+        tokenizer: if given, stored with the weights, as are its `stop_ids`.
 
     Raises:
         ValueError: params do not fit `cfg`, the layout is unknown, or the folder holds other files.
@@ -61,7 +61,10 @@ def save(
     table = LAYOUTS[layout]
     assert table.write_config is not None
     with replacing_folder(Path(folder).expanduser(), REPLACEABLE) as temporary:
-        config = json.dumps(table.write_config(cfg), indent=2) + "\n"
+        values = table.write_config(cfg)
+        if tokenizer is not None and "eos_token_id" in values:
+            values |= _token_ids(tokenizer)
+        config = json.dumps(values, indent=2) + "\n"
         (temporary / "config.json").write_text(config, encoding="utf-8")
         if tokenizer is not None:
             save_tokenizer(tokenizer, temporary)
@@ -69,3 +72,10 @@ def save(
             save_file(export(table, cfg, params), temporary / SINGLE, table.metadata)
         except SafetensorError as error:
             raise OSError(f"the weights cannot be written to {folder}: {error}") from error
+
+
+def _token_ids(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return the settings of config.json that say where a text begins and ends."""
+    ids = list(tokenizer.stop_ids)
+    start = tokenizer.special_tokens.get("<|endoftext|>")
+    return {"bos_token_id": start, "eos_token_id": ids if len(ids) > 1 else ids[0] if ids else None}
