@@ -224,6 +224,20 @@ def check_stop_ids(stop_ids: Any, vocab_size: int | None = None) -> tuple[int, .
     return tuple(ids)
 
 
+def check_allowed(allowed: Any, vocab_size: int | None = None) -> np.ndarray:
+    """Return a mask of ids as a bool array [V], or raise ValueError."""
+    mask = np.asarray(allowed)
+    size = mask.size if vocab_size is None else vocab_size
+    if mask.dtype != bool or mask.shape != (size,):
+        raise ValueError(
+            f"allowed of shape {mask.shape} and dtype {mask.dtype} must be bool "
+            f"[{vocab_size or 'vocab_size'}], True for each id that may be chosen"
+        )
+    if not mask.any():
+        raise ValueError("allowed is False for every id: allow at least one")
+    return mask
+
+
 def check_sampling(
     temperature: float, top_k: int | None, top_p: float | None, vocab_size: int | None = None
 ) -> None:

@@ -1,26 +1,34 @@
 """Inputs from the field: files and options as other programs and people leave them."""
 
+import dataclasses
 import functools
 import json
 import lzma
 import tempfile
 import warnings
 from pathlib import Path
+from types import MappingProxyType
 
 import jax
+import numpy as np
 import pytest
 
 import flaxgpt
 from command import call
 from flaxgpt import GPTConfig
 from flaxgpt.cli.generate import _stop_ids
+from flaxgpt.generation.text import drop_stop_tokens
+from flaxgpt.runs.folder import Run
+from flaxgpt.runs.loop import _sample
 from flaxgpt.tokenizer import (
     BPETokenizer,
     CharTokenizer,
     UnreadableTokenizerWarning,
     load_tokenizer,
+    text_ids,
 )
 from flaxgpt.tokenizer.folder import read_tokenizer, save_tokenizer
+from flaxgpt.training.config import TrainConfig
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -356,3 +364,166 @@ class TestMissingTokenizers:
     def test_a_tokenizer_in_the_folder_is_used_whatever_the_vocabulary_size(self, tmp_path, folder):
         write_model(tmp_path, 50257, tokenizer_folders()[1][folder]["files"])
         assert flaxgpt.load(tmp_path)[2] == folder_tokenizer(folder)
+
+
+class PlainTokenizer:
+    """A tokenizer as users write one: without stop ids, and with a gap in its vocabulary."""
+
+    vocab_size = 120
+    special_tokens = MappingProxyType({})
+
+    def encode(self, text, *, allowed_special=()):
+        return list(text.encode("ascii"))
+
+    def decode(self, ids):
+        return "".join(self.decode_stream(ids))
+
+    def decode_stream(self, ids, *, after=()):
+        return (self.token_bytes(id).decode() for id in ids)
+
+    def token_bytes(self, id):
+        if not 32 <= id < 120:
+            raise ValueError(f"id {id} is not in the vocabulary")
+        return bytes([id])
+
+
+class TestPaddedVocabularies:
+    """A model can have more ids than its tokenizer: ids without text are never generated."""
+
+    TOKENIZERS = (
+        lambda: PlainTokenizer(),
+        lambda: CharTokenizer("abcdefghij"),
+        lambda: byte_tokenizer({"</s>": 300}),
+        lambda: folder_tokenizer("v4-gpt2"),
+        lambda: folder_tokenizer("v4-slow-bert"),
+        lambda: folder_tokenizer("v4-unigram"),
+        lambda: folder_tokenizer("v4-llama"),
+    )
+    options = pytest.mark.parametrize(
+        "options",
+        [
+            {},
+            {"temperature": 1.0},
+            {"temperature": 5.0, "top_k": 40},
+            {"temperature": 1.0, "top_p": 0.9},
+            {"temperature": 0.0, "stop_ids": [1]},
+        ],
+        ids=str,
+    )
+
+    @staticmethod
+    def keyed(options):
+        return options | ({"key": jax.random.key(1)} if options.get("temperature") else {})
+
+    @options
+    @pytest.mark.parametrize("make", TOKENIZERS)
+    def test_texts_have_no_replacement_character_for_a_missing_token(self, make, options):
+        tokenizer = make()
+        cfg, params = small_model(512)
+        mask = text_ids(tokenizer, 512)
+        options, prompts = self.keyed(options), ["a", "abc"]
+        encoded = [tokenizer.encode(prompt) for prompt in prompts]
+        # 20 ids are more than the context.
+        rows = flaxgpt.generate(cfg, params, encoded, 20, allowed=mask, **options)
+        assert all(mask[id] for row in rows for id in row)
+        ids = flaxgpt.stream(cfg, params, encoded[0], 20, allowed=mask, **options)
+        assert list(ids) == rows[0]
+        texts = flaxgpt.generate_text(cfg, params, tokenizer, prompts, 20, **options)
+        silent = drop_stop_tokens(tokenizer, rows[1], options.get("stop_ids", ()))
+        assert texts[1] == "".join(tokenizer.decode_stream(silent, after=encoded[1]))
+
+    def test_an_unrestricted_model_would_choose_them(self):
+        cfg, params = small_model(512)
+        assert any(id >= 120 for id in flaxgpt.generate(cfg, params, [[97]], 20)[0])
+
+    @pytest.mark.parametrize("options", [{}, {"stop_ids": [1]}], ids=str)
+    def test_greedy_ids_are_those_of_a_model_without_the_others(self, options):
+        cfg, params = small_model(512)
+        small = dataclasses.replace(cfg, vocab_size=256)
+        rows = {name: {"weight": params[name]["weight"][:256]} for name in ("tok_emb", "out_head")}
+        cut = params | rows
+        allowed = np.arange(512) < 256
+        expected = flaxgpt.generate(small, cut, [[97], [5, 6]], 20, **options)
+        assert flaxgpt.generate(cfg, params, [[97], [5, 6]], 20, allowed=allowed, **options) == (
+            expected
+        )
+
+    def test_top_k_counts_the_allowed_ids(self):
+        cfg, params = small_model(512)
+        allowed = np.zeros(512, bool)
+        allowed[[7, 300]] = True
+        options = {"temperature": 100.0, "top_k": 2, "key": jax.random.key(0)}
+        (row,) = flaxgpt.generate(cfg, params, [[97]], 40, allowed=allowed, **options)
+        assert set(row) == {7, 300}
+
+    def test_a_mask_of_everything_changes_nothing(self):
+        cfg, params = small_model(512)
+        allowed = np.ones(512, bool)
+        expected = flaxgpt.generate(cfg, params, [[97]], 20)
+        assert flaxgpt.generate(cfg, params, [[97]], 20, allowed=allowed) == expected
+
+    @pytest.mark.parametrize(
+        ("allowed", "message"),
+        [
+            (np.zeros(512, bool), "allowed is False for every id: allow at least one"),
+            (np.ones(511, bool), r"allowed of shape \(511,\) and dtype bool must be bool \[512\]"),
+            (np.ones((1, 512), bool), r"allowed of shape \(1, 512\)"),
+            (np.ones(512, int), "dtype int64 must be bool"),
+            ([1, 2, 3], "dtype int64 must be bool"),
+            ("abc", "must be bool"),
+        ],
+    )
+    def test_an_invalid_mask_is_an_error(self, allowed, message):
+        cfg, params = small_model(512)
+        with pytest.raises(ValueError, match=message):
+            flaxgpt.generate(cfg, params, [[97]], 3, allowed=allowed)
+        with pytest.raises(ValueError, match=message):
+            flaxgpt.stream(cfg, params, [97], 3, allowed=allowed)
+
+    @pytest.mark.parametrize(
+        ("make", "size", "ids"),
+        [
+            (lambda: CharTokenizer("abc"), 3, None),
+            (lambda: CharTokenizer("abc"), 2, None),
+            (lambda: CharTokenizer("abc"), 5, [0, 1, 2]),
+            (lambda: byte_tokenizer({}), 256, None),
+            (lambda: byte_tokenizer({"</s>": 258}), 260, [*range(256), 258]),
+            (lambda: byte_tokenizer({"</s>": 258}), 258, [*range(256)]),
+            (PlainTokenizer, 128, [*range(32, 120)]),
+            (lambda: load_tokenizer("gpt2"), 50257, None),
+            (lambda: load_tokenizer("gpt2"), 50304, [*range(50257)]),
+        ],
+    )
+    def test_text_ids_are_those_of_tokens(self, make, size, ids):
+        mask = text_ids(make(), size)
+        assert mask is None if ids is None else np.flatnonzero(mask).tolist() == ids
+
+    def test_a_tokenizer_without_any_id_of_the_model_is_an_error(self):
+        with pytest.raises(ValueError, match="none of the model's 30 ids has a token"):
+            text_ids(PlainTokenizer(), 30)
+
+    @pytest.mark.parametrize("make", TOKENIZERS[1:])
+    def test_an_id_without_a_token_decodes_to_one_u_fffd(self, make):
+        tokenizer = make()
+        ids = tokenizer.encode("abc")
+        text = tokenizer.decode(ids) + "\ufffd\ufffd" + tokenizer.decode(ids)
+        padded = [*ids, tokenizer.vocab_size, 10**12, *ids]
+        assert tokenizer.decode(padded) == text
+        assert "".join(tokenizer.decode_stream(padded)) == text
+
+    @pytest.mark.parametrize("layout", ["huggingface", "book"])
+    def test_the_command_line_generates_text_alone(self, tmp_path, layout):
+        tokenizer = CharTokenizer("abcdefghij")
+        flaxgpt.save(tmp_path / "model", *small_model(512), layout=layout, tokenizer=tokenizer)
+        for options in (("--temperature", 0), ("--top-k", 50), ("--n", 3)):
+            process = call("generate", "abc", "--model", tmp_path / "model", *options)
+            assert process.returncode == 0
+            lines = process.stdout.decode().split()
+            assert all(len(line) == 103 and set(line) <= set("abcdefghij") for line in lines)
+
+    def test_the_samples_of_a_training_run_are_text_alone(self):
+        recipe = TrainConfig(sample_prompt="abc", sample_tokens=30)
+        cfg, params = small_model(512)
+        run = Run(Path(), cfg, recipe, CharTokenizer("abcdefghij"), None, None, None, None)
+        text = _sample(run, params)
+        assert len(text) == 33 and set(text) <= set("abcdefghij")

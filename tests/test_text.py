@@ -57,6 +57,7 @@ def test_an_iterator_of_stop_ids_is_read_once(params):
     special = SimpleNamespace(
         encode=TOKENIZER.encode,
         decode_stream=TOKENIZER.decode_stream,
+        token_bytes=TOKENIZER.token_bytes,
         special_tokens={"first": always},
     )
     assert flaxgpt.generate_text(CFG, params, special, ["A"], 5, stop_ids=iter([always])) == [""]

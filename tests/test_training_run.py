@@ -428,10 +428,10 @@ def test_training_in_one_of_several_processes_is_refused(tmp_path, monkeypatch):
         run(tmp_path / "run")
 
 
-def test_ids_that_the_tokenizer_lacks_are_left_out_of_a_sample(tmp_path):
+def test_a_sample_has_no_ids_that_the_tokenizer_lacks(tmp_path):
     cfg = dataclasses.replace(CFG, vocab_size=500)
     recipe = dataclasses.replace(RECIPE, sample_prompt="I had", sample_tokens=20)
     started = start_run(cfg, recipe, tmp_path / "run", lambda line: None)
     text = loop._sample(started, flaxgpt.init(cfg, jax.random.key(0)))
-    assert text.startswith("I had") and len(text) < 15
+    assert text.startswith("I had") and len(text) == 25 and "\ufffd" not in text
     assert set(text) <= set(started.tokenizer.characters)

@@ -15,7 +15,7 @@ from flaxgpt.cli.common import load_with_tokenizer, say
 from flaxgpt.cli.streams import check_text, read_prompt
 from flaxgpt.config import GPTConfig
 from flaxgpt.generation.text import drop_stop_tokens
-from flaxgpt.tokenizer import Tokenizer
+from flaxgpt.tokenizer import Tokenizer, text_ids
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +85,7 @@ class GenerateCommand:
         cfg, params, tokenizer = load_with_tokenizer(self.model)
         ids = tokenizer.encode(prompt)
         stop_ids = _stop_ids(cfg, tokenizer, self.stop)
+        allowed = text_ids(tokenizer, cfg.vocab_size)
         key = jax.random.key(self.seed)
         for i in range(self.n):
             tokens = flaxgpt.stream(
@@ -97,6 +98,7 @@ class GenerateCommand:
                 top_p=self.top_p,
                 key=jax.random.fold_in(key, i)[None],  # the key of row i in `generate`
                 stop_ids=stop_ids,
+                allowed=allowed,
                 dtype=self.dtype,
             )
             say(("\n" if i else "") + (prompt if self.echo else ""))

@@ -27,6 +27,7 @@ def generate(
     top_p: float | None = None,
     key: jax.Array | None = None,
     stop_ids: Sequence[int] = (),
+    allowed: ArrayLike | None = None,
     dtype: DTypeLike = jnp.float32,
 ) -> list[list[int]]:
     """Continue every prompt and return the new ids only.
@@ -51,6 +52,7 @@ def generate(
             per row. Each id folds in the number of ids chosen before it. Required if
             temperature > 0.
         stop_ids: ids that end a row; the row includes the stop id.
+        allowed: bool [V], ids that may be chosen; None for all. Top-k and top-p count only these.
         dtype: dtype to compute in: float32, bfloat16 or float16.
 
     Returns:
@@ -59,7 +61,7 @@ def generate(
     Raises:
         ValueError: an argument is out of range, params do not fit, or the logits become NaN.
     """
-    sampling = Sampling(temperature, top_k, top_p, key, stop_ids)
+    sampling = Sampling(temperature, top_k, top_p, key, stop_ids, allowed)
     program, params, request, ids, start = prepare(
         cfg, params, prompts, max_new_tokens, sampling, dtype
     )

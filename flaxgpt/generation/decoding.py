@@ -32,7 +32,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from flaxgpt.generation.sampling import NOT_A_NUMBER, sample
+from flaxgpt.generation.sampling import NOT_A_NUMBER, mask, sample
 
 Read = Callable[[jax.Array, ArrayLike, Any], tuple[jax.Array, Any]]
 """`read(ids, last, cache)` returns the logits float32 [B, V] that follow `ids[:, last]`, and the
@@ -52,6 +52,7 @@ class Request:
     stop_ids: Any  # int32 [K], ids that end a row; unused entries hold NOT_A_NUMBER
     prompt_length: Any  # int32 [], ids in the longest prompt
     final_length: Any  # int32 [], `prompt_length` plus the number of new ids
+    allowed: Any = None  # bool [V], the ids that may be chosen; None for all
 
 
 @jax.tree_util.register_dataclass
@@ -176,4 +177,5 @@ def choose(logits: jax.Array, request: Request, count: jax.Array) -> jax.Array:
     if keys.ndim == 0:
         keys = jax.vmap(partial(jax.random.fold_in, keys))(jnp.arange(logits.shape[0]))
     keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, count)
+    logits = mask(logits, request.allowed)
     return sample(logits, keys, request.temperature, request.top_k, request.top_p)

@@ -85,6 +85,7 @@ def prepare(
         stop_ids=stops,
         prompt_length=np.int32(longest),
         final_length=np.int32(longest + max_new_tokens),
+        allowed=sampling.allowed,
     )
     program = Program(cfg, plan, platform_of(params), dtype)
     # Convert once here instead of in each step.

@@ -14,8 +14,9 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import ArrayLike
 
-from flaxgpt._checks import check_sampling, check_stop_ids
+from flaxgpt._checks import check_allowed, check_sampling, check_stop_ids
 
 # Devices read smaller numbers as 0, which every sum of probabilities would reach.
 _TINY = float(jnp.finfo(jnp.float32).tiny)
@@ -37,6 +38,7 @@ class Sampling:
         key: a JAX random key, from which row i uses `fold_in(key, i)`, or one key per row. Each id
             folds in the number of ids chosen before it. Required if temperature > 0.
         stop_ids: ids that end a row.
+        allowed: bool [V], ids that may be chosen; None for all. Top-k and top-p count only these.
 
     Raises:
         ValueError: a value is out of range, or sampling has no key.
@@ -47,10 +49,13 @@ class Sampling:
     top_p: float | None = None
     key: jax.Array | None = None
     stop_ids: Sequence[int] = ()
+    allowed: ArrayLike | None = None
 
     def __post_init__(self) -> None:
         check_sampling(self.temperature, self.top_k, self.top_p)
         object.__setattr__(self, "stop_ids", check_stop_ids(self.stop_ids))
+        if self.allowed is not None:
+            object.__setattr__(self, "allowed", check_allowed(self.allowed))
         key = self.key
         if key is None:
             if self.temperature > 0:
@@ -68,9 +73,18 @@ class Sampling:
             object.__setattr__(self, "key", typed)
 
     def check_vocabulary(self, vocab_size: int) -> None:
-        """Raise ValueError if `top_k` or a stop id does not fit the vocabulary."""
+        """Raise ValueError if `top_k`, a stop id or `allowed` does not fit the vocabulary."""
         check_sampling(self.temperature, self.top_k, self.top_p, vocab_size)
         check_stop_ids(self.stop_ids, vocab_size)
+        if self.allowed is not None:
+            check_allowed(self.allowed, vocab_size)
+
+
+def mask(logits: jax.Array, allowed: ArrayLike | None) -> jax.Array:
+    """Return logits [B, V] with -inf for ids that are not allowed; NaN stays, to be found."""
+    if allowed is None:
+        return logits
+    return jnp.where(jnp.isnan(logits) | jnp.asarray(allowed)[None], logits, -jnp.inf)
 
 
 def sample(

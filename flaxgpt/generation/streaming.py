@@ -27,6 +27,7 @@ def stream(
     top_p: float | None = None,
     key: jax.Array | None = None,
     stop_ids: Sequence[int] = (),
+    allowed: ArrayLike | None = None,
     dtype: DTypeLike = jnp.float32,
 ) -> Iterator[int]:
     """Continue one prompt and yield each new id as it is generated.
@@ -50,7 +51,7 @@ def stream(
     """
     if isinstance(prompt, str) or not isinstance(prompt, Iterable):
         raise ValueError(f"stream takes the ids of one prompt, a flat list of ints, got {prompt!r}")
-    sampling = Sampling(temperature, top_k, top_p, key, stop_ids)
+    sampling = Sampling(temperature, top_k, top_p, key, stop_ids, allowed)
     prepared = prepare(cfg, params, [prompt], max_new_tokens, sampling, dtype)
     plan = prepared.program.plan
     plan = dataclasses.replace(plan, width=min(plan.width, bucket(cfg.context_length + 1)))

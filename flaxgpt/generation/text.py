@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 from flaxgpt._checks import check_stop_ids
 from flaxgpt.config import GPTConfig, check_config
 from flaxgpt.generation.batch import generate
-from flaxgpt.tokenizer import Tokenizer
+from flaxgpt.tokenizer import Tokenizer, text_ids
 from flaxgpt.typing import Params
 
 
@@ -31,7 +31,8 @@ def generate_text(
 ) -> list[str]:
     """Continue every text and return the new text only.
 
-    Arguments after `prompts` are those of `flaxgpt.generate`.
+    Ids without text, such as the padding of a vocabulary, are never chosen. Arguments after
+    `prompts` are those of `flaxgpt.generate`.
 
     Args:
         cfg: the configuration, static.
@@ -45,7 +46,7 @@ def generate_text(
         text, such as GPT-2's end of text as a stop id, is left out.
 
     Raises:
-        ValueError: an argument is out of range, or the tokenizer has ids that the model lacks.
+        ValueError: an argument is out of range, or a prompt has ids that the model lacks.
         TypeError: a prompt is not a string.
     """
     if isinstance(prompts, str):
@@ -63,6 +64,7 @@ def generate_text(
         top_p=top_p,
         key=key,
         stop_ids=stop_ids,
+        allowed=text_ids(tokenizer, cfg.vocab_size),
         dtype=dtype,
     )
     return [

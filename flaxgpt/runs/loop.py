@@ -26,6 +26,7 @@ from flaxgpt.runs.model_folder import save_model
 from flaxgpt.runs.report import Report, show
 from flaxgpt.runs.signals import catch_signals
 from flaxgpt.runs.start import resume_run, resumes, start_run
+from flaxgpt.tokenizer import text_ids
 from flaxgpt.training.config import TrainConfig
 from flaxgpt.training.losses import mean_loss
 from flaxgpt.training.step import TrainState, init_state, train_steps
@@ -287,13 +288,14 @@ def _sample(run: Run, params: Params) -> str:
         prompt = tokenizer.encode(recipe.sample_prompt)
     else:
         prompt = (run.ids[:8] if run.val_windows is None else run.val_windows[0, :8]).tolist()
-    key, dtype = jax.random.key(recipe.seed), recipe.dtype
     (ids,) = generate(
-        run.cfg, params, [prompt], recipe.sample_tokens, temperature=0.8, key=key, dtype=dtype
+        run.cfg,
+        params,
+        [prompt],
+        recipe.sample_tokens,
+        temperature=0.8,
+        key=jax.random.key(recipe.seed),
+        allowed=text_ids(tokenizer, run.cfg.vocab_size),
+        dtype=recipe.dtype,
     )
-    known = list(prompt)
-    for id in ids:
-        with contextlib.suppress(ValueError):  # The model may have more ids than the tokenizer.
-            tokenizer.token_bytes(id)
-            known.append(id)
-    return tokenizer.decode(known)
+    return tokenizer.decode(prompt + ids)

@@ -9,7 +9,7 @@ from flaxgpt.tokenizer.bpe import GPT2_PATTERN, TOKENIZER_NAMES, BPETokenizer
 from flaxgpt.tokenizer.characters import CharTokenizer
 from flaxgpt.tokenizer.folder import UnreadableTokenizerWarning, load_tokenizer
 from flaxgpt.tokenizer.huggingface import HuggingFaceTokenizer
-from flaxgpt.tokenizer.protocol import Tokenizer
+from flaxgpt.tokenizer.protocol import Tokenizer, text_ids
 
 __all__ = [
     "GPT2_PATTERN",
@@ -20,4 +20,5 @@ __all__ = [
     "Tokenizer",
     "UnreadableTokenizerWarning",
     "load_tokenizer",
+    "text_ids",
 ]

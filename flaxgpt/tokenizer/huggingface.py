@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import collections
 import functools
+import itertools
 import json
 import re
 import uuid
@@ -108,7 +109,13 @@ class HuggingFaceTokenizer(VocabularyTokenizer):
         return self._text(list(self._check_ids(ids)))
 
     def _text(self, ids: list[int]) -> str:
-        return self._library.decode(ids, skip_special_tokens=False)
+        # The library omits ids without a token.
+        return "".join(
+            self._library.decode(list(run), skip_special_tokens=False)
+            if known
+            else "\ufffd" * len(list(run))
+            for known, run in itertools.groupby(ids, self.has_token)
+        )
 
     def decode_stream(self, ids: Iterable[int], *, after: Sequence[int] = ()) -> Iterator[str]:
         # A token alone may decode differently than after others, so a piece is what its ids add to
@@ -130,7 +137,7 @@ class HuggingFaceTokenizer(VocabularyTokenizer):
         # The text of a run of byte tokens is known at its end: if the run is not valid UTF-8, the
         # library replaces each of its bytes.
         byte_fallback = "ByteFallback" in self._decoder_kinds
-        return byte_fallback and bool(re.fullmatch("<0x[0-9A-F]{2}>", self._vocab[id]))
+        return byte_fallback and bool(re.fullmatch("<0x[0-9A-F]{2}>", self._vocab.get(id, "")))
 
     def token_bytes(self, id: int) -> bytes:
         """See `Tokenizer.token_bytes`. A space before a word belongs to the word's token."""

@@ -15,6 +15,7 @@ from flaxgpt._checks import check_stop_ids
 
 AllowedSpecial = Collection[str] | Literal["all"]
 END_OF_TEXT = "<|endoftext|>"
+_REPLACEMENT = "\ufffd".encode()  # the text of an id without a token
 
 
 class Tokenizer(Protocol):
@@ -55,13 +56,16 @@ class Tokenizer(Protocol):
         """
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of some ids. Bytes that are not valid UTF-8 become U+FFFD.
+        """Return the text of some ids.
+
+        Bytes that are not valid UTF-8 become U+FFFD, as does an id of 0 or more without a token,
+        such as the padding of a model's vocabulary.
 
         Args:
             ids: a sequence of integers, or a one-dimensional integer array of NumPy or JAX.
 
         Raises:
-            ValueError: an id is not in the vocabulary; the message gives its index.
+            ValueError: an id is negative or not an integer; the message gives its index.
         """
 
     def decode_stream(self, ids: Iterable[int], *, after: Sequence[int] = ()) -> Iterator[str]:
@@ -76,7 +80,7 @@ class Tokenizer(Protocol):
             Nonempty pieces of text, whose concatenation is what `ids` add to `decode(after)`.
 
         Raises:
-            ValueError: an id is not in the vocabulary; the message gives its index.
+            ValueError: an id is negative or not an integer; the message gives its index.
         """
 
     def token_bytes(self, id: int) -> bytes:
@@ -85,6 +89,42 @@ class Tokenizer(Protocol):
         Raises:
             ValueError: `id` is not in the vocabulary.
         """
+
+
+def text_ids(tokenizer: Tokenizer, vocab_size: int) -> np.ndarray | None:
+    """Return which ids of a model have a text, for the argument `allowed` of `generate`.
+
+    A model can have more ids than its tokenizer, whose vocabulary can have gaps.
+
+    Args:
+        tokenizer: any tokenizer.
+        vocab_size: of the model.
+
+    Returns:
+        bool [vocab_size], or None if all ids have a text.
+
+    Raises:
+        ValueError: no id has a text.
+    """
+    if isinstance(tokenizer, VocabularyTokenizer):
+        known = np.fromiter(tokenizer.ids, np.int64)
+    else:
+        known = np.array([id for id in range(vocab_size) if _has_bytes(tokenizer, id)], np.int64)
+    allowed = np.zeros(vocab_size, bool)
+    allowed[known[known < vocab_size]] = True
+    if not allowed.any():
+        raise ValueError(
+            f"none of the model's {vocab_size} ids has a token; is this the model's tokenizer?"
+        )
+    return None if allowed.all() else allowed
+
+
+def _has_bytes(tokenizer: Tokenizer, id: int) -> bool:
+    try:
+        tokenizer.token_bytes(id)
+    except ValueError:
+        return False
+    return True
 
 
 class VocabularyTokenizer(Tokenizer):
@@ -105,6 +145,11 @@ class VocabularyTokenizer(Tokenizer):
     @property
     def special_tokens(self) -> dict[str, int]:
         return dict(self._special_tokens)
+
+    @property
+    def ids(self) -> Collection[int]:
+        """The ids that a token has, in no particular order."""
+        return self._vocab.keys()
 
     def has_token(self, id: int) -> bool:
         """Return whether a token has this id."""
@@ -132,13 +177,13 @@ class VocabularyTokenizer(Tokenizer):
         return tuple(dict.fromkeys(checked))
 
     def decode(self, ids: Sequence[int]) -> str:
-        tokens = [self._vocab[id] for id in self._check_ids(ids)]
+        tokens = [self._vocab.get(id, _REPLACEMENT) for id in self._check_ids(ids)]
         return b"".join(tokens).decode("utf-8", errors="replace")
 
     def decode_stream(self, ids: Iterable[int], *, after: Sequence[int] = ()) -> Iterator[str]:
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         for id in self._check_ids(ids, " of the stream"):
-            if piece := decoder.decode(self._vocab[id]):
+            if piece := decoder.decode(self._vocab.get(id, _REPLACEMENT)):
                 yield piece
         if rest := decoder.decode(b"", final=True):
             yield rest
@@ -174,10 +219,11 @@ class VocabularyTokenizer(Tokenizer):
         if not isinstance(elements, Iterable):
             raise ValueError(f"ids={ids!r} is not a sequence of ids; for one id, pass [{ids!r}]")
         for index, id in enumerate(elements):
-            known = type(id) is int and id in self._vocab
-            yield id if known else self._check_id(id, f" at index {index}{where}")
+            known = type(id) is int and id >= 0
+            yield id if known else self._check_integer(id, f" at index {index}{where}")
 
-    def _check_id(self, id: Any, place: str = "") -> int:
+    def _check_integer(self, id: Any, place: str = "") -> int:
+        """Return an id as an int, which need not have a token, or raise ValueError."""
         expected = f"expected an id from 0 to {self.vocab_size - 1}"
         # Older NumPy releases accept their own bool as an index.
         value: Any = None if isinstance(id, (bool, np.bool_)) else id
@@ -186,7 +232,17 @@ class VocabularyTokenizer(Tokenizer):
         except TypeError:
             advice = "; decode one row at a time" if isinstance(id, list) else ""
             raise ValueError(f"id {id!r}{place} is not an integer; {expected}{advice}") from None
+        if number < 0:
+            raise ValueError(f"id {number}{place} is not in the vocabulary; {expected}")
+        return number
+
+    def _check_id(self, id: Any, place: str = "") -> int:
+        """Return the id of a token as an int, or raise ValueError."""
+        number = self._check_integer(id, place)
         if number not in self._vocab:
-            unused = " that a token has" if 0 <= number < self.vocab_size else ""
-            raise ValueError(f"id {number}{place} is not in the vocabulary; {expected}{unused}")
+            unused = " that a token has" if number < self.vocab_size else ""
+            raise ValueError(
+                f"id {number}{place} is not in the vocabulary; expected an id from 0 to "
+                f"{self.vocab_size - 1}{unused}"
+            )
         return number
