@@ -52,6 +52,16 @@ def test_a_foreign_model_generates_what_its_logits_say(name):
     np.testing.assert_array_equal(ids[:, 6:], best[:, 5:])
 
 
+def test_a_padded_vocabulary_generates_pytorchs_ids_without_the_padding():
+    cfg, params, expected = golden.model("nanogpt-small")
+    vocab, prompt = int(expected["vocab"]), expected["input_ids"]
+    allowed = np.arange(cfg.vocab_size) < vocab
+    new = expected["greedy_ids_below_vocab"][:, prompt.shape[1] :]
+    assert flaxgpt.generate(cfg, params, prompt, new.shape[1], allowed=allowed) == new.tolist()
+    plain = flaxgpt.generate(cfg, params, prompt, new.shape[1])
+    assert np.max(plain) >= vocab, "the model draws no padding by itself: this tests nothing"
+
+
 @pytest.mark.parametrize("name", golden.FOREIGN)
 def test_a_foreign_model_can_be_counted_and_inspected(name):
     cfg, params, expected = golden.model(name)

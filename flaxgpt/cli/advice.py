@@ -17,7 +17,6 @@ _OTHER_NAMES: dict[str, tuple[str, ...]] = {
     "adam-beta2": ("beta2",),
     "adam-epsilon": ("eps",),
     "block-size": ("context-length",),
-    "bias": ("qkv-bias",),
     "checkpoint": ("init-from", "model"),
     "dataset": ("data",),
     "do-sample": ("temperature",),
