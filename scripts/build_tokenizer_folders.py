@@ -11,6 +11,7 @@ TEXT is tests/data/verdict/the-verdict.txt, and OUT tests/golden/tokenizer_folde
 
 import json
 import lzma
+import random
 import shutil
 import sys
 from pathlib import Path
@@ -35,6 +36,24 @@ TEXTS = [
     "",
     "ﬁ ½ ㎏ İ ß",
 ]
+_FRAGMENTS = [
+    *("the", "The", "man", "word", "words", " ", "  ", "\n", "\t", ",", ".", "'s", "-", "1", "23"),
+    *("é", "e\u0301", "Ω", "字", "한", "👍", "🏽", "\u00a0", "\u200b", "\x07", "▁", "Ġ", "##", ">"),
+    *(
+        "<note>",
+        "<|user|>",
+        "<pad>",
+        "</s>",
+        "<unk>",
+        "<0x41>",
+        "[MASK]",
+        "<|endoftext|>",
+        "<",
+        ">",
+    ),
+]
+_random = random.Random(0)
+TEXTS += ["".join(_random.choices(_FRAGMENTS, k=_random.randint(2, 12))) for _ in range(40)]
 
 
 def folders(root):
@@ -62,6 +81,8 @@ def write(root, text):
     )
 
     prefix, no_prefix = {"add_prefix_space": True}, {"add_prefix_space": False}
+    flags = {"content": "<|endoftext|>", "special": False, "lstrip": True}
+    flags = {"added_tokens_decoder": {"0": flags}}
     roberta = {"tokenizer_class": "RobertaTokenizer", "add_bos_token": True}
     roberta |= {"bos_token": "<s>", "cls_token": "<s>", "eos_token": "</s>", "sep_token": "</s>"}
     roberta |= {"unk_token": "<unk>", "pad_token": "<pad>", "mask_token": "[MASK]"}
@@ -210,6 +231,7 @@ def write(root, text):
             ("llama-class", llama, {"tokenizer_class": "LlamaTokenizer"}),
             ("llama-no-prefix", llama, {"tokenizer_class": "LlamaTokenizer"} | no_prefix),
             ("roberta-class", byte_level, roberta | prefix),
+            ("flags", byte_level, {"tokenizer_class": "GPT2Tokenizer"} | flags),
             ("no-class", byte_level, {"eos_token": "<eot>"} | prefix),
         ]:
             folder = root / f"edited-{name}"

@@ -9,15 +9,19 @@ import warnings
 from pathlib import Path
 from types import MappingProxyType
 
+import hypothesis
 import jax
 import numpy as np
 import pytest
+import tokenizers
+from hypothesis import strategies as st
 
 import flaxgpt
 from command import call
 from flaxgpt import GPTConfig
 from flaxgpt.cli.generate import _stop_ids
 from flaxgpt.generation.text import drop_stop_tokens
+from flaxgpt.runs import train
 from flaxgpt.runs.folder import Run
 from flaxgpt.runs.loop import _sample
 from flaxgpt.tokenizer import (
@@ -56,6 +60,25 @@ def write_folder(name, folder, **changes):
     write_files(folder, {"tokenizer_config.json": values | changes})
 
 
+@functools.cache
+def folder_tokenizer(name):
+    with tempfile.TemporaryDirectory() as folder:
+        write_files(Path(folder), tokenizer_folders()[1][name]["files"])
+        return load_tokenizer(folder)
+
+
+# The folders that transformers wrote with a tokenizer.json.
+WRITTEN = [
+    name
+    for name, folder in tokenizer_folders()[1].items()
+    if name.startswith("v") and "tokenizer.json" in folder["files"]
+]
+texts = st.lists(
+    st.text() | st.sampled_from([*tokenizer_folders()[0][-40:], " ", "\n", "word"]),
+    max_size=6,
+).map("".join)
+
+
 class TestTokenizerFolders:
     """Tokenizers have the ids that transformers has, or are refused."""
 
@@ -74,6 +97,27 @@ class TestTokenizerFolders:
             ids = tokenizer.encode(text, allowed_special="all")
             rows.append([ids, tokenizer.decode(ids)])
         assert rows in tokenizer_folders()[1][name]["rows"].values()
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize(
+        ("name", "reference"),
+        [
+            *((name, name) for name in WRITTEN),
+            ("v4-slow-gpt2", "v4-gpt2"),
+        ],
+    )
+    @hypothesis.given(text=texts)
+    def test_ids_of_any_text_are_those_of_the_library(self, name, reference, text):
+        # transformers has applied the settings to each tokenizer.json that it wrote.
+        library = tokenizers.Tokenizer.from_str(
+            tokenizer_folders()[1][reference]["files"]["tokenizer.json"]
+        )
+        ids = library.encode(text, add_special_tokens=False).ids
+        tokenizer = folder_tokenizer(name)
+        assert tokenizer.encode(text, allowed_special="all") == ids
+        assert tokenizer.decode(ids) == library.decode(ids, skip_special_tokens=False)
+        if not any(token in text for token in tokenizer.special_tokens):
+            assert tokenizer.encode(text) == ids
 
     @pytest.mark.parametrize(
         ("folder", "changes", "text", "first"),
@@ -116,6 +160,26 @@ class TestTokenizerFolders:
     def test_a_setting_that_cannot_be_followed_is_named(self, tmp_path, changes, message):
         write_folder("v4-gpt2", tmp_path, **changes)
         with pytest.raises(ValueError, match="tokenizer_config.json: " + message):
+            load_tokenizer(tmp_path)
+
+    @pytest.mark.parametrize(
+        ("file", "contents", "message"),
+        [
+            ("special_tokens_map.json", {"pad_token": 5}, "'pad_token' holds '5'"),
+            ("added_tokens.json", {"<b>": "x"}, "token '<b>' has id 'x'"),
+            ("added_tokens.json", {"<b>": -1}, "token '<b>' has id -1"),
+            ("added_tokens.json", {"<b>": 330, "<c>": 330}, "330 belongs to both '<b>' and '<c>'"),
+            ("added_tokens.json", {"<b>": 331}, "'<b>' has id 331, but the library gives it 330"),
+            ("added_tokens.json", {"<b>": 3}, "'<b>' has id 3, but the library gives it 330"),
+        ],
+    )
+    @pytest.mark.parametrize("folder", ["v4-slow-gpt2", "edited-gpt2-prefix"])
+    def test_a_damaged_file_beside_the_vocabulary_is_named(
+        self, tmp_path, folder, file, contents, message
+    ):
+        write_folder(folder, tmp_path)
+        write_files(tmp_path, {file: contents})
+        with pytest.raises(ValueError, match=f"{file}: .*{message}"):
             load_tokenizer(tmp_path)
 
 
@@ -261,6 +325,23 @@ class TestStopIds:
         save_tokenizer(tokenizer, tmp_path / "run")
         assert read_tokenizer(tmp_path / "run") == tokenizer
 
+    @pytest.mark.slow
+    @pytest.mark.parametrize("folder", ["v4-gpt2", "v5-gpt2-added"])
+    def test_a_training_run_keeps_them(self, tmp_path, folder):
+        tokenizer = folder_tokenizer(folder).with_stop_ids([5, 6])
+        model = small_model(400)
+        flaxgpt.save(tmp_path / "model", *model, tokenizer=tokenizer)
+        (tmp_path / "text.txt").write_text("the man sat " * 40, encoding="utf-8")
+        recipe = TrainConfig(
+            data=(str(tmp_path / "text.txt"),),
+            init_from=str(tmp_path / "model"),
+            steps=1,
+            batch_size=1,
+            sample_every=0,
+        )
+        train(model[0], recipe, tmp_path / "run")
+        assert flaxgpt.load(tmp_path / "run")[2] == tokenizer
+
     @pytest.mark.parametrize(
         ("stop_ids", "saved"), [([], None), ([5], 5), ([5, 6], [5, 6])], ids=repr
     )
@@ -296,13 +377,6 @@ def byte_tokenizer(special_tokens, stop_ids=None):
     return BPETokenizer(".|\n", ranks, special_tokens, stop_ids)
 
 
-@functools.cache
-def folder_tokenizer(name):
-    with tempfile.TemporaryDirectory() as folder:
-        write_files(Path(folder), tokenizer_folders()[1][name]["files"])
-        return load_tokenizer(folder)
-
-
 class TestMissingTokenizers:
     """`load` says that a model comes without a tokenizer, and does not guess one."""
 
@@ -330,6 +404,7 @@ class TestMissingTokenizers:
             {"spiece.model": ""},
             {"tokenizer.tiktoken": ""},
             {"my_vocab.json": "{}"},
+            {"meta.pkl": ""},
             {"chars.vocab": ""},
             {"tokenizer.pkl": ""},
         ],
@@ -350,6 +425,7 @@ class TestMissingTokenizers:
             {"config.json": {"bos_token_id": 50256, "eos_token_id": 50256}},
             {"config.json": {"eos_token_id": 198}},
             {"generation_config.json": {"eos_token_id": 50256}, "chat_template.jinja": ""},
+            {"encoder.json": "{}", "vocab.bpe": ""},  # OpenAI's names for GPT-2's vocabulary
         ],
         ids=str,
     )
@@ -520,6 +596,12 @@ class TestPaddedVocabularies:
             assert process.returncode == 0
             lines = process.stdout.decode().split()
             assert all(len(line) == 103 and set(line) <= set("abcdefghij") for line in lines)
+
+    def test_the_logit_lens_of_a_padded_model_is_drawn(self, tmp_path):
+        flaxgpt.save(tmp_path / "model", *small_model(512), tokenizer=CharTokenizer("abcdefghij"))
+        out = tmp_path / "lens.png"
+        process = call("plot", "lens", "abc", "--model", tmp_path / "model", "--out", out)
+        assert process.returncode == 0 and out.exists()
 
     def test_the_samples_of_a_training_run_are_text_alone(self):
         recipe = TrainConfig(sample_prompt="abc", sample_tokens=30)

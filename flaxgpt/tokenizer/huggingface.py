@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import tokenizers
 
 _CONTEXT = 16  # ids of `after` that are decoded with the first piece of a stream
+_BYTE = re.compile("<0x[0-9A-F]{2}>")  # stands for a byte where characters can be spelled in bytes
 _UNREADABLE = "the tokenizers library cannot read this tokenizer"
 
 
@@ -53,7 +54,10 @@ class HuggingFaceTokenizer(VocabularyTokenizer):
         self._encoders = {frozenset[str](): self._library}  # by the special tokens they ignore
         self._vocab = {id: token for token, id in self._library.get_vocab().items()}
         flagged = sorted(self._library.get_added_tokens_decoder().items())
-        self._special_tokens = {token.content: id for id, token in flagged if token.special}
+        # Some vocabularies mark the bytes that spell unknown characters as special.
+        spells = _BYTE.fullmatch if self._json["model"].get("byte_fallback") else lambda _: None
+        special = {token.content: id for id, token in flagged if token.special}
+        self._special_tokens = {name: id for name, id in special.items() if not spells(name)}
         self._added: list[dict[str, Any]] = self._json.get("added_tokens") or []
         self._decoder_kinds = _kinds(self._json.get("decoder"))
         if not self._vocab:
@@ -137,7 +141,7 @@ class HuggingFaceTokenizer(VocabularyTokenizer):
         # The text of a run of byte tokens is known at its end: if the run is not valid UTF-8, the
         # library replaces each of its bytes.
         byte_fallback = "ByteFallback" in self._decoder_kinds
-        return byte_fallback and bool(re.fullmatch("<0x[0-9A-F]{2}>", self._vocab.get(id, "")))
+        return byte_fallback and bool(_BYTE.fullmatch(self._vocab.get(id, "")))
 
     def token_bytes(self, id: int) -> bytes:
         """See `Tokenizer.token_bytes`. A space before a word belongs to the word's token."""

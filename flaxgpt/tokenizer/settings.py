@@ -46,17 +46,9 @@ _DEFAULT_TOKENS: dict[str, dict[str, Any]] = {
 
 # Names under which other programs keep vocabularies, and that flaxgpt does not read.
 _VOCABULARY_FILES = (
-    *("*vocab*", "*.vocab", "*tokenizer*.pkl", "*tokenizer*.bin", "tokenizer.txt", "tekken.json"),
-    *(
-        "*.spm",
-        "*spiece*",
-        "*sentencepiece*",
-        "*.model",
-        "*.tiktoken",
-        "dict.txt",
-        "*bpe*",
-        "*merges*",
-    ),
+    *("*vocab*.json", "*vocab*.txt", "*vocab*.pkl", "*.vocab", "meta.pkl", "dict.txt", "*.codes"),
+    *("*.model", "*.spm", "*spiece*", "*sentencepiece*", "*.tiktoken", "tekken.json"),
+    *("*tokenizer*.pkl", "*tokenizer*.bin", "tokenizer.txt", "*merges*.txt"),
 )
 
 # Settings of BERT's classes, the fields of a BertNormalizer and their defaults in these classes.
@@ -90,29 +82,36 @@ class Settings:
     def named(self) -> dict[str, dict[str, Any]]:
         """The special tokens that settings or the class name, by content."""
         defaults = _DEFAULT_TOKENS.get(self.kind or "", {})
-        return {token["content"]: token for _, token in _named(self.folder, defaults | self.values)}
+        return {
+            token["content"]: token
+            for _, token in _named(self.folder / CONFIG, defaults | self.values)
+        }
 
     @property
     def explicit(self) -> set[str]:
         """The contents of the special tokens that the settings name."""
-        return {token["content"] for _, token in _named(self.folder, self.values)}
+        return {token["content"] for _, token in _named(self.folder / CONFIG, self.values)}
 
     def token(self, name: str) -> str | None:
         """Return the content of a special token such as "eos_token"."""
-        defaults = _DEFAULT_TOKENS.get(self.kind or "", {})
-        tokens = dict(_named(self.folder, defaults | self.values))
+        tokens = dict(self._tokens())
         return tokens[name]["content"] if name in tokens else None
+
+    def _tokens(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        defaults = _DEFAULT_TOKENS.get(self.kind or "", {})
+        return _named(self.folder / CONFIG, defaults | self.values)
 
     def stop_ids(self, tokenizer: HuggingFaceTokenizer) -> list[int] | None:
         """Return the ids that end a text, or None if the settings have none."""
         if (stops := self.values.get(_STOPS)) is not None:
-            if not isinstance(stops, list) or not all(map(tokenizer.has_token, stops)):
+            ids: list[Any] = stops if isinstance(stops, list) else [None]
+            if not all(type(id) is int and tokenizer.has_token(id) for id in ids):
                 place = f"{self.folder / CONFIG}: {_STOPS!r}"
                 raise ValueError(f"{place} is {stops!r}; expected ids of the vocabulary")
-            return stops
+            return ids
         token = self.token("eos_token")
         if token is None:
-            others = dict(_named(self.folder, read_object(self.folder / TOKENS_MAP)))
+            others = dict(_named(self.folder / TOKENS_MAP, read_object(self.folder / TOKENS_MAP)))
             token = others["eos_token"]["content"] if "eos_token" in others else None
         return None if token is None or (id := tokenizer.token_id(token)) is None else [id]
 
@@ -145,14 +144,19 @@ def read_settings(folder: Path) -> Settings:
             raise ValueError(f"{where} must give a token for each id, got {str(listed)[:60]!r}")
         added = {int(id): _entry(where, entry) for id, entry in listed.items()}
     else:
-        values = values | read_object(folder / TOKENS_MAP)
-        special = {token["content"] for _, token in _named(folder, values)}
+        tokens_map = read_object(folder / TOKENS_MAP)
+        list(_named(folder / TOKENS_MAP, tokens_map))  # check them under the name of their file
+        values = values | tokens_map
+        special = {token["content"] for _, token in _named(folder / CONFIG, values)}
         added = {}
         where = str(folder / ADDED)
         for token, id in read_object(folder / ADDED).items():
             if type(id) is not int or id < 0:
                 expected = "expected a nonnegative integer"
                 raise ValueError(f"{where}: token {token!r} has id {id!r}; {expected}")
+            if id in added:
+                both = f"{added[id]['content']!r} and {token!r}"
+                raise ValueError(f"{where}: id {id} belongs to both {both}; expected one token")
             added[id] = _entry(where, {"content": token, "special": token in special})
     return Settings(folder, kind and kind.removesuffix("Fast"), source, values, added)
 
@@ -179,9 +183,9 @@ def sign_of_another(folder: Path, expected: VocabularyTokenizer) -> str | None:
     """
     settings = read_settings(folder)
     tokens_map = read_object(folder / TOKENS_MAP)
-    added = {token["content"]: id for id, token in settings.added.items()}
-    named = [token["content"] for _, token in _named(folder, tokens_map | settings.values)]
-    for token in (*added, *named):
+    added = [token["content"] for token in settings.added.values()]
+    named = _named(folder / TOKENS_MAP, tokens_map | settings.values)
+    for token in (*added, *(token["content"] for _, token in named)):
         if token not in expected.special_tokens:
             return f"{folder} names the special token {token!r} in its settings"
     for key, _, _ in _BERT_FIELDS:
@@ -223,7 +227,8 @@ def _set_prefix_space(definition: dict[str, Any], settings: Settings) -> dict[st
     else:
         # Outside of byte-level BPE, SentencePiece's vocabularies have this setting.
         marks = [part for part in parts if part.get("type") in ("Metaspace", "Prepend")]
-        if not marks or wanted is any(part.get("prepend_scheme") != "never" for part in marks):
+        agrees = wanted is any(part.get("prepend_scheme") != "never" for part in marks)
+        if not marks or agrees or "add_prefix_space" not in settings.values:
             return definition
     raise ValueError(
         f"{settings.folder / CONFIG}: 'add_prefix_space' is {str(wanted).lower()}, but "
@@ -290,17 +295,17 @@ def _fields(token: Any) -> dict[str, Any]:
     return {"content": token.content} | {flag: getattr(token, flag) for flag in _FLAGS}
 
 
-def _named(folder: Path, values: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _named(path: Path, values: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the key and the token of each special token that settings name."""
     for key in _NAMED:
         if (value := values.get(key)) is not None:
-            yield key, _entry(f"{folder / CONFIG}: {key!r}", value, special=True)
+            yield key, _entry(f"{path}: {key!r}", value, special=True)
     for key in _LISTS:
         tokens = values.get(key) or []
         if not isinstance(tokens, (list, dict)):
-            raise ValueError(f"{folder / CONFIG}: {key!r} is {tokens!r}; expected a list of tokens")
+            raise ValueError(f"{path}: {key!r} is {tokens!r}; expected a list of tokens")
         for value in tokens.values() if isinstance(tokens, dict) else tokens:
-            yield key, _entry(f"{folder / CONFIG}: {key!r}", value, special=True)
+            yield key, _entry(f"{path}: {key!r}", value, special=True)
 
 
 def _entry(where: str, value: Any, special: bool = False) -> dict[str, Any]:
@@ -312,10 +317,5 @@ def _entry(where: str, value: Any, special: bool = False) -> dict[str, Any]:
     if not all(isinstance(flag, bool) for flag in flags.values()):
         raise ValueError(f"{where} holds {str(value)[:60]!r}, whose flags must be true or false")
     special = flags.get("special", special)
-    plain = dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
-    return {
-        "content": fields["content"],
-        **plain,
-        "normalized": not special,
-        "special": special,
-    } | flags
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": not special}
+    return {"content": fields["content"]} | plain | {"special": special} | flags
