@@ -2,11 +2,16 @@
 
 import dataclasses
 import errno
+import gzip
+import hashlib
 import io
+import itertools
+import json
 import os
 import shutil
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import jax
@@ -18,9 +23,11 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 import flaxgpt
-from command import QUICK
+from command import QUICK, call
 from command import run as command
 from flaxgpt import GPTConfig
+from flaxgpt.data import documents, scan_texts
+from flaxgpt.data.token_file import encode_range
 from flaxgpt.runs import checkpoints as checkpoint
 from flaxgpt.runs import loop, read_run, train
 from flaxgpt.runs import report as reporting
@@ -409,3 +416,307 @@ def test_the_command_prints_the_folder_of_a_model_whose_name_is_not_utf8(text, t
     )
     assert done.returncode == 0
     assert done.stdout.decode().endswith("a\\udcff/model\n")
+
+
+# Forms of text
+
+GPT2 = flaxgpt.load_tokenizer("gpt2")
+END = GPT2.special_tokens["<|endoftext|>"]
+
+
+def decoded(paths, **options):
+    """Return the documents that GPT-2's ids of some files decode to."""
+    source = scan_texts(paths, **options)
+    ids = [id for ids in encode_range(source, GPT2, 0, source.n_characters) for id in ids]
+    documents = [list(group) for end, group in itertools.groupby(ids, END.__eq__) if not end]
+    assert ids.count(END) == len(documents) - 1
+    return [GPT2.decode(document) for document in documents]
+
+
+def lines(*records):
+    return "".join(json.dumps(record) + "\n" for record in records).encode()
+
+
+TWO = lines({"text": "one fish"}, {"text": "two\nfish", "id": 1})
+FORMS = {  # name of a file: its contents, and the documents in it
+    "plain.txt": (b"one fish", ["one fish"]),
+    "no-suffix": (b"one fish", ["one fish"]),
+    "bom.txt": (b"\xef\xbb\xbfone", ["one"]),
+    "inner-bom.txt": ("a\ufeffb".encode(), ["a\ufeffb"]),
+    "dos.txt": (b"one\r\ntwo\r\n", ["one\r\ntwo\r\n"]),
+    "nul.txt": (b"one\0two", ["one\0two"]),
+    "a.txt.gz": (gzip.compress(b"one fish"), ["one fish"]),
+    "A.TXT.GZ": (gzip.compress(b"one fish"), ["one fish"]),
+    "members.gz": (gzip.compress(b"one ") + gzip.compress(b"fish"), ["one fish"]),
+    "padded.gz": (gzip.compress(b"one") + b"\0" * 8, ["one"]),
+    "hidden-gzip.txt": (gzip.compress(b"one fish"), ["one fish"]),
+    "bom.txt.gz": (gzip.compress(b"\xef\xbb\xbfone"), ["one"]),
+    "two.jsonl": (TWO, ["one fish", "two\nfish"]),
+    "two.ndjson": (TWO, ["one fish", "two\nfish"]),
+    "TWO.JSONL": (TWO, ["one fish", "two\nfish"]),
+    "two.jsonl.gz": (gzip.compress(TWO), ["one fish", "two\nfish"]),
+    "dos.jsonl": (TWO.replace(b"\n", b"\r\n"), ["one fish", "two\nfish"]),
+    "bom.jsonl": (b"\xef\xbb\xbf" + TWO, ["one fish", "two\nfish"]),
+    "unended.jsonl": (TWO.rstrip(), ["one fish", "two\nfish"]),
+    "blank.jsonl": (b"\n" + TWO.replace(b"\n", b"\n \n"), ["one fish", "two\nfish"]),
+    "empty.jsonl": (lines({"text": ""}) + TWO, ["one fish", "two\nfish"]),
+    "separators.jsonl": ('{"text": "a\u2028b\x85c"}\n'.encode(), ["a\u2028b\x85c"]),
+    "raw.json": (b'{"text": 1}', ['{"text": 1}']),
+}
+
+
+@pytest.mark.parametrize("block", [1, 3, 2**20])
+@pytest.mark.parametrize("name", FORMS)
+def test_text_is_read_in_the_forms_in_which_people_have_it(name, block, tmp_path, monkeypatch):
+    monkeypatch.setattr(documents, "_BLOCK", block)
+    content, expected = FORMS[name]
+    (tmp_path / name).write_bytes(content)
+    source = scan_texts([tmp_path / name])
+    assert decoded([tmp_path / name]) == expected
+    assert source.n_characters == sum(map(len, expected))
+    assert source.alphabet == "".join(sorted(set("".join(expected))))
+    assert source.sha256 == hashlib.sha256(content).hexdigest()
+
+
+DAMAGED = {  # name of a file: its contents, and the message
+    "utf16.txt": ("hi".encode("utf-16"), "utf16.txt is UTF-16, .*: iconv -f UTF-16"),
+    "utf16be.txt": (b"\xfe\xff\0h\0i", "utf16be.txt is UTF-16"),
+    "utf32.txt": ("hi".encode("utf-32"), "utf32.txt is UTF-32, .*: iconv -f UTF-32"),
+    "utf16.txt.gz": (gzip.compress("hi".encode("utf-16")), "utf16.txt.gz is UTF-16"),
+    "latin1.txt": (b"caf\xe9 ", "latin1.txt is not UTF-8: byte 0xe9 at position 3"),
+    "bom-latin1.txt": (b"\xef\xbb\xbfcaf\xe9 ", "byte 0xe9 at position 6"),
+    "cut.gz": (gzip.compress(b"one fish" * 99)[:-9], "cut.gz is a damaged gzip .*too early"),
+    "start.gz": (gzip.compress(b"one")[:3], "start.gz is a damaged gzip file"),
+    "flipped.gz": (gzip.compress(b"one")[:-8] + b"\1" * 8, "flipped.gz is a damaged gzip file"),
+    "garbage.gz": (gzip.compress(b"one") + b"garbage", "garbage.gz is a damaged gzip file"),
+    "text.gz": (b"one fish", "text.gz is a damaged gzip file .*Not a gzipped file"),
+    "nothing.gz": (gzip.compress(b""), "nothing.gz contains no text"),
+    "only-bom.txt": (b"\xef\xbb\xbf", "only-bom.txt contains no text"),
+    "empty.txt": (b"", "empty.txt is empty"),
+    "a.zip": (b"PK\3\4rest", "a.zip is a zip archive, .*: unpack it"),
+    "a.parquet": (b"PAR1rest", "a.parquet is a Parquet file"),
+    "a.zst": (b"\x28\xb5\x2f\xfdrest", "a.zst is compressed with zstd"),
+    "a.pdf": (b"%PDF-1.7", "a.pdf is a PDF"),
+    "field.jsonl": (
+        TWO + lines({"content": "x", "id": 3}),
+        "field.jsonl, line 3, has no field 'text' but 'content', 'id': .*--text-field",
+    ),
+    "null.jsonl": (lines({"text": None}), "line 1: field 'text' is None, not a string"),
+    "list.jsonl": (lines(["text"]), "line 1, is not a JSON object"),
+    "broken.jsonl": (TWO + b'{"text": "x', "broken.jsonl, line 3, is not JSON"),
+    "deep.jsonl": (b"[" * 100_000, "deep.jsonl, line 1, is not JSON"),
+    "surrogate.jsonl": (b'{"text": "\\ud800"}', "line 1: field 'text' has a lone surrogate"),
+    "blank.jsonl": (b"\n\n", "blank.jsonl contains no text"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_text_in_a_form_that_cannot_be_read_is_refused_by_name(name, tmp_path):
+    content, message = DAMAGED[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        scan_texts([tmp_path / name])
+
+
+def test_the_field_of_the_text_can_be_chosen(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(lines({"content": "one", "text": 3}))
+    assert decoded([path], text_field="content") == ["one"]
+
+
+def test_a_lone_surrogate_in_json_can_be_replaced(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "a\\ud800b \\ud83d\\ude00"}')
+    assert decoded([path], errors="replace") == ["a\ufffdb 😀"]
+
+
+def fill(folder, files):
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    return folder
+
+
+FOLDER = {
+    "b.txt": b"\xef\xbb\xbfbee",
+    "a/z.md": b"zed",
+    "a/two.jsonl.gz": gzip.compress(TWO),
+    "a.txt": b"ay",
+    ".hidden": b"\xff",
+    ".git/config": b"\xff",
+    "a/__init__.py": b"",
+}
+
+
+def test_a_folder_stands_for_its_text_files_sorted_by_name(tmp_path):
+    folder = fill(tmp_path / "corpus[1]", FOLDER)
+    (folder / "loop").symlink_to(folder)
+    assert decoded([folder]) == ["one fish", "two\nfish", "zed", "ay", "bee"]
+    assert decoded([folder / "b.txt", folder / "a"]) == ["bee", "one fish", "two\nfish", "zed"]
+    assert scan_texts([folder]).notes == ["reading 4 text files"]
+
+
+BAD_FOLDERS = {  # contents of a folder, and the message
+    "empty": ({".hidden": b"x", "a/none.txt": b""}, "is a folder without text files"),
+    "pictures": ({"a.txt": b"x", "b/c.png": b"\x89PNG\0"}, "not text in UTF-8: b/c.png; move"),
+    "utf16": ({"a.txt": "hi".encode("utf-16")}, "not text in UTF-8: a.txt"),
+    "latin1": ({"a.txt": b"caf\xe9 "}, "a.txt is not UTF-8"),
+    "damaged": ({"a.gz": b"\x1f\x8bx"}, "a.gz is a damaged gzip file"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FOLDERS)
+def test_a_folder_that_cannot_be_read_as_text_is_refused_with_the_files(name, tmp_path):
+    files, message = BAD_FOLDERS[name]
+    with pytest.raises(ValueError, match=message):
+        scan_texts([fill(tmp_path / "corpus", files)])
+
+
+def test_a_run_on_a_folder_holds_out_the_end_and_resumes(tmp_path):
+    files = {f"{i}.txt.gz": gzip.compress(b"hello world, " * 20) for i in range(3)}
+    folder = fill(tmp_path / "corpus", files)
+    _, seen = trained(tmp_path / "run", folder)
+    assert "reading 3 text files" in seen
+    val = flaxgpt.data.read_ids(tmp_path / "run" / "data" / "val.npy")
+    assert (val.start, val.stop) == (702, 780)
+    assert (
+        int(
+            trained(tmp_path / "run", folder, steps=3, init_from=str(tmp_path / "run"))[
+                0
+            ].state.step
+        )
+        == 3
+    )
+    (folder / "4.txt").write_text("more")
+    with pytest.raises(ValueError, match="the text has changed since the run"):
+        trained(tmp_path / "run", folder, steps=4, init_from=str(tmp_path / "run"))
+
+
+def test_a_run_in_its_own_data_folder_is_refused(tmp_path):
+    folder = fill(tmp_path / "corpus", FOLDER)
+    with pytest.raises(ValueError, match=r"corpus/run is in the data folder .*choose a folder out"):
+        trained(folder / "run", folder)
+    assert not (folder / "run").exists()
+
+
+def test_a_changed_compressed_file_is_noticed_while_reading(tmp_path):
+    path = tmp_path / "a.gz"
+    path.write_bytes(gzip.compress(b"one fish"))
+    source = scan_texts([path])
+    path.write_bytes(gzip.compress(b"two"))
+    with pytest.raises(ValueError, match="has changed since it was scanned"):
+        list(encode_range(source, GPT2, 0, source.n_characters))
+
+
+@pytest.mark.slow
+def test_a_compressed_file_is_read_in_bounded_memory(tmp_path):
+    path = tmp_path / "a.txt.gz"
+    with gzip.open(path, "wb", compresslevel=1) as file:
+        for _ in range(300):
+            file.write(b"hello world, " * 80_000)  # 312 MB in all, 2 MB compressed
+    tracemalloc.start()
+    scan_texts([path])
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 20e6
+
+
+# Separators written in the text
+
+WRITTEN = [  # text, and its documents if it is separated at the token
+    ("one<|endoftext|>two", ["one", "two"]),
+    ("<|endoftext|>one<|endoftext|>", ["one"]),
+    ("one<|endoftext|><|endoftext|>two", ["one", "two"]),
+    ("one\n<|endoftext|>\ntwo\n", ["one\n", "\ntwo\n"]),
+    ("one <|endoftext", ["one <|endoftext"]),
+    ("<|endof<|endoftext|>text|>", ["<|endof", "text|>"]),
+    ("<<|endoftext|>|endoftext|>", ["<", "|endoftext|>"]),
+]
+
+
+@pytest.mark.parametrize("block", [1, 5, 2**20])
+@pytest.mark.parametrize(("content", "expected"), WRITTEN)
+def test_a_written_separator_ends_a_document_if_asked_for(
+    content, expected, block, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(documents, "_BLOCK", block)
+    (tmp_path / "a.txt").write_text(content)
+    source = scan_texts([tmp_path / "a.txt"], document_separator="<|endoftext|>")
+    assert (source.n_end_of_text, source.notes) == (0, [])
+    assert source.n_characters == sum(map(len, expected))
+    assert decoded([tmp_path / "a.txt"], document_separator="<|endoftext|>") == expected
+    plain = scan_texts([tmp_path / "a.txt"])
+    assert plain.n_end_of_text == content.count("<|endoftext|>")
+    assert plain.n_characters == len(content)
+
+
+@given(
+    st.lists(st.sampled_from(["<", "<|end", "<|endoftext|>", "oftext|>", "a", "\n"])),
+    st.integers(1, 9),
+)
+def test_splitting_at_a_separator_does_not_depend_on_the_blocks(parts, size):
+    text = "".join(parts)
+    blocks = [[text[i : i + size]] for i in range(0, len(text), size)]
+    found = [""]
+    for first, *others in documents._split(blocks, "<|endoftext|>"):
+        found[-1] += first
+        found += others
+    assert found == text.split("<|endoftext|>")
+
+
+def test_a_separator_splits_lines_of_json_but_does_not_span_them(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(lines({"text": "a--b-"}, {"text": "-c"}))
+    assert decoded([path], document_separator="--") == ["a", "b-", "-c"]
+
+
+def test_a_run_warns_once_of_written_separators_and_can_split_there(tmp_path):
+    path = tmp_path / "input.txt"
+    path.write_text("hello world, <|endoftext|>" * 60)
+    cfg = dataclasses.replace(CFG, vocab_size=50)
+    _, seen = trained(tmp_path / "a", path, cfg)
+    assert seen.count("contains <|endoftext|> 60 times as ordinary characters") == 1
+    recipe = {"document_separator": "<|endoftext|>"}
+    _, seen = trained(tmp_path / "b", path, cfg, **recipe)
+    assert "ordinary characters" not in seen
+    assert flaxgpt.load(tmp_path / "b")[2].characters == " ,dehlorw"
+    with pytest.raises(ValueError, match="cannot resume with document_separator=''"):
+        trained(tmp_path / "b", path, cfg, steps=3, init_from=str(tmp_path / "b"))
+
+
+def test_evaluation_reads_the_same_forms_of_text(tmp_path):
+    folder = fill(
+        tmp_path / "corpus", {"a.jsonl.gz": gzip.compress(lines({"body": "Once upon a time."}))}
+    )
+    done = call("eval", "--data", folder, "--text-field", "body", "--stride", "64")
+    assert done.returncode == 0, done.stderr
+    (tmp_path / "bom.txt").write_bytes(b"\xef\xbb\xbfOnce<|endoftext|> upon a time.")
+    done = call("eval", "--data", tmp_path / "bom.txt", "--document-separator", "<|endoftext|>")
+    assert done.returncode == 0, done.stderr
+    done = call("eval", "--data", tmp_path / "bom.txt")
+    assert b"contains <|endoftext|> 1 times" in done.stderr
+
+
+SHORT = ["a", "ab", "hello"]
+
+
+@pytest.mark.parametrize("content", SHORT)
+def test_a_text_too_short_to_train_on_is_refused_with_what_to_do(content, tmp_path):
+    (tmp_path / "input.txt").write_text(content)
+    with pytest.raises(ValueError, match=r"provide more text|too short"):
+        trained(tmp_path / "run", tmp_path / "input.txt")
+    assert not (tmp_path / "run").exists()
+
+
+def test_one_character_is_too_short_to_hold_out_a_part_of_it(tmp_path):
+    (tmp_path / "input.txt").write_text("a")
+    with pytest.raises(ValueError, match=r"text of 1 character is too short to hold out"):
+        trained(tmp_path / "run", tmp_path / "input.txt")
+
+
+@pytest.mark.parametrize("name", ["config.json", "data/train.json", "metrics.jsonl"])
+def test_a_run_resumes_after_an_editor_added_a_byte_order_mark(name, text, tmp_path):
+    out = tmp_path / "run"
+    trained(out, text)
+    (out / name).write_bytes(b"\xef\xbb\xbf" + (out / name).read_bytes())
+    assert int(trained(out, text, steps=3, init_from=str(out))[0].state.step) == 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 import tempfile
 from pathlib import Path
 from typing import Literal
@@ -24,7 +25,8 @@ class EvalCommand:
     """
 
     data: tuple[str, ...]
-    """Text files in UTF-8, evaluated as one text."""
+    """Text files in UTF-8 or JSON Lines, which may be compressed, or folders of them, evaluated as
+    one text."""
 
     model: str = "tales"
     """A model, as for generate."""
@@ -35,6 +37,12 @@ class EvalCommand:
     errors: Literal["strict", "replace"] = "strict"
     """For bytes that are not UTF-8: report an error, or replace them with U+FFFD."""
 
+    text_field: str = "text"
+    """The field that holds the text in JSON Lines."""
+
+    document_separator: str = ""
+    """Text that separates documents in a file, such as <|endoftext|>."""
+
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Dtype of the computation."""
 
@@ -43,7 +51,15 @@ class EvalCommand:
         if self.stride is not None:
             check_size("--stride", self.stride)
         with progress("reading") as advance:
-            text = scan_texts(list(map(Path, self.data)), errors=self.errors, progress=advance)
+            text = scan_texts(
+                self.data,
+                errors=self.errors,
+                text_field=self.text_field,
+                document_separator=self.document_separator,
+                progress=advance,
+            )
+        for note in text.notes:
+            print(note, file=sys.stderr)
         cfg, params, tokenizer = load_with_tokenizer(self.model)
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "text.npy"

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import codecs
+import functools
 import hashlib
+import itertools
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
+from flaxgpt._checks import listed
+from flaxgpt.data.documents import Errors, is_binary, open_hashed, read_documents
 from flaxgpt.typing import Progress
 
-Errors = Literal["strict", "replace"]
-
-_BLOCK = 2**20  # bytes; larger blocks are no faster and give longer lists of ids
+END_OF_TEXT = "<|endoftext|>"
 _LONGEST = 2**19  # characters held back in search of a place to cut
 
 # The last place to cut a text, of either kind. Only white space that all regex engines recognize
@@ -29,7 +29,7 @@ class TextFile:
     """One file of a `TextScan`.
 
     Attributes:
-        path: the path passed to `scan_texts`.
+        path: the path passed to `scan_texts`, or of a file in a folder that was.
         sha256: of the file, hexadecimal.
         n_bytes: size of the file.
         n_characters: number of Unicode characters; a replaced byte sequence counts as one.
@@ -49,11 +49,17 @@ class TextScan:
         files: one entry per file.
         alphabet: the distinct characters of the text, sorted by code point.
         errors: "strict", or "replace" if bytes that are not UTF-8 are read as U+FFFD.
+        text_field: the field that holds the text, for JSON Lines.
+        document_separator: text that separates documents within a file; "" for none.
+        n_end_of_text: how often the documents contain the characters "<|endoftext|>".
     """
 
     files: tuple[TextFile, ...]
     alphabet: str
     errors: Errors
+    text_field: str
+    document_separator: str
+    n_end_of_text: int
 
     @property
     def n_bytes(self) -> int:
@@ -64,6 +70,18 @@ class TextScan:
     def n_characters(self) -> int:
         """Number of characters of all files together."""
         return sum(file.n_characters for file in self.files)
+
+    @property
+    def notes(self) -> list[str]:
+        """What a user may want to know before the text is tokenized, one line each."""
+        notes = [f"reading {len(self.files)} text files"] if len(self.files) > 1 else []
+        if self.n_end_of_text:
+            notes.append(
+                f"the text contains {END_OF_TEXT} {self.n_end_of_text} times as ordinary "
+                "characters; to end a document there instead, use "
+                f"--document-separator '{END_OF_TEXT}'"
+            )
+        return notes
 
     @property
     def sha256(self) -> str:
@@ -78,46 +96,79 @@ def scan_texts(
     paths: Sequence[str | os.PathLike[str]],
     *,
     errors: Errors = "strict",
+    text_field: str = "text",
+    document_separator: str = "",
     progress: Progress | None = None,
 ) -> TextScan:
     """Return the hash, size and characters of text files, which are read block by block.
 
     Args:
-        paths: files of UTF-8 text.
+        paths: files of UTF-8 text or, with names in `.jsonl` or `.ndjson`, of JSON Lines; each may
+            be compressed with gzip. A folder stands for all files in it and its subfolders, sorted
+            by name, except hidden and empty ones. `~` is the home folder.
         errors: "strict", or "replace" to read bytes that are not UTF-8 as U+FFFD.
+        text_field: the field that holds the text, for JSON Lines.
+        document_separator: text that separates documents within a file, such as "<|endoftext|>",
+            and is not part of them; "" for none.
         progress: called with (bytes read, bytes in total).
 
     Raises:
-        ValueError: there are no paths, or a path is a folder, an empty file, or a file that is not
-            UTF-8; the message says which one and where.
+        ValueError: there are no paths, or a path is an empty file, a file of another form or a
+            folder without text; the message says which one and where.
         OSError: a file does not exist or cannot be read.
     """
     if isinstance(paths, (str, os.PathLike)):
         raise ValueError(f"paths must be a list; for one file, pass [{os.fspath(paths)!r}]")
     if errors not in ("strict", "replace"):
         raise ValueError(f"errors={errors!r} is not valid; expected 'strict' or 'replace'")
-    total = sum(_text_size(Path(path)) for path in paths)
+    found = [file for path in paths for file in _files(Path(os.path.expanduser(path)))]
+    total = sum(map(_text_size, found))
     if not total:
         raise ValueError("paths is empty; pass at least one text file")
-    files, alphabet, done = [], set[str](), 0
-    for path in map(Path, paths):
-        digest, before, n_characters = hashlib.sha256(), done, 0
-        for block, text in read_blocks(path, errors):
-            digest.update(block)
-            alphabet.update(text)
-            done += len(block)
-            n_characters += len(text)
-            if progress:
-                progress(done, total)
-        files.append(TextFile(path, digest.hexdigest(), done - before, n_characters))
-    return TextScan(tuple(files), "".join(sorted(alphabet)), errors)
+    files, alphabet, done, n_end_of_text = [], set[str](), 0, 0
+    for path in found:
+        with open_hashed(path) as file:
+            n_characters, tail = 0, ""
+            for texts in read_documents(file, errors, text_field, document_separator):
+                for number, text in enumerate(texts):
+                    n_characters += len(text)
+                    alphabet.update(text)
+                    tail = text if number else tail + text
+                    n_end_of_text += tail.count(END_OF_TEXT)
+                    tail = tail[1 - len(END_OF_TEXT) :]
+                if progress:
+                    progress(done + file.n_bytes, total)
+            done += file.n_bytes
+        if not n_characters:
+            raise ValueError(f"{path} contains no text; pass a file that does")
+        files.append(TextFile(path, file.sha256, file.n_bytes, n_characters))
+    characters = "".join(sorted(alphabet))
+    return TextScan(tuple(files), characters, errors, text_field, document_separator, n_end_of_text)
+
+
+def _files(path: Path) -> list[Path]:
+    """Return a path, or the text files in a folder."""
+    if not path.is_dir():
+        return [path]
+    found = []
+    for folder, folders, names in os.walk(path):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        visible = [Path(folder, name) for name in names if not name.startswith(".")]
+        found += [file for file in visible if file.is_file() and file.stat().st_size]
+    found.sort(key=lambda file: file.relative_to(path).parts)
+    if not found:
+        raise ValueError(f"{path} is a folder without text files; pass one that contains text")
+    if binary := [str(file.relative_to(path)) for file in found if is_binary(file)]:
+        raise ValueError(
+            f"the folder {path} also holds files that are not text in UTF-8: {listed(binary)}; "
+            "move or convert them, or pass the text files one by one"
+        )
+    return found
 
 
 def _text_size(path: Path) -> int:
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; pass the path of a UTF-8 text file")
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder; pass the text files in it one by one")
     if not path.is_file():
         raise ValueError(f"{path} is a pipe or device, which cannot be read twice; pass a file")
     if size := path.stat().st_size:
@@ -125,52 +176,42 @@ def _text_size(path: Path) -> int:
     raise ValueError(f"{path} is empty; pass a file that contains text")
 
 
-def read_blocks(path: Path, errors: Errors) -> Iterator[tuple[bytes, str]]:
-    """Yield the bytes of a file block by block, with the text that each block completes."""
-    decoder = codecs.getincrementaldecoder("utf-8")(errors)
-    read = 0
-    with path.open("rb") as file:
-        while True:
-            try:
-                block = file.read(_BLOCK)
-            except OSError as error:  # unlike an error of opening, it does not name the file
-                raise OSError(error.errno, error.strerror, str(path)) from error
-            read += len(block)
-            try:
-                text = decoder.decode(block, final=not block)
-            except UnicodeDecodeError as error:
-                # error.object is what the decoder kept of the block before, and this block.
-                place = read - len(error.object) + error.start
-                raise ValueError(
-                    f"{path} is not UTF-8: byte 0x{error.object[error.start]:02x} at position "
-                    f"{place} ({error.reason}); save the file as UTF-8, or replace such bytes by "
-                    'U+FFFD with --errors replace (in Python, errors="replace")'
-                ) from None
-            if block or text:
-                yield block, text
-            if not block:
-                return
-
-
 def read_texts(source: TextScan, start: int, stop: int) -> Iterator[Iterator[str]]:
-    """Yield an iterator over the text of each file that contains characters of [start, stop)."""
+    """Yield an iterator over the text of each document with characters of [start, stop).
+
+    Each must be read to its end before the next.
+    """
+    texts = _document_texts(source, start, stop)
+    for first in texts:
+        if first is not None:
+            yield itertools.chain([first], iter(functools.partial(next, texts, None), None))
+
+
+def _document_texts(source: TextScan, start: int, stop: int) -> Iterator[str | None]:
+    """Yield the characters of [start, stop) block by block, and None where a document ends."""
     begin = 0
     for file in source.files:
         end = begin + file.n_characters
         if start < end and begin < stop:
-            yield _clipped(file, source.errors, max(start - begin, 0), min(stop, end) - begin)
+            yield from _clipped(source, file, max(start - begin, 0), min(stop, end) - begin)
+            yield None
         begin = end
 
 
-def _clipped(file: TextFile, errors: Errors, start: int, stop: int) -> Iterator[str]:
+def _clipped(source: TextScan, file: TextFile, start: int, stop: int) -> Iterator[str | None]:
     begin = 0
-    for _, text in read_blocks(file.path, errors):
-        end = begin + len(text)
-        if start < end:
-            yield text[max(start - begin, 0) : stop - begin]
-        begin = end
-        if begin >= stop:
-            break
+    with open_hashed(file.path) as opened:
+        for texts in read_documents(
+            opened, source.errors, source.text_field, source.document_separator
+        ):
+            for number, text in enumerate(texts):
+                if number:
+                    yield None
+                if clipped := text[max(start - begin, 0) : max(stop - begin, 0)]:
+                    yield clipped
+                begin += len(text)
+            if begin >= stop:
+                break
     if begin < stop or file.path.stat().st_size != file.n_bytes:
         raise ValueError(f"{file.path} has changed since it was scanned; start again")
 

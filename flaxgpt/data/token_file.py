@@ -27,12 +27,11 @@ import numpy as np
 
 from flaxgpt._checks import listed, value_errors
 from flaxgpt._files import temporary_beside, write_file_atomically
-from flaxgpt.data.corpus import TextScan, pieces, read_texts
+from flaxgpt.data.corpus import END_OF_TEXT, TextScan, pieces, read_texts
 from flaxgpt.tokenizer import CharTokenizer, Tokenizer
 from flaxgpt.tokenizer.folder import tokenizer_fingerprint, tokenizer_recipe
 from flaxgpt.typing import Progress
 
-_END_OF_TEXT = "<|endoftext|>"
 _VERSION = 1
 _EDGE = 2**16  # bytes
 _REPEAT = "delete it and tokenize the text again"
@@ -77,9 +76,10 @@ def write_ids(
     """Tokenize text files, or a range of their characters, into a file for `read_ids`.
 
     The ids are those of `tokenizer.encode` for the whole range; see `corpus.pieces` for the limits
-    of that. If the tokenizer has "<|endoftext|>", its id separates files; the same characters
-    within a file are ordinary text. The files appear when they are complete and on disk. A killed
-    process leaves hidden temporary files.
+    of that. If the tokenizer has "<|endoftext|>", its id separates documents: files, lines of JSON
+    Lines, and what `document_separator` separates. The same characters within a document are
+    ordinary text. Other tokenizers join the documents. The files appear when they are complete and
+    on disk. A killed process leaves hidden temporary files.
 
     Args:
         path: the array file to create or replace, ending in ".npy". The description has the same
@@ -181,7 +181,7 @@ def encode_range(
 ) -> Iterator[Sequence[int]]:
     """Yield the ids that `write_ids` writes, piece by piece."""
     texts: Iterable[Iterator[str]] = read_texts(source, start, stop)
-    separator = tokenizer.special_tokens.get(_END_OF_TEXT)
+    separator = tokenizer.special_tokens.get(END_OF_TEXT)
     if separator is None:
         texts = [itertools.chain.from_iterable(texts)]
     done = start
@@ -224,7 +224,7 @@ def read_ids(path: str | os.PathLike[str]) -> TokenFile:
         raise ValueError(f"{path} has no {sidecar.name} beside it, which describes it; {_REPEAT}")
     advice = f"; delete {target.name} and tokenize the text again"
     with value_errors(f"{sidecar} is damaged", advice):
-        description = json.loads(sidecar.read_text(encoding="utf-8"))
+        description = json.loads(sidecar.read_text(encoding="utf-8-sig"))
         version = description.pop("version")
     if version != _VERSION:
         raise ValueError(

@@ -63,7 +63,7 @@ def read_config(folder: Path) -> tuple[GPTConfig, TrainConfig, Hashes]:
     if not path.exists():
         raise FileNotFoundError(f"{folder} has no {_CONFIG}: it is not the folder of a run")
     try:
-        contents = json.loads(path.read_text(encoding="utf-8"))
+        contents = json.loads(path.read_text(encoding="utf-8-sig"))
         cfg, train_cfg = GPTConfig.from_dict(contents["model"]), contents["training"]
         hashes = [contents["data"][name] for name in _HASHES]
         return cfg, TrainConfig.from_dict(train_cfg), hashes
@@ -81,7 +81,7 @@ def write_config(folder: Path, cfg: GPTConfig, train_cfg: TrainConfig, hashes: H
 def is_run(folder: Path) -> bool:
     """Return whether a folder is a run's: it has a config.json with a "training" section."""
     try:
-        return "training" in json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
+        return "training" in json.loads((folder / _CONFIG).read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, TypeError):
         return False
 

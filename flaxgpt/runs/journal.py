@@ -86,7 +86,7 @@ def _cut_after(path: Path, step: int, step_of: Callable[[int, str], int]) -> Non
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     with errors_naming(path):
-        text = path.read_text(encoding="utf-8", errors="replace")
+        text = path.read_text(encoding="utf-8-sig", errors="replace")
     # The last newline is followed by nothing, or by a line that a killed run did not complete.
     return enumerate(text.split("\n")[:-1], start=1)
 

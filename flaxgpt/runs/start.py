@@ -31,7 +31,16 @@ from flaxgpt.weights.saving import REPLACEABLE
 
 # Settings that cannot change when a run is resumed: the parameters, the optimizer state or the
 # position in the data would no longer fit.
-_FIXED = ("tokenizer", "val_fraction", "batch_size", "windows", "seed", "optimizer")
+_FIXED = (
+    "tokenizer",
+    "text_field",
+    "document_separator",
+    "val_fraction",
+    "batch_size",
+    "windows",
+    "seed",
+    "optimizer",
+)
 
 
 def resumes(train_cfg: TrainConfig, out: Path) -> bool:
@@ -55,6 +64,7 @@ def start_run(cfg: GPTConfig, train_cfg: TrainConfig, out: Path, say: Say) -> Ru
         raise ValueError(f"{out} is in use, and nothing in it is overwritten: {advice}")
     if not train_cfg.data:
         raise ValueError("data is empty: give at least one text file")
+    _check_outside(out, (*train_cfg.data, *train_cfg.validation_data))
     texts = scan_files(train_cfg)
     params, tokenizer = _initial_model(cfg, train_cfg, texts.training)
     out.mkdir(parents=True, exist_ok=True)
@@ -108,6 +118,15 @@ def resume_run(cfg: GPTConfig, train_cfg: TrainConfig, out: Path, say: Say) -> R
         write_config(out, cfg, train_cfg, hashes)
     data = tokenize_files(cfg, train_cfg, out, tokenizer, texts, say)
     return Run(out, cfg, train_cfg, tokenizer, params, *data)
+
+
+def _check_outside(out: Path, paths: Iterable[str]) -> None:
+    for folder in (Path(os.path.expanduser(path)) for path in paths):
+        if folder.is_dir() and out.resolve().is_relative_to(folder.resolve()):
+            raise ValueError(
+                f"{out} is in the data folder {folder}, and its files would be read as text when "
+                "the run resumes: choose a folder outside"
+            )
 
 
 def _remove_inputs(out: Path, existed: bool) -> None:

@@ -34,8 +34,16 @@ def scan_files(train_cfg: TrainConfig, old: TrainConfig | None = None) -> Texts:
 
     def scan(name: str) -> data.TextScan | None:
         paths = getattr(train_cfg, name)
-        is_gone = paths == getattr(old, name, None) and not all(map(os.path.exists, paths))
-        return None if is_gone or not paths else data.scan_texts(paths, errors=train_cfg.errors)
+        exists = (os.path.exists(os.path.expanduser(path)) for path in paths)
+        is_gone = paths == getattr(old, name, None) and not all(exists)
+        if is_gone or not paths:
+            return None
+        return data.scan_texts(
+            paths,
+            errors=train_cfg.errors,
+            text_field=train_cfg.text_field,
+            document_separator=train_cfg.document_separator,
+        )
 
     return Texts(scan("data"), scan("validation_data"))
 
@@ -51,10 +59,20 @@ def tokenize_files(
     train_path, val_path = out / "data" / "train.npy", out / "data" / "val.npy"
     split = None
     if texts.training is not None and not train_cfg.validation_data:
-        split = int((1 - train_cfg.val_fraction) * texts.training.n_characters)
+        total = texts.training.n_characters
+        split = int((1 - train_cfg.val_fraction) * total)
+        if split == 0 or (split == total and train_cfg.val_fraction):
+            raise ValueError(
+                f"the text of {total} character{'s'[: total > 1]} is too short to hold out "
+                f"val_fraction={train_cfg.val_fraction} of it for validation: provide more text, "
+                "set validation_data, or turn validation off with val_fraction=0"
+            )
     parts = [(train_path, texts.training, 0, split)]
     if train_cfg.validation_data or train_cfg.val_fraction:
         parts.append((val_path, texts.validation or texts.training, split or 0, None))
+    sources = [source for path, source, *_ in parts if source and not path.exists()]
+    for note in dict.fromkeys(note for source in sources for note in source.notes):
+        say(note)
     for path, source, start, stop in parts:
         if not path.exists():
             if source is None:

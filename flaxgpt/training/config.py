@@ -15,10 +15,14 @@ class TrainConfig:
     """Everything about a training run except the architecture. Frozen and hashable.
 
     Attributes:
-        data: text files to train on, UTF-8.
-        validation_data: text files to validate on; if empty, the end of `data` is held out.
+        data: text files to train on, UTF-8 or JSON Lines (.jsonl), may be compressed (.gz); a
+            folder stands for all files in it that are not hidden.
+        validation_data: text to validate on, likewise; if empty, the end of `data` is held out.
         val_fraction: fraction of the characters of `data` held out for validation.
         errors: `strict` rejects bytes that are not UTF-8, `replace` reads them as U+FFFD.
+        text_field: the field of the text in JSON Lines.
+        document_separator: text that separates documents in a file, such as `<|endoftext|>`; if
+            empty, each file or line of JSON Lines is one document.
         tokenizer: `gpt2`, `tales`, `characters` (those in `data`) or the folder of a model; if
             empty, that of `init_from`, or GPT-2's from scratch.
         init_from: `scratch`, `book` (the book's initial weights for seed 123), a model to fine-tune
@@ -63,6 +67,8 @@ class TrainConfig:
     validation_data: tuple[str, ...] = ()
     val_fraction: float = 0.1
     errors: Literal["strict", "replace"] = "strict"
+    text_field: str = "text"
+    document_separator: str = ""
     tokenizer: str = ""
     init_from: str = "scratch"
 
