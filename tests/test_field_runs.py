@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 import flaxgpt
-from command import QUICK, call
+from command import COMMAND, QUICK, call
 from command import run as command
 from flaxgpt import GPTConfig
 from flaxgpt.data import documents, scan_texts
@@ -189,7 +189,7 @@ def test_a_folder_whose_checkpoints_cannot_be_restored_is_refused_before_trainin
     text, tmp_path, monkeypatch
 ):
     lose_the_arrays(tmp_path, monkeypatch)
-    with pytest.raises(OSError, match=r"cannot be restored: .*train in another folder"):
+    with pytest.raises(OSError, match=r"run cannot hold checkpoints \(.*choose another folder"):
         trained(tmp_path / "run", text)
     assert not (tmp_path / "run").exists()
 
@@ -352,6 +352,19 @@ def test_a_run_whose_terminal_is_closed_continues(error, text, tmp_path):
     recipe = dataclasses.replace(RECIPE, data=(str(text),))
     result = train(CFG, recipe, tmp_path / "run", console=Console(file=Closed()))
     assert int(result.state.step) == 2
+
+
+@pytest.mark.slow
+def test_the_command_prints_its_result_although_its_progress_is_no_longer_read(text, tmp_path):
+    sizes = ["--context-length=8", "--emb-dim=8", "--n-heads=2", "--n-layers=1", "--batch-size=2"]
+    sizes += ["--steps=3", "--warmup-steps=0", "--steps-per-call=1", "--log-every=1"]
+    command_line = [*COMMAND, "train", f"--data={text}", f"--out={tmp_path / 'run'}", *sizes]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command_line, env=QUICK, text=True, **pipes) as process:
+        process.stderr.readline()
+        process.stderr.close()
+        assert process.stdout.read() == f"{tmp_path / 'run' / 'model'}\n"
+    assert process.returncode == 0
 
 
 def test_a_run_that_cannot_start_removes_only_its_own_files(text, tmp_path, monkeypatch):

@@ -293,12 +293,18 @@ def check_folder(folder: Path) -> None:
         OSError, ValueError: the folder cannot hold checkpoints.
     """
     state = {"array": jnp.arange(3)}
-    with (
-        temporary_folder(folder / "checkpoints") as temporary,
-        Checkpoints(temporary, keep=1) as checkpoints,
-    ):
-        checkpoints.save(0, state, {}, {})
-        checkpoints.verify(state)
+    try:
+        with (
+            temporary_folder(folder / "checkpoints") as temporary,
+            Checkpoints(temporary, keep=1) as checkpoints,
+        ):
+            checkpoints.save(0, state, {}, {})
+            checkpoints.verify(state)
+    except OSError as error:
+        raise OSError(
+            f"{folder} cannot hold checkpoints ({_first_line(error.__cause__ or error)}): free "
+            "some space, or choose another folder"
+        ) from error
 
 
 class _DurableFolder(ocp.path.atomicity.AtomicRenameTemporaryPath):

@@ -23,7 +23,7 @@ from flaxgpt.generation.batch import generate
 from flaxgpt.runs.checkpoints import Checkpoints
 from flaxgpt.runs.folder import Run, lock_run
 from flaxgpt.runs.model_folder import save_model
-from flaxgpt.runs.report import Report, show
+from flaxgpt.runs.report import ErrorConsole, Report, show
 from flaxgpt.runs.signals import catch_signals
 from flaxgpt.runs.start import resume_run, resumes, start_run
 from flaxgpt.tokenizer import text_ids
@@ -100,7 +100,7 @@ def train(
             f"train runs in one process, but there are {jax.process_count()}: write a loop of "
             "train_step and data.batches(process_index=..., process_count=...) over a mesh"
         )
-    console = Console(stderr=True) if console is None else console
+    console = ErrorConsole() if console is None else console
 
     def say(line: str) -> None:
         show(console, Text(line, "dim"))

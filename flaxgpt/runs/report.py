@@ -40,7 +40,7 @@ class Report:
         self._total, self._start = total_steps, start_step
         self._reported = start_step
         self._recent_steps = self._recent_seconds = 0.0
-        self._console = Console(stderr=True) if console is None else console
+        self._console = ErrorConsole() if console is None else console
         # In a notebook, rich shows the bar as a widget.
         has_widgets = self._console.is_jupyter and importlib.util.find_spec("ipywidgets")
         self._live = self._console.is_interactive or has_widgets
@@ -151,6 +151,17 @@ class Report:
 
     def _say(self, line: str, style: str = "") -> None:
         show(self._console, Text(line, style), soft_wrap=True)
+
+
+class ErrorConsole(Console):
+    """A console on standard error, whose closed pipe does not affect standard output."""
+
+    def __init__(self) -> None:
+        super().__init__(stderr=True)
+
+    def on_broken_pipe(self) -> None:
+        """Raise an error, where rich would redirect standard output and end the process."""
+        raise BrokenPipeError
 
 
 def show(console: Console, renderable: RenderableType, *, soft_wrap: bool = False) -> None:
