@@ -154,6 +154,14 @@ def test_a_run_resumes_through_a_link_and_from_another_directory(text, tmp_path,
     assert int(trained(".", text, steps=3, init_from="../run")[0].state.step) == 3
 
 
+def test_a_tilde_is_the_home_folder_of_data_and_run(text, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copy(text, tmp_path / "input.txt")
+    result, _ = trained("~/run", "~/input.txt")
+    assert result.model == tmp_path / "run" / "model"
+    trained("~/run", "~/input.txt", steps=3, init_from="~/run")
+
+
 def test_a_run_leaves_no_link_in_the_temporary_folder(text, tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     trained(tmp_path / "a[1]", text)
