@@ -445,3 +445,103 @@ def test_a_cache_without_all_weights_is_an_error(files, options, kind, tmp_path,
     write_cache(tmp_path, files, **options)
     with pytest.raises(OSError, match="org/name"):
         flaxgpt.load("org/name")
+
+
+def damage(folder, kind):
+    """Damage a compilation cache of flaxgpt."""
+    entries = sorted(folder.rglob("*-cache"))
+    assert entries
+    for entry in entries:
+        match kind:
+            case "empty":
+                entry.write_bytes(b"")
+            case "garbage":
+                entry.write_bytes(b"garbage" * 100)
+            case "truncated":
+                entry.write_bytes(entry.read_bytes()[:-100])
+            case "no time":
+                entry.with_name(entry.name.removesuffix("-cache") + "-atime").unlink()
+            case "a folder":
+                entry.unlink()
+                entry.mkdir()
+
+
+def cached_environment(cache, **variables):
+    inherited = {name: value for name, value in QUICK.items() if "COMPILATION_CACHE" not in name}
+    inherited.pop("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", None)
+    return inherited | {"XDG_CACHE_HOME": str(cache)} | variables
+
+
+def generate_with(environment, *options):
+    process = run("generate", "Hi", "--max-new-tokens", 3, *options, environment=environment)
+    assert (process.returncode, process.stderr) == (0, b"")
+    return process.stdout
+
+
+def test_the_second_process_finds_all_compiled_programs(tmp_path):
+    environment = cached_environment(tmp_path)
+    first = generate_with(environment)
+    programs = {path.name for path in tmp_path.rglob("*-cache")}
+    assert any("prefill" in name for name in programs)
+    assert generate_with(environment) == first
+    assert {path.name for path in tmp_path.rglob("*-cache")} == programs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["empty", "garbage", "truncated", "no time", "a folder"])
+def test_a_damaged_compilation_cache_is_not_noticed(kind, tmp_path):
+    environment = cached_environment(tmp_path)
+    first = generate_with(environment)
+    damage(tmp_path, kind)
+    assert generate_with(environment) == first
+    assert generate_with(environment, "--top-k", 3, "--n", 2).startswith(b"Hi")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"XDG_CACHE_HOME": "/dev/null"},
+        {"XDG_CACHE_HOME": "/proc/no"},
+        {"XDG_CACHE_HOME": "relative", "HOME": "/dev/null"},
+        {"XDG_CACHE_HOME": "", "HOME": "/proc/none"},
+    ],
+)
+def test_a_cache_folder_that_cannot_be_written_is_not_noticed(variables, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert generate_with(cached_environment(tmp_path, **variables)).startswith(b"Hi")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_processes_share_a_compilation_cache_at_once(tmp_path):
+    environment = cached_environment(tmp_path)
+    arguments = [*COMMAND, "generate", "Hi", "--max-new-tokens", "3"]
+    start = {"env": environment, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    processes = [subprocess.Popen(arguments, **start) for _ in range(3)]
+    results = {process.communicate(timeout=120) for process in processes}
+    assert len(results) == 1
+    assert results.pop()[1] == b""
+
+
+@pytest.mark.slow
+def test_the_cache_that_the_user_has_chosen_is_used(tmp_path):
+    chosen = tmp_path / "chosen"
+    generate_with(
+        cached_environment(
+            tmp_path / "cache",
+            JAX_COMPILATION_CACHE_DIR=str(chosen),
+            JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
+        )
+    )
+    assert list(chosen.iterdir())
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.slow
+def test_importing_flaxgpt_enables_no_compilation_cache(tmp_path):
+    program = "import flaxgpt, flaxgpt.cli, jax; print(jax.config.jax_compilation_cache_dir)"
+    process = subprocess.run(
+        [COMMAND[0], "-c", program], env=cached_environment(tmp_path), capture_output=True
+    )
+    assert process.stdout == b"None\n"

@@ -20,6 +20,7 @@ from jax.errors import JaxRuntimeError
 import flaxgpt
 from flaxgpt import _interrupt
 from flaxgpt.cli.advice import explain
+from flaxgpt.cli.compilation_cache import enable_compilation_cache
 from flaxgpt.cli.evaluate import EvalCommand
 from flaxgpt.cli.generate import GenerateCommand
 from flaxgpt.cli.params import ParamsCommand
@@ -82,7 +83,9 @@ def _run(argv: list[str]) -> None:
         print(f"flaxgpt {flaxgpt.__version__}", flush=True)
         return
     try:
-        _parse(argv).run()
+        command = _parse(argv)
+        enable_compilation_cache()
+        command.run()
     except SystemExit:  # of tyro, after --help
         sys.stdout.flush()
         raise
