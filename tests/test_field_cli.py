@@ -545,3 +545,13 @@ def test_importing_flaxgpt_enables_no_compilation_cache(tmp_path):
         [COMMAND[0], "-c", program], env=cached_environment(tmp_path), capture_output=True
     )
     assert process.stdout == b"None\n"
+
+
+def test_a_warning_is_one_line_without_a_place_in_the_code(tmp_path):
+    shutil.copytree(HF, tmp_path / "m")
+    config = json.loads((HF / "config.json").read_text()) | {"rope_theta": 1}
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config))
+    process = run("params", tmp_path / "m", "--depth", 1)
+    assert process.returncode == 0
+    (line,) = process.stderr.decode().splitlines()
+    assert line.startswith("flaxgpt: warning: config.json has rope_theta, unknown to flaxgpt")

@@ -25,7 +25,7 @@ from flaxgpt.cli.evaluate import EvalCommand
 from flaxgpt.cli.generate import GenerateCommand
 from flaxgpt.cli.params import ParamsCommand
 from flaxgpt.cli.plot import PlotCommand
-from flaxgpt.cli.streams import prepare_streams
+from flaxgpt.cli.streams import plain_warnings, prepare_streams
 from flaxgpt.cli.train import TrainCommand, defaults
 
 _COMMANDS: dict[str, type] = {
@@ -45,7 +45,8 @@ def main(argv: list[str] | None = None) -> int:
     _interrupt.catch_again()
     try:
         prepare_streams()
-        _run(sys.argv[1:] if argv is None else argv)
+        with plain_warnings():
+            _run(sys.argv[1:] if argv is None else argv)
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
