@@ -32,9 +32,9 @@ def stream(
 ) -> Iterator[int]:
     """Continue one prompt and yield each new id as it is generated.
 
-    The ids are those of `generate(cfg, params, [prompt], ...)` with the same arguments; see there
-    for the ones not listed here. Arguments are checked at the call, before the first id is
-    requested. Memory stays that of one context, however many ids are requested.
+    The ids are those of `generate(cfg, params, [prompt], ...)` with the same arguments, unless two
+    ids are equally likely up to rounding; see there for the arguments not listed here. Arguments
+    are checked at the call, before the first id is requested. Memory stays that of one context, however many ids are requested.
 
     Args:
         cfg: the configuration, static.
