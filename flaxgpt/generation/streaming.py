@@ -34,7 +34,8 @@ def stream(
 
     The ids are those of `generate(cfg, params, [prompt], ...)` with the same arguments, unless two
     ids are equally likely up to rounding; see there for the arguments not listed here. Arguments
-    are checked at the call, before the first id is requested. Memory stays that of one context, however many ids are requested.
+    are checked at the call, before the first id is requested. Memory stays that of one context,
+    however many ids are requested.
 
     Args:
         cfg: the configuration, static.
