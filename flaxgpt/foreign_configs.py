@@ -19,7 +19,7 @@ def translate(values: Mapping[str, Any]) -> dict[str, Any] | None:
     """
     if "block_size" in values:
         return _from_nanogpt(values)
-    if "model_type" in values or "n_embd" in values:
+    if values.keys() & {"model_type", "architectures", "n_embd", *_ALIASES}:
         return _from_huggingface(values)
     return None
 

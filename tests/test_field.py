@@ -311,6 +311,12 @@ def test_a_hugging_face_key_means_what_it_means_in_transformers(changes, expecte
     assert cfg == dataclasses.replace(usual, **expected)
 
 
+def test_a_hugging_face_config_may_consist_of_aliases_alone():
+    values = {"hidden_size": 48, "num_attention_heads": 6, "num_hidden_layers": 2}
+    cfg = GPTConfig.from_dict(values)
+    assert (cfg.emb_dim, cfg.n_heads, cfg.n_layers, cfg.tie_embeddings) == (48, 6, 2, True)
+
+
 @pytest.mark.parametrize("key", ["rope_theta", "n_experts", "sliding_window", "auto_map"])
 def test_an_unknown_hugging_face_key_is_reported(key):
     with pytest.warns(UserWarning, match=f"config.json has {key}, unknown to flaxgpt"):
