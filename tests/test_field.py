@@ -18,6 +18,7 @@ from safetensors.numpy import load_file, save_file
 import flaxgpt
 import golden
 from flaxgpt import GPTConfig
+from flaxgpt.tokenizer.folder import read_model_tokenizer
 from flaxgpt.training import TrainConfig, init_state, train_step
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -154,6 +155,13 @@ def test_a_nanogpt_of_before_june_2023_is_read_with_an_activation_in_its_config(
     )
     with pytest.raises(ValueError, match=r"unknown nanoGPT settings \['rotary'\]"):
         flaxgpt.load(copy(NANOGPT, tmp_path, rotary=True))
+
+
+@pytest.mark.parametrize(("vocab_size", "has_gpt2s"), [(50304, True), (50257, True), (320, False)])
+def test_nanogpts_padded_vocabulary_is_gpt2s(vocab_size, has_gpt2s, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"block_size": 8, "vocab_size": vocab_size}))
+    tokenizer = read_model_tokenizer(tmp_path, vocab_size)
+    assert (tokenizer == flaxgpt.load_tokenizer("gpt2")) == has_gpt2s
 
 
 def nanogpt_checkpoint(path):

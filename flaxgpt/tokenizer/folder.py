@@ -122,7 +122,9 @@ def read_model_tokenizer(folder: Path, vocab_size: int) -> Tokenizer | None:
     has GPT-2's vocabulary size but needs another tokenizer.
     """
     tokenizer, gpt2 = read_tokenizer(folder), shipped_tokenizer("gpt2")
-    if tokenizer is not None or vocab_size != gpt2.vocab_size:
+    # nanoGPT stores no tokenizer, and pads GPT-2's vocabulary to a multiple of 64.
+    is_padded = vocab_size == 50304 and "block_size" in read_object(folder / "config.json")
+    if tokenizer is not None or not (vocab_size == gpt2.vocab_size or is_padded):
         return tokenizer
     if sign := sign_of_another(folder, gpt2):
         raise ValueError(
