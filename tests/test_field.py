@@ -416,3 +416,13 @@ def test_a_config_of_transformers_has_its_meaning_or_is_refused_by_name(case):
     assert cfg.activation == ACTIVATIONS[meaning["activation_function"]]
     assert cfg.drop_rates == tuple(meaning[f"{place}_pdrop"] for place in ("embd", "attn", "resid"))
     assert cfg.qkv_bias and cfg.bias
+
+
+# Files that an editor on Windows has saved with a byte-order mark
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_a_byte_order_mark_in_a_models_json_is_ignored(name, tmp_path):
+    folder = shutil.copytree(HF, tmp_path / "m")
+    (folder / name).write_text((HF / name).read_text(), encoding="utf-8-sig")
+    assert flaxgpt.load(folder)[0] == golden.model("hf-small")[0]

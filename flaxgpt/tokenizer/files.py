@@ -19,4 +19,4 @@ def parse_object(text: str) -> dict[str, Any]:
 def read_object(path: Path) -> dict[str, Any]:
     """Return the JSON object in a file, or an empty one if the file does not exist."""
     with value_errors(path):
-        return parse_object(path.read_text(encoding="utf-8")) if path.exists() else {}
+        return parse_object(path.read_text(encoding="utf-8-sig")) if path.exists() else {}

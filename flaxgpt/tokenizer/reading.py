@@ -38,7 +38,7 @@ def _read(folder: Path, settings: Settings) -> HuggingFaceTokenizer | None:
     path, words = folder / "tokenizer.json", folder / "vocab.txt"
     if path.exists():
         with value_errors(path):
-            tokenizer = HuggingFaceTokenizer(path.read_text(encoding="utf-8"))
+            tokenizer = HuggingFaceTokenizer(path.read_text(encoding="utf-8-sig"))
         definition = json.loads(tokenizer.definition)
         changed = apply_settings(definition, settings)
         return tokenizer if changed == definition else HuggingFaceTokenizer(json.dumps(changed))
@@ -66,7 +66,7 @@ def _read(folder: Path, settings: Settings) -> HuggingFaceTokenizer | None:
 def _read_gpt2(vocab: Path, merges: Path, settings: Settings) -> HuggingFaceTokenizer:
     tokens = read_object(vocab)
     with value_errors(merges):
-        lines = merges.read_text(encoding="utf-8").split("\n")
+        lines = merges.read_text(encoding="utf-8-sig").split("\n")
     # Only the first line can be a comment: "# #" is a merge like any other.
     pairs = [line.split(" ") for line in lines[lines[0].startswith("#version") :] if line]
     byte_level = {"type": "ByteLevel", "trim_offsets": False, "use_regex": True}

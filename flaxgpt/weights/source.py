@@ -46,7 +46,7 @@ def locate(source: str | os.PathLike[str]) -> Path:
 def _is_run(folder: Path) -> bool:
     """Return whether a folder is that of a training run, by its config.json."""
     try:
-        contents = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        contents = json.loads((folder / "config.json").read_text(encoding="utf-8-sig"))
         return {"model", "training", "data"} <= contents.keys()
     except (OSError, ValueError, AttributeError):
         return False
@@ -87,7 +87,7 @@ def weight_files(path: Path) -> list[Path]:
 
 def _adapter_error(path: Path) -> ValueError:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8-sig"))
         kind, base = values.get("peft_type", "LORA"), values.get("base_model_name_or_path")
     except (OSError, ValueError, AttributeError):
         kind, base = "LORA", None
@@ -135,7 +135,7 @@ def read_config_file(path: Path) -> GPTConfig:
     folder = path if path.is_dir() else path.parent
     config = folder / "config.json"
     try:
-        values = json.loads(config.read_text(encoding="utf-8"))
+        values = json.loads(config.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"{folder} has no config.json: expected Hugging Face's, nanoGPT's model_args, or the "

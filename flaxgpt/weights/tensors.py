@@ -68,7 +68,8 @@ def shards(index: Path) -> list[Path]:
     """Return the files listed in an index, one of `INDEXES`, all of which exist."""
     suffix = "." + index.name.split(".")[1]
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        weight_map = json.loads(index.read_text(encoding="utf-8-sig"))["weight_map"]
+        names = sorted(set(weight_map.values()))
         plain = all(Path(name).name == name and name.endswith(suffix) for name in names)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(
