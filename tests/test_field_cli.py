@@ -478,6 +478,7 @@ def generate_with(environment, *options):
     return process.stdout
 
 
+@pytest.mark.slow
 def test_the_second_process_finds_all_compiled_programs(tmp_path):
     environment = cached_environment(tmp_path)
     first = generate_with(environment)
