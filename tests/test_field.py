@@ -10,9 +10,11 @@ import shutil
 
 import huggingface_hub
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.serialization import msgpack_restore, to_bytes
+from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import load_file, save_file
 
 import flaxgpt
@@ -206,6 +208,38 @@ def test_an_untied_flax_head_is_transposed(tmp_path):
     config = json.loads((folder / "config.json").read_text()) | {"tie_word_embeddings": False}
     (folder / "config.json").write_text(json.dumps(config))
     np.testing.assert_array_equal(flaxgpt.load(folder)[1]["out_head"]["weight"], head.T)
+
+
+def test_flax_shards_with_an_index_load_as_one_model(tmp_path):
+    tree = msgpack_restore((FLAX / "flax_model.msgpack").read_bytes())
+    names = sorted(flat := flatten_dict(tree, sep="/"))
+    shutil.copy(FLAX / "config.json", tmp_path)
+    weight_map = {}
+    for number, part in enumerate((names[:9], names[9:]), 1):
+        file = f"flax_model-0000{number}-of-00002.msgpack"
+        weight_map |= dict.fromkeys(part, file)
+        shard = unflatten_dict({name: flat[name] for name in part}, sep="/")
+        (tmp_path / file).write_bytes(to_bytes(shard))
+    index = {"metadata": {}, "weight_map": weight_map}
+    (tmp_path / "flax_model.msgpack.index.json").write_text(json.dumps(index))
+    _, params, _ = flaxgpt.load(tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, params, golden.model(FLAX.name)[1])
+
+    (tmp_path / "flax_model-00002-of-00002.msgpack").unlink()
+    with pytest.raises(FileNotFoundError, match=r"does not have flax_model-00002-of-00002"):
+        flaxgpt.load(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
+def test_flax_weights_of_another_dtype_become_float32(dtype, tmp_path):
+    tree = msgpack_restore((FLAX / "flax_model.msgpack").read_bytes())
+    stored = jax.tree.map(lambda x: x.astype(jnp.dtype(dtype)), tree)
+    folder = shutil.copytree(FLAX, tmp_path / "m")
+    (folder / "flax_model.msgpack").write_bytes(to_bytes(stored))
+    found = flaxgpt.load(folder)[1]["tok_emb"]["weight"]
+    expected = stored["transformer"]["wte"]["embedding"].astype(np.float32)
+    np.testing.assert_array_equal(found, expected, strict=False)
+    assert found.dtype == np.float32
 
 
 @pytest.mark.parametrize(
