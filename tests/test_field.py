@@ -238,7 +238,7 @@ def test_flax_weights_of_another_dtype_become_float32(dtype, tmp_path):
     (folder / "flax_model.msgpack").write_bytes(to_bytes(stored))
     found = flaxgpt.load(folder)[1]["tok_emb"]["weight"]
     expected = stored["transformer"]["wte"]["embedding"].astype(np.float32)
-    np.testing.assert_array_equal(found, expected, strict=False)
+    np.testing.assert_array_equal(found, expected)
     assert found.dtype == np.float32
 
 
