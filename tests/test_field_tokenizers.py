@@ -82,10 +82,13 @@ texts = st.lists(
 class TestTokenizerFolders:
     """Tokenizers have the ids that transformers has, or are refused."""
 
+    NEWER = ("v5-llama-added",)
     REFUSED = ("edited-generic-prefix", "edited-llama-no-prefix")
 
     @pytest.mark.parametrize("name", tokenizer_folders()[1])
     def test_ids_and_decoded_texts_are_those_of_a_version_of_transformers(self, name, tmp_path):
+        if name in self.NEWER and tokenizers.__version__ < "0.23":
+            pytest.skip("tokenizers 0.22 drops spaces beside added tokens from the decoded text")
         write_folder(name, tmp_path)
         if name in self.REFUSED:
             with pytest.raises(ValueError, match=r"tokenizer_config.json: 'add_prefix_space' is"):
