@@ -33,6 +33,7 @@ from flaxgpt.config import GPTConfig
 from flaxgpt.model import logits, param_shapes, states
 from flaxgpt.model.log_probs import token_log_probs
 from flaxgpt.platform import platform_of
+from flaxgpt.sharding import automatic
 from flaxgpt.tokenizer import Tokenizer
 from flaxgpt.typing import Params, Progress
 
@@ -103,6 +104,7 @@ def score(
     return _score(cfg, check_dtype(dtype), params, checked)
 
 
+@automatic
 @partial(jax.jit, static_argnums=(0, 1))
 def _score(cfg: GPTConfig, dtype: Any, params: Params, ids: jax.Array) -> jax.Array:
     final = states(cfg, params, ids[:, :-1], dtype=dtype)
@@ -196,6 +198,7 @@ def evaluate_text(
     )
 
 
+@automatic
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def _score_blocks(
     cfg: GPTConfig,

@@ -19,6 +19,9 @@ import hypothesis
 import jax
 import pytest
 
+# These need 8 devices; test_sharding.py runs them in a process that simulates them.
+collect_ignore = [] if "FLAXGPT_DEVICES" in os.environ else ["devices"]
+
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -21,6 +21,7 @@ from flaxgpt.generation.programs import Program
 from flaxgpt.generation.sampling import NOT_A_NUMBER, Sampling
 from flaxgpt.model import param_shapes
 from flaxgpt.platform import platform_of
+from flaxgpt.sharding import to_automatic
 from flaxgpt.typing import Params
 
 
@@ -89,6 +90,7 @@ def prepare(
     )
     program = Program(cfg, plan, platform_of(params), dtype)
     # Convert once here instead of in each step.
+    params = to_automatic(params)
     params = params if dtype == jnp.float32 else _cast_matrices(params, dtype)
     return Prepared(program, params, request, ids, start)
 

@@ -12,6 +12,7 @@ from flaxgpt.config import GPTConfig, check_config
 from flaxgpt.inspection.intermediates import Intervention, patch
 from flaxgpt.model.gpt import check_inputs
 from flaxgpt.model.log_probs import token_log_probs
+from flaxgpt.sharding import automatic
 from flaxgpt.typing import Params
 
 
@@ -37,6 +38,7 @@ def gradient_norms(
     return _norms(cfg, params, checked, shortcuts)
 
 
+@automatic
 @partial(jax.jit, static_argnums=(0, 3))
 def _norms(cfg: GPTConfig, params: Params, ids: jax.Array, shortcuts: bool) -> jax.Array:
     def loss(params: Params) -> jax.Array:

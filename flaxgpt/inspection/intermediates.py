@@ -44,6 +44,7 @@ from flaxgpt.model.attend import attention_weights, mean_of_values
 from flaxgpt.model.attention import scale_query
 from flaxgpt.model.gpt import check_inputs, make_model
 from flaxgpt.model.visibility import Visibility
+from flaxgpt.sharding import automatic
 from flaxgpt.typing import Params
 
 Intervention = Callable[[jax.Array], ArrayLike]
@@ -167,6 +168,7 @@ def _known(cfg: GPTConfig, name: str) -> str:
     return name
 
 
+@automatic
 def _run(
     cfg: GPTConfig,
     params: Params,
@@ -197,7 +199,7 @@ def _run(
     return {path[-2].key: value for path, value in leaves}  # {module: {name: (value,)}}
 
 
-_compiled = jax.jit(_run, static_argnums=(0, 3, 4))
+_compiled = automatic(jax.jit(_run, static_argnums=(0, 3, 4)))
 
 
 @dataclasses.dataclass

@@ -12,6 +12,7 @@ from jax.typing import ArrayLike, DTypeLike
 from flaxgpt.config import GPTConfig
 from flaxgpt.inspection.intermediates import Intervention, activations
 from flaxgpt.model.gpt import make_model
+from flaxgpt.sharding import automatic
 from flaxgpt.typing import Params
 
 
@@ -51,6 +52,7 @@ def logit_lens(
     return _read(cfg, params, jnp.stack(list(found.values())), jnp.dtype(dtype))
 
 
+@automatic
 @partial(jax.jit, static_argnums=(0, 3))
 def _read(cfg: GPTConfig, params: Params, streams: jax.Array, dtype: DTypeLike) -> jax.Array:
     model = make_model(cfg, dtype).bind({"params": params})

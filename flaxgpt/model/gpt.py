@@ -27,6 +27,7 @@ from flaxgpt.model.block import TransformerBlock
 from flaxgpt.model.layers import Embedding, LayerNorm, Linear
 from flaxgpt.model.visibility import Visibility
 from flaxgpt.platform import platform_of
+from flaxgpt.sharding import automatic
 from flaxgpt.typing import Params
 
 
@@ -232,6 +233,7 @@ def states(
     return _states(cfg, *setting, params, checked, dropout_key)
 
 
+@automatic
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _states(
     cfg: GPTConfig,
@@ -281,7 +283,7 @@ def apply_logits(cfg: GPTConfig, params: Params, states: jax.Array) -> jax.Array
     return make_model(cfg, states.dtype).apply({"params": params}, states, method="logits")
 
 
-_logits = jax.jit(apply_logits, static_argnums=0)
+_logits = automatic(jax.jit(apply_logits, static_argnums=0))
 
 
 def extend(
@@ -339,6 +341,7 @@ def apply_states(
     return model.apply({"params": params}, ids, cache, method="states")
 
 
+@automatic
 @partial(jax.jit, static_argnums=(0, 1))
 def _extend(
     cfg: GPTConfig, attention: str, params: Params, ids: jax.Array, cache: KVCache

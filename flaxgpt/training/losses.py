@@ -15,6 +15,7 @@ from flaxgpt._checks import check_ids
 from flaxgpt.config import GPTConfig
 from flaxgpt.model.gpt import forward
 from flaxgpt.model.log_probs import token_log_probs
+from flaxgpt.sharding import automatic
 from flaxgpt.typing import Params
 
 _NO_WEIGHT = "all weights are 0, so there is no mean loss: at least one target must count"
@@ -181,6 +182,7 @@ def mean_loss(
     return total / weight
 
 
+@automatic
 @partial(jax.jit, static_argnums=(0, 1), static_argnames="dtype")
 def _totals(
     loss_fn: LossFn, cfg: GPTConfig, params: Params, batch: Batch, dtype: DTypeLike

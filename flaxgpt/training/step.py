@@ -13,6 +13,7 @@ from jax.typing import ArrayLike
 
 from flaxgpt.config import GPTConfig
 from flaxgpt.model import init
+from flaxgpt.sharding import to_automatic
 from flaxgpt.training.config import TrainConfig
 from flaxgpt.training.losses import Batch, LossFn, as_batch, mean, token_loss
 from flaxgpt.training.optimizer import learning_rate, make_optimizer
@@ -56,7 +57,10 @@ def init_state(cfg: GPTConfig, train_cfg: TrainConfig, params: Params | None = N
         params: initial parameters instead of random ones; copied, as steps reuse their memory.
     """
     params_key, dropout_key = jax.random.split(jax.random.key(train_cfg.seed))
-    params = init(cfg, params_key) if params is None else jax.tree.map(jnp.array, params)
+    if params is None:
+        params = init(cfg, params_key)
+    else:
+        params = jax.tree.map(jnp.array, to_automatic(params))
     opt_state = jax.jit(make_optimizer(train_cfg).init)(params)
     return TrainState(params, opt_state, jnp.int32(0), dropout_key, cfg, train_cfg)
 

@@ -1,0 +1,40 @@
+"""Parameters on several devices. The cases are in tests/devices, which need 8 devices."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import flaxgpt
+from command import QUICK
+from flaxgpt.sharding import automatic, to_automatic
+
+FOLDER = Path(__file__).parent / "devices"
+
+
+@pytest.mark.parametrize("selection", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", sorted(path.name for path in FOLDER.glob("test_*.py")))
+def test_cases_pass_on_eight_simulated_devices(name, selection):
+    settings = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "FLAXGPT_DEVICES": "1"}
+    options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", selection]
+    command = [sys.executable, "-m", "pytest", *options, FOLDER / name]
+    done = subprocess.run(
+        command, env={**os.environ, **QUICK, **settings}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-5000:]
+
+
+def test_arrays_on_one_device_are_passed_on_as_they_are():
+    params = flaxgpt.init(flaxgpt.GPTConfig(8, 4, 4, 1, 1), jax.random.key(0))
+    same = to_automatic(params)
+    assert all(a is b for a, b in zip(*map(jax.tree.leaves, (same, params)), strict=True))
+
+
+def test_other_arguments_are_passed_on_as_they_are():
+    seen = []
+    automatic(lambda *args, **kwargs: seen.append((args, kwargs)))("a", (1, None), x=np.float32(2))
+    assert seen == [(("a", (1, None)), {"x": np.float32(2)})]
