@@ -14,7 +14,9 @@ import lzma
 import random
 import shutil
 import sys
+from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import Any
 
 TEXTS = [
     "Hello, I am",
@@ -56,18 +58,18 @@ _random = random.Random(0)
 TEXTS += ["".join(_random.choices(_FRAGMENTS, k=_random.randint(2, 12))) for _ in range(40)]
 
 
-def folders(root):
+def folders(root: Path) -> list[Path]:
     return sorted(path for path in root.iterdir() if path.is_dir())
 
 
-def edit(folder, name, changes, drop=()):
+def edit(folder: Path, name: str, changes: Any, drop: Collection[str] = ()) -> None:
     path = folder / name
     values = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     values = {key: value for key, value in (values | changes).items() if key not in drop}
     path.write_text(json.dumps(values, ensure_ascii=False), encoding="utf-8")
 
 
-def write(root, text):
+def write(root: Path, text: Path) -> None:
     import tokenizers
     import transformers
     from tokenizers import (
@@ -89,7 +91,7 @@ def write(root, text):
     version = "v" + transformers.__version__.split(".")[0]
     lines = text.read_text(encoding="utf-8").splitlines()[:60]
 
-    def trained(model, trainer, **parts):
+    def trained(model: Any, trainer: Any, **parts: Any) -> Any:
         tokenizer = Tokenizer(model)
         for name, part in parts.items():
             setattr(tokenizer, name, part)
@@ -109,7 +111,7 @@ def write(root, text):
     )
     bert_tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
-    def wordpiece(lowercase):
+    def wordpiece(lowercase: bool) -> Any:
         return trained(
             models.WordPiece(unk_token="[UNK]"),
             trainers.WordPieceTrainer(
@@ -150,7 +152,7 @@ def write(root, text):
         ),
     )
 
-    def save(name, tokenizer, **options):
+    def save(name: str, tokenizer: Any, **options: Any) -> Path:
         folder = root / f"{version}-{name}"
         tokenizer.save_pretrained(folder, **options)
         return folder
@@ -159,14 +161,14 @@ def write(root, text):
     parts.mkdir(parents=True)
     byte_level.model.save(str(parts))
 
-    def gpt2(**options):
+    def gpt2(**options: Any) -> Any:
         if version == "v4":
             return transformers.GPT2TokenizerFast(tokenizer_object=byte_level, **options)
         definition = json.loads(byte_level.to_str())["model"]
         merges = [tuple(pair) for pair in definition["merges"]]
         return transformers.GPT2Tokenizer(vocab=definition["vocab"], merges=merges, **options)
 
-    def bert(lowercase, **options):
+    def bert(lowercase: bool, **options: Any) -> Any:
         tokenizer = wordpiece(lowercase)
         if version == "v4":
             return transformers.BertTokenizerFast(
@@ -175,7 +177,7 @@ def write(root, text):
         vocab = json.loads(tokenizer.to_str())["model"]["vocab"]
         return transformers.BertTokenizer(vocab=vocab, do_lower_case=lowercase, **options)
 
-    def generic(tokenizer, **options):
+    def generic(tokenizer: Any, **options: Any) -> Any:
         return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **options)
 
     save("gpt2", gpt2())
@@ -271,10 +273,10 @@ def write(root, text):
     print(version, tokenizers.__version__, "wrote", len(folders(root)))
 
 
-def read(root):
+def read(root: Path) -> None:
     import transformers
 
-    found = {}
+    found: dict[str, Any] = {}
     for folder in folders(root):
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
@@ -291,7 +293,7 @@ def read(root):
     path.write_text(json.dumps(found, ensure_ascii=False), encoding="utf-8")
 
 
-def pack(root, out):
+def pack(root: Path, out: Path) -> None:
     answers = {
         path.stem.removeprefix("ids-"): json.loads(path.read_text(encoding="utf-8"))
         for path in sorted(root.glob("ids-*.json"))
@@ -311,4 +313,5 @@ def pack(root, out):
 
 
 if __name__ == "__main__":
-    {"write": write, "read": read, "pack": pack}[sys.argv[1]](*map(Path, sys.argv[2:]))
+    steps: dict[str, Callable[..., None]] = {"write": write, "read": read, "pack": pack}
+    steps[sys.argv[1]](*map(Path, sys.argv[2:]))
