@@ -19,7 +19,6 @@ import math
 import os
 import shutil
 import warnings
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,10 +31,10 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, LatestN
 
 from flaxgpt._checks import check_size, listed
 from flaxgpt._files import sync, temporary_folder
+from flaxgpt.runs.checksums import CHECKSUMS, DamagedError, check_files, write_checksums
 from flaxgpt.runs.plain_path import PlainPath
 from flaxgpt.runs.quiet import QuietLibraries
 
-_CHECKSUMS = "checksums.json"
 Json = dict[str, Any]
 
 
@@ -120,8 +119,8 @@ class Checkpoints:
         for step in sorted(self._losses, reverse=True):
             folder = self._folder / str(step)
             try:
-                _check_files(folder)
-            except _DamagedError as damage:
+                check_files(folder)
+            except DamagedError as damage:
                 warnings.warn(f"checkpoint {folder} is damaged, not used: {damage}", stacklevel=2)
                 self._damaged.append(step)
                 del self._losses[step]
@@ -171,8 +170,8 @@ class Checkpoints:
         """
         self.wait()
         try:
-            _check_files(self._folder / str(step))
-        except _DamagedError as damage:
+            check_files(self._folder / str(step))
+        except DamagedError as damage:
             raise OSError(f"checkpoint {self._folder / str(step)} is damaged: {damage}") from damage
         return self._read_arrays(step, template)
 
@@ -199,7 +198,7 @@ class Checkpoints:
             self._manager.close()
             self._manager = self._open_manager()
         kept = self._manager.all_steps()
-        if step not in kept or not (self._folder / str(step) / _CHECKSUMS).exists():
+        if step not in kept or not (self._folder / str(step) / CHECKSUMS).exists():
             raise self._clean_up(step, OSError("it is not there after it was written"))
         self._losses = {step: loss for step, loss in self._losses.items() if step in kept}
 
@@ -263,8 +262,8 @@ class Checkpoints:
     def _read_loss(self, step: int) -> float | None:
         folder = self._folder / str(step)
         try:
-            _check_files(folder, "run/")
-        except _DamagedError:  # `restore` warns if it gets to this checkpoint
+            check_files(folder, "run/")
+        except DamagedError:  # `restore` warns if it gets to this checkpoint
             return None
         return _read_run(folder)["validation_loss"]
 
@@ -317,11 +316,10 @@ class _DurableFolder(ocp.path.atomicity.AtomicRenameTemporaryPath):
             return
         self._checkpoint_metadata_store.wait_until_finished()
         paths = sorted(folder.rglob("*"))
-        sums = {str(path.relative_to(folder)): _crc32(path) for path in paths if path.is_file()}
-        (folder / _CHECKSUMS).write_text(json.dumps(sums))
-        for path in (*paths, folder / _CHECKSUMS, folder):
+        write_checksums(folder, paths)
+        for path in (*paths, folder / CHECKSUMS, folder):
             sync(path)
-        _check_files(folder)
+        check_files(folder)
         os.rename(folder, final)
         sync(final.parent)
 
@@ -334,36 +332,6 @@ class _KeepBest(NamedTuple):
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
         best_step, _ = self.best() or (None, None)
         return [checkpoint.step == best_step for checkpoint in checkpoints]
-
-
-class _DamagedError(Exception):
-    """A file of a checkpoint is missing or is not what was written."""
-
-
-def _check_files(folder: Path, prefix: str = "") -> None:
-    """Raise _DamagedError unless all files whose relative names have a prefix are as written.
-
-    A file without read permission is not damaged and raises PermissionError.
-    """
-    try:
-        sums = json.loads((folder / _CHECKSUMS).read_bytes())
-        for name in sums:
-            if name.startswith(prefix) and _crc32(folder / name) != sums[name]:
-                raise _DamagedError(f"{name} is not what was written")
-    except PermissionError:
-        raise
-    except (OSError, ValueError, LookupError) as error:
-        raise _DamagedError(str(error)) from error
-
-
-def _crc32(path: Path) -> int:
-    checksum = 0
-    with path.open("rb") as file:
-        if hasattr(os, "posix_fadvise"):  # read what is on disk, as far as the system permits
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        while block := file.read(2**20):
-            checksum = zlib.crc32(block, checksum)
-    return checksum
 
 
 def _unfinished(folder: Path) -> list[Path]:
