@@ -36,16 +36,6 @@ def check_positive(name: str, value: Any) -> float:
     return float(value)
 
 
-def check_normal(name: str, value: Any) -> float:
-    """Return `value` as a float, or raise ValueError unless float32 can hold it without underflow.
-
-    Devices flush smaller numbers than float32's smallest normal one to zero.
-    """
-    if not np.finfo(np.float32).tiny <= _number(value) <= np.finfo(np.float32).max:
-        raise ValueError(f"{name}={value!r} must be a positive number that float32 can represent")
-    return float(value)
-
-
 def check_nonnegative(name: str, value: Any) -> float:
     """Return `value` as a finite float of 0 or more, or raise ValueError."""
     if not 0.0 <= _number(value) < float("inf"):

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
-from flaxgpt._checks import check_keys, check_normal, check_rate, check_size, unknown_name
+from flaxgpt._checks import check_float32, check_keys, check_rate, check_size, unknown_name
 from flaxgpt.foreign_configs import translate
 
 Activation = Literal["gelu_tanh", "gelu"]
@@ -86,7 +86,11 @@ class GPTConfig:
                 object.__setattr__(self, name, check_rate(name, rate))
         if self.activation not in get_args(Activation):
             raise unknown_name("activation", self.activation, get_args(Activation))
-        object.__setattr__(self, "norm_eps", check_normal("norm_eps", self.norm_eps))
+        object.__setattr__(self, "norm_eps", check_float32("norm_eps", self.norm_eps))
+        if self.norm_eps == 0:
+            raise ValueError(
+                "norm_eps=0.0 would divide 0 by 0 where a vector is constant: try 1e-5"
+            )
         if self.qkv_bias and not self.bias:
             raise ValueError("qkv_bias=True contradicts bias=False, a model without any bias")
 

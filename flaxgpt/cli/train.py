@@ -71,9 +71,10 @@ def defaults(arguments: Sequence[str]) -> TrainCommand:
         # Unless a vocabulary size is given, the model gets that of the tokenizer.
         return TrainCommand(given.recipe or None, given.out, cfg, train_cfg, not given.vocab_size)
 
-    from flaxgpt.runs.folder import is_run, read_run
+    from flaxgpt.runs.folder import read_run
     from flaxgpt.runs.start import resumes
     from flaxgpt.weights import read_config
+    from flaxgpt.weights.source import is_run
 
     folder, out = Path(os.path.expanduser(source)), given.out or source
     starting = dataclasses.replace(train_cfg, init_from=source)

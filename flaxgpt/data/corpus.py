@@ -13,9 +13,9 @@ from pathlib import Path
 
 from flaxgpt._checks import listed
 from flaxgpt.data.documents import Errors, is_binary, open_hashed, read_documents
+from flaxgpt.tokenizer.protocol import END_OF_TEXT
 from flaxgpt.typing import Progress
 
-END_OF_TEXT = "<|endoftext|>"
 _LONGEST = 2**19  # characters held back in search of a place to cut
 
 # The last place to cut a text, of either kind. Only white space that all regex engines recognize

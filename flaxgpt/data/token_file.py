@@ -27,9 +27,10 @@ import numpy as np
 
 from flaxgpt._checks import listed, value_errors
 from flaxgpt._files import temporary_beside, write_file_atomically
-from flaxgpt.data.corpus import END_OF_TEXT, TextScan, pieces, read_texts
+from flaxgpt.data.corpus import TextScan, pieces, read_texts
 from flaxgpt.tokenizer import CharTokenizer, Tokenizer
 from flaxgpt.tokenizer.folder import tokenizer_fingerprint, tokenizer_recipe
+from flaxgpt.tokenizer.protocol import END_OF_TEXT
 from flaxgpt.typing import Progress
 
 _VERSION = 1

@@ -78,14 +78,6 @@ def write_config(folder: Path, cfg: GPTConfig, train_cfg: TrainConfig, hashes: H
     write_file_atomically(folder / _CONFIG, (json.dumps(contents, indent=2) + "\n").encode())
 
 
-def is_run(folder: Path) -> bool:
-    """Return whether a folder is a run's: it has a config.json with a "training" section."""
-    try:
-        return "training" in json.loads((folder / _CONFIG).read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, TypeError):
-        return False
-
-
 @contextlib.contextmanager
 def lock_run(folder: Path) -> Iterator[None]:
     """Lock a run's folder during a `with` block, so that no other process trains in it."""

@@ -15,7 +15,7 @@ from flaxgpt._checks import listed, value_errors
 from flaxgpt._files import foreign_files, is_temporary
 from flaxgpt.config import GPTConfig, check_config
 from flaxgpt.data import TextScan
-from flaxgpt.runs.folder import Run, Say, is_run, read_config, write_config
+from flaxgpt.runs.folder import Run, Say, read_config, write_config
 from flaxgpt.runs.texts import scan_files, tokenize_files
 from flaxgpt.tokenizer import TOKENIZER_NAMES, CharTokenizer, Tokenizer, load_tokenizer
 from flaxgpt.tokenizer.folder import (
@@ -28,6 +28,7 @@ from flaxgpt.training.config import TrainConfig
 from flaxgpt.typing import Params
 from flaxgpt.weights import book_params, load
 from flaxgpt.weights.saving import REPLACEABLE
+from flaxgpt.weights.source import is_run
 
 # Settings that cannot change when a run is resumed: the parameters, the optimizer state or the
 # position in the data would no longer fit.

@@ -25,7 +25,7 @@ def locate(source: str | os.PathLike[str]) -> Path:
         return _TALES
     name, path = os.fspath(source), Path(source).expanduser()
     if name and path.exists():
-        if not _is_run(path):
+        if not is_run(path):
             return path
         if not (path / "model").is_dir():
             raise FileNotFoundError(f"the training run in {path} has not saved a model yet")
@@ -43,12 +43,11 @@ def locate(source: str | os.PathLike[str]) -> Path:
     )
 
 
-def _is_run(folder: Path) -> bool:
-    """Return whether a folder is that of a training run, by its config.json."""
+def is_run(folder: Path) -> bool:
+    """Return whether a folder is a run's: its config.json has a "training" section."""
     try:
-        contents = json.loads((folder / "config.json").read_text(encoding="utf-8-sig"))
-        return {"model", "training", "data"} <= contents.keys()
-    except (OSError, ValueError, AttributeError):
+        return "training" in json.loads((folder / "config.json").read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, TypeError):
         return False
 
 
