@@ -1,7 +1,7 @@
 """Arrays on several devices: functions take them on any mesh, with automatic or explicit axes.
 
-JAX's compiler propagates shardings along automatic axes. Along explicit ones, which `jax.make_mesh`
-creates by default in newer versions, each operation must say how its result is sharded. The model says
+JAX's compiler propagates shardings along automatic axes. Along explicit ones, the default of
+`jax.make_mesh` in newer versions, each operation must say how its result is sharded. The model says
 nothing of meshes, so its functions run with automatic axes whatever those of their arguments are.
 """
 
