@@ -321,6 +321,14 @@ def test_an_adapter_is_refused_with_its_base_model(contents, message, tmp_path):
             flaxgpt.load(source)
 
 
+def test_a_model_beside_an_adapter_is_loaded_without_it(tmp_path):
+    (copy(HF, tmp_path) / "adapter_config.json").write_text("{}")
+    for source in (tmp_path, tmp_path / "model.safetensors"):
+        with pytest.warns(UserWarning, match=r"adapter_config.json, is not applied"):
+            _, params, _ = flaxgpt.load(source)
+        jax.tree.map(np.testing.assert_array_equal, params, golden.model("hf-small")[1])
+
+
 # Configuration keys that change the function
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -54,9 +55,11 @@ def is_run(folder: Path) -> bool:
 def weight_files(path: Path) -> list[Path]:
     """Return the files with the weights of a model, given its folder or file from `locate`."""
     folder = path if path.is_dir() else path.parent
-    has_weights = any((path / name).exists() for name in (SINGLE, FLAX_SINGLE, *INDEXES))
-    if (adapter := folder / "adapter_config.json").exists() and not has_weights:
-        raise _adapter_error(adapter)
+    if (adapter := folder / "adapter_config.json").exists():
+        has_weights = any((folder / name).exists() for name in (SINGLE, FLAX_SINGLE, *INDEXES))
+        if path.name.startswith("adapter_model.") or not has_weights:
+            raise _adapter_error(adapter)
+        warnings.warn(f"the adapter beside the model, {adapter}, is not applied", stacklevel=2)
     if path.is_file() and path.suffix in (".safetensors", ".msgpack"):
         return [path]
     for index in INDEXES:
