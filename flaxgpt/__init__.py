@@ -20,6 +20,7 @@ from flaxgpt.inspection import (
     patch,
 )
 from flaxgpt.model import GPT, extend, forward, init, logits, states
+from flaxgpt.sharding import ShardRules, make_mesh, shard, shard_rules
 from flaxgpt.tokenizer import load_tokenizer
 from flaxgpt.weights import book_params, load, save
 
@@ -52,4 +53,8 @@ __all__ = [  # in the order in which data flows
     "activations",
     "patch",
     "logit_lens",
+    "make_mesh",
+    "ShardRules",
+    "shard_rules",
+    "shard",
 ]

@@ -20,6 +20,7 @@ from jax.typing import ArrayLike, DTypeLike
 from flaxgpt._checks import check_context, check_dtype, check_size, unknown_name
 from flaxgpt.config import GPTConfig, check_config
 from flaxgpt.platform import CacheLayout, platform_of
+from flaxgpt.sharding import Mesh, activation_sharding, check_mesh
 
 
 @partial(
@@ -167,6 +168,7 @@ def init_cache(
     dtype: DTypeLike = jnp.float32,
     *,
     layout: CacheLayout | Literal["auto"] = "auto",
+    mesh: Mesh | None = None,
 ) -> KVCache:
     """Return an empty cache.
 
@@ -177,7 +179,8 @@ def init_cache(
         dtype: float32, bfloat16 or float16; of keys and values, and what `extend` computes in.
         layout: "separate" stores [B, N, S, H], so that batch and heads can be sharded; "merged"
             stores [B*N, S, H], which XLA updates in place on CPU; "auto" selects what is faster on
-            JAX's default backend.
+            JAX's default backend, and "separate" on a mesh.
+        mesh: the mesh of the parameters, to split batch and heads over; None for one device.
 
     Returns:
         A cache with no slot filled.
@@ -188,15 +191,20 @@ def init_cache(
     check_config(cfg)
     batch, length = check_size("batch", batch), check_context(cfg.context_length, length)
     if layout == "auto":
-        layout = platform_of().cache_layout
+        layout = platform_of().cache_layout if mesh is None else "separate"
     if layout not in get_args(CacheLayout):
         raise unknown_name("cache layout", layout, (*get_args(CacheLayout), "auto"))
     dtype = check_dtype(dtype)
     rows = (batch, cfg.n_heads) if layout == "separate" else (batch * cfg.n_heads,)
     shape = (*rows, length, cfg.head_dim)
+    device = None
+    if mesh is not None:
+        if layout != "separate":
+            raise ValueError(f'layout={layout!r} cannot be split over a mesh: use "separate"')
+        device = activation_sharding("BNSH", shape, check_mesh(mesh))
     return KVCache(
-        keys=tuple(jnp.zeros(shape, dtype) for _ in range(cfg.n_layers)),
-        values=tuple(jnp.zeros(shape, dtype) for _ in range(cfg.n_layers)),
+        keys=tuple(jnp.zeros(shape, dtype, device=device) for _ in range(cfg.n_layers)),
+        values=tuple(jnp.zeros(shape, dtype, device=device) for _ in range(cfg.n_layers)),
         length=jnp.zeros((), jnp.int32),
         start=jnp.zeros((batch,), jnp.int32),
         layout=layout,

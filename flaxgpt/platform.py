@@ -38,13 +38,15 @@ PLATFORMS = {
 
 
 def platform_of(params: Params | None = None) -> Platform:
-    """Return the choices for the device that holds `params`, a pytree of arrays.
+    """Return the choices for the devices that hold `params`, a pytree of arrays.
 
     For no arrays, tracers or NumPy arrays, that is JAX's default backend.
     """
     leaf = next(iter(jax.tree.leaves(params)), None)
-    if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer):
-        name = next(iter(leaf.devices())).platform
-    else:
-        name = jax.default_backend()
-    return PLATFORMS.get(name, Platform())
+    if not isinstance(leaf, jax.Array) or isinstance(leaf, jax.core.Tracer):
+        return PLATFORMS.get(jax.default_backend(), Platform())
+    devices = leaf.devices()
+    platform = PLATFORMS.get(next(iter(devices)).platform, Platform())
+    if len(devices) > 1:  # which batch and heads are split over, so they stay apart
+        platform = dataclasses.replace(platform, cache_layout="separate")
+    return platform

@@ -38,6 +38,10 @@ def test_the_public_names_are_in_the_order_data_flows():
         "activations",
         "patch",
         "logit_lens",
+        "make_mesh",
+        "ShardRules",
+        "shard_rules",
+        "shard",
     ]
 
 

@@ -16,6 +16,7 @@ from flaxgpt.generation import decoding
 from flaxgpt.generation.decoding import DecodeState, Plan, Read, Request
 from flaxgpt.model.gpt import apply_logits, apply_states
 from flaxgpt.platform import Platform
+from flaxgpt.sharding import Mesh, in_force, replicated
 from flaxgpt.typing import Params
 
 
@@ -27,6 +28,7 @@ class Program:
     plan: Plan
     platform: Platform
     dtype: Any  # to compute in
+    mesh: Mesh | None = None  # of several devices, which hold the parameters
 
     def read_with(self, params: Params) -> Read:
         """Return the model's reading function."""
@@ -49,8 +51,10 @@ def decode(
     program: Program, params: Params, request: Request, ids: jax.Array, start: jax.Array
 ) -> jax.Array:
     """Run `flaxgpt.generation.decoding.decode` with a GPT. Pure, not compiled."""
-    cache = program.empty_cache(ids.shape[0])
-    return decoding.decode(program.read_with(params), program.plan, request, ids, start, cache)
+    with in_force(program.mesh):
+        cache = program.empty_cache(ids.shape[0])
+        read = program.read_with(params)
+        return replicated(decoding.decode(read, program.plan, request, ids, start, cache))
 
 
 @functools.cache
@@ -64,14 +68,19 @@ def prefill(
     program: Program, params: Params, request: Request, ids: jax.Array, start: jax.Array
 ) -> tuple[DecodeState, jax.Array]:
     """Return the state after the prompts, and the first new ids."""
-    cache = program.empty_cache(ids.shape[0])
-    return decoding.prefill(program.read_with(params), program.plan, request, ids, start, cache)
+    with in_force(program.mesh):
+        cache = program.empty_cache(ids.shape[0])
+        read = program.read_with(params)
+        state, new = decoding.prefill(read, program.plan, request, ids, start, cache)
+        return state, replicated(new)
 
 
 def _compile_step(step: Any) -> Any:
     @partial(jax.jit, static_argnums=0, donate_argnames="state")
     def run(program: Program, params: Params, request: Request, state: DecodeState) -> Any:
-        return step(program.read_with(params), program.plan, request, state)
+        with in_force(program.mesh):
+            state, new = step(program.read_with(params), program.plan, request, state)
+            return state, replicated(new)
 
     return run
 

@@ -21,7 +21,7 @@ from flaxgpt.generation.programs import Program
 from flaxgpt.generation.sampling import NOT_A_NUMBER, Sampling
 from flaxgpt.model import param_shapes
 from flaxgpt.platform import platform_of
-from flaxgpt.sharding import to_automatic
+from flaxgpt.sharding import mesh_of, to_automatic
 from flaxgpt.typing import Params
 
 
@@ -88,9 +88,9 @@ def prepare(
         final_length=np.int32(longest + max_new_tokens),
         allowed=sampling.allowed,
     )
-    program = Program(cfg, plan, platform_of(params), dtype)
     # Convert once here instead of in each step.
     params = to_automatic(params)
+    program = Program(cfg, plan, platform_of(params), dtype, mesh_of(params))
     params = params if dtype == jnp.float32 else _cast_matrices(params, dtype)
     return Prepared(program, params, request, ids, start)
 

@@ -12,6 +12,7 @@ from flaxgpt.config import GPTConfig
 from flaxgpt.model.attend import attend
 from flaxgpt.model.layers import Linear, residual_std
 from flaxgpt.model.visibility import Visibility
+from flaxgpt.sharding import constrain
 
 
 class MultiHeadAttention(nn.Module):
@@ -39,12 +40,16 @@ class MultiHeadAttention(nn.Module):
 
         def project(name: str) -> jax.Array:  # [B, N, T, H]
             y = Linear(self.cfg.emb_dim, self.cfg.qkv_bias, dtype=self.dtype, name=name)(x)
-            return y.reshape(batch, queries, heads, size).swapaxes(1, 2)
+            y = y.reshape(batch, queries, heads, size).swapaxes(1, 2)
+            return constrain(y, "BNTH")
 
         query, keys, values = project("W_query"), project("W_key"), project("W_value")
         query = scale_query(self.cfg, self.layer, query)
         if cache is not None:
             cache = cache.append(keys, values)
+            if cache.keys.ndim == 4:  # else batch and heads are one dimension
+                whole = constrain(cache.keys, "BNSH"), constrain(cache.values, "BNSH")
+                cache = cache._replace(keys=whole[0], values=whole[1])
             keys, values = cache.keys, cache.values
 
         rate = self.cfg.drop_rates.attn

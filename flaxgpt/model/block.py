@@ -12,6 +12,7 @@ from flaxgpt.config import GPTConfig
 from flaxgpt.model.attention import MultiHeadAttention
 from flaxgpt.model.layers import FeedForward, LayerNorm
 from flaxgpt.model.visibility import Visibility
+from flaxgpt.sharding import constrain
 
 
 class TransformerBlock(nn.Module):
@@ -38,6 +39,6 @@ class TransformerBlock(nn.Module):
         deterministic: bool = True,
     ) -> tuple[jax.Array, LayerCache | None]:  # [B, T, D], the cache with T more slots filled
         attended, cache = self.att(self.norm1(x), visibility, cache, deterministic)
-        x = x + self.drop_shortcut(attended, deterministic=deterministic)
+        x = constrain(x + self.drop_shortcut(attended, deterministic=deterministic), "BTD")
         x = x + self.drop_shortcut(self.ff(self.norm2(x)), deterministic=deterministic)
-        return x, cache
+        return constrain(x, "BTD"), cache

@@ -27,7 +27,7 @@ from flaxgpt.model.block import TransformerBlock
 from flaxgpt.model.layers import Embedding, LayerNorm, Linear
 from flaxgpt.model.visibility import Visibility
 from flaxgpt.platform import platform_of
-from flaxgpt.sharding import automatic
+from flaxgpt.sharding import Mesh, ShardRules, automatic, check_mesh, constrain, shard_rules
 from flaxgpt.typing import Params
 
 
@@ -53,7 +53,7 @@ class GPT(nn.Module):
     def setup(self) -> None:
         cfg = self.cfg
         self.tok_emb = Embedding(cfg.vocab_size, cfg.emb_dim, self.dtype)
-        self.pos_emb = Embedding(cfg.context_length, cfg.emb_dim, self.dtype)
+        self.pos_emb = Embedding(cfg.context_length, cfg.emb_dim, self.dtype, letters="SD")
         self.drop_emb = nn.Dropout(cfg.drop_rates.emb)
         block: Any = TransformerBlock
         if self.remat:
@@ -85,7 +85,7 @@ class GPT(nn.Module):
             overflow = cache.length + queries > cache.size
             positions = jnp.where(overflow, self.cfg.context_length, positions)
             visibility, layers = Visibility(cache.start, cache.length), [*cache.layers()]
-        x = self.tok_emb(ids) + self.pos_emb(positions)  # [B, T, D]
+        x = constrain(self.tok_emb(ids) + self.pos_emb(positions), "BTD")
         x = self.drop_emb(x, deterministic=deterministic)
         updated: list[LayerCache] = []
         for block, layer in zip(self.trf_blocks, layers, strict=True):
@@ -99,9 +99,9 @@ class GPT(nn.Module):
         They are float32 whatever `dtype` is: in bfloat16, logits near -100 would be half a unit
         apart, and many of them equal.
         """
-        if self.cfg.tie_embeddings:
-            return self.tok_emb.project(states)
-        return self.out_head(states)
+        head = self.tok_emb.project if self.cfg.tie_embeddings else self.out_head
+        letters = ("B" + "T" * (states.ndim - 2))[: states.ndim - 1] + "V"
+        return constrain(head(states), letters)
 
 
 def make_model(cfg: GPTConfig, dtype: DTypeLike = jnp.float32, **options: Any) -> Any:
@@ -109,7 +109,13 @@ def make_model(cfg: GPTConfig, dtype: DTypeLike = jnp.float32, **options: Any) -
     return GPT(cfg, dtype, **options, parent=None)
 
 
-def init(cfg: GPTConfig, key: jax.Array) -> Params:
+def init(
+    cfg: GPTConfig,
+    key: jax.Array,
+    *,
+    mesh: Mesh | None = None,
+    rules: ShardRules | None = None,
+) -> Params:
     """Return freshly initialized parameters, as GPT-2 starts training: nested float32 arrays.
 
     Weights are normal with standard deviation 0.02, scaled by 1/sqrt(2 L) where they are added to
@@ -118,20 +124,29 @@ def init(cfg: GPTConfig, key: jax.Array) -> Params:
     Args:
         cfg: the configuration.
         key: a JAX random key.
+        mesh: the mesh to create the parameters on, such as `flaxgpt.make_mesh()`; None for one
+            device. The values are the same, and no device holds more than its part.
+        rules: how to split them, if not by `flaxgpt.shard_rules(cfg)`.
 
     Returns:
         A nested dict of float32 arrays.
 
     Raises:
-        ValueError: `cfg` is not a GPTConfig.
+        ValueError: `cfg` is not a GPTConfig, or the mesh has an unknown axis.
     """
     check_config(cfg)
-    return _init(cfg, key)
+    if mesh is None:
+        return _init(cfg, key)
+    rules = shard_rules(cfg) if rules is None else rules
+    shardings = rules.shardings(param_shapes(cfg), check_mesh(mesh))
+    return jax.jit(_draw, static_argnums=0, out_shardings=shardings)(cfg, key)
 
 
-@partial(jax.jit, static_argnums=0)
-def _init(cfg: GPTConfig, key: jax.Array) -> Params:
+def _draw(cfg: GPTConfig, key: jax.Array) -> Params:
     return make_model(cfg).init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+
+
+_init = jax.jit(_draw, static_argnums=0)
 
 
 def param_shapes(cfg: GPTConfig) -> Params:

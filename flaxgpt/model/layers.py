@@ -7,6 +7,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from flaxgpt.config import GPTConfig
+from flaxgpt.sharding import constrain
 
 INIT_STD = 0.02  # of every weight matrix (Radford et al. 2018, section 4.1, and GPT-2's code)
 
@@ -42,17 +43,20 @@ class Embedding(nn.Module):
     rows: int
     features: int  # size of a row
     dtype: DTypeLike = jnp.float32  # of the result; the table keeps the dtype it is stored in
+    letters: str = "VD"  # of the dimensions
 
     def setup(self) -> None:
         shape = (self.rows, self.features)
         self.weight = self.param("weight", nn.initializers.normal(INIT_STD), shape, jnp.float32)
 
-    def __call__(self, index: jax.Array) -> jax.Array:  # int [...] -> [..., features]
+    def __call__(self, index: jax.Array) -> jax.Array:  # int [B, T] -> [B, T, features]
         # A gather counts negative indices from the end, so they are moved out of range first. In a
         # narrow dtype such as int8 that place would itself wrap around, hence int32.
         index = index.astype(jnp.int32)
         index = jnp.where(index < 0, self.rows, index)
-        rows = self.weight.at[index].get(mode="fill", fill_value=jnp.nan)
+        # On a mesh, a table that is split by columns is gathered, not the rows of other devices.
+        weight, index = constrain(self.weight, self.letters), constrain(index, "BT")
+        rows = weight.at[index].get(mode="fill", fill_value=jnp.nan)
         return rows.astype(self.dtype)
 
     def project(self, x: jax.Array) -> jax.Array:  # [..., features] -> [..., rows]
@@ -99,6 +103,7 @@ class FeedForward(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:  # [B, T, D] -> [B, T, D]
         cfg, dtype = self.cfg, self.dtype
         wide = Linear(cfg.ff_dim, cfg.bias, dtype=dtype, name="layers_0")(x)  # [B, T, F]
+        wide = constrain(wide, "BTF")
         active = nn.gelu(wide, approximate=cfg.activation == "gelu_tanh")
         std = residual_std(cfg)
         return Linear(cfg.emb_dim, cfg.bias, std, dtype=dtype, name="layers_2")(active)

@@ -9,11 +9,24 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
 from flaxgpt.config import GPTConfig
 from flaxgpt.model import init
-from flaxgpt.sharding import to_automatic
+from flaxgpt.sharding import (
+    Mesh,
+    ShardRules,
+    batch_parts,
+    check_mesh,
+    constrain_tree,
+    in_force,
+    mesh_of,
+    rules_of,
+    shard,
+    shard_rules,
+    to_automatic,
+)
 from flaxgpt.training.config import TrainConfig
 from flaxgpt.training.losses import Batch, LossFn, as_batch, mean, token_loss
 from flaxgpt.training.optimizer import learning_rate, make_optimizer
@@ -25,7 +38,7 @@ Metrics = dict[str, jax.Array]
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=("params", "opt_state", "step", "key"),
-    meta_fields=("cfg", "train_cfg"),
+    meta_fields=("cfg", "train_cfg", "mesh", "rules"),
 )
 @dataclasses.dataclass(frozen=True)
 class TrainState:
@@ -38,6 +51,8 @@ class TrainState:
         key: random key; step s draws its dropout from `fold_in(key, s)`.
         cfg: the architecture.
         train_cfg: the training configuration.
+        mesh: the mesh of several devices that holds the arrays, or None.
+        rules: how parameters, gradients and optimizer state are split over the mesh.
     """
 
     params: Params
@@ -46,23 +61,68 @@ class TrainState:
     key: jax.Array
     cfg: GPTConfig
     train_cfg: TrainConfig
+    mesh: Mesh | None = None
+    rules: ShardRules | None = None
 
 
-def init_state(cfg: GPTConfig, train_cfg: TrainConfig, params: Params | None = None) -> TrainState:
+def init_state(
+    cfg: GPTConfig,
+    train_cfg: TrainConfig,
+    params: Params | None = None,
+    *,
+    mesh: Mesh | None = None,
+    rules: ShardRules | None = None,
+) -> TrainState:
     """Return the state before the first step.
 
     Args:
         cfg: the architecture.
         train_cfg: the training configuration; its seed determines random parameters and dropout.
         params: initial parameters instead of random ones; copied, as steps reuse their memory.
+            Parameters that are on a mesh stay on it, split as they are.
+        mesh: the mesh to train on, for parameters that are not on one yet, such as
+            `flaxgpt.make_mesh()`.
+        rules: how to split the parameters over the mesh, if not by `flaxgpt.shard_rules(cfg)`.
+
+    Raises:
+        ValueError: the mesh has an unknown axis, or does not divide the rows of a batch.
     """
     params_key, dropout_key = jax.random.split(jax.random.key(train_cfg.seed))
+    if mesh is not None:
+        mesh, rules = check_mesh(mesh), shard_rules(cfg) if rules is None else rules
+        check_rows(train_cfg, mesh)
     if params is None:
-        params = init(cfg, params_key)
+        params = init(cfg, params_key, mesh=mesh, rules=rules)
+    elif mesh is not None and rules is not None:
+        params = jax.tree.map(jnp.copy, shard(params, mesh, rules))
     else:
         params = jax.tree.map(jnp.array, to_automatic(params))
-    opt_state = jax.jit(make_optimizer(train_cfg).init)(params)
-    return TrainState(params, opt_state, jnp.int32(0), dropout_key, cfg, train_cfg)
+        if (mesh := mesh_of(params)) is not None:
+            rules = rules_of(params, cfg.n_heads)
+    # Compiled with the shardings of its results, so that no device ever holds a whole moment.
+    optimizer, shardings = make_optimizer(train_cfg), None
+    if mesh is not None and rules is not None:
+        shardings = rules.shardings(jax.eval_shape(optimizer.init, params), mesh)
+    opt_state = jax.jit(optimizer.init, out_shardings=shardings)(params)
+    state = TrainState(params, opt_state, jnp.int32(0), dropout_key, cfg, train_cfg, mesh, rules)
+    if mesh is None:
+        return state
+    whole = NamedSharding(mesh, PartitionSpec())
+    return dataclasses.replace(
+        state, step=jax.device_put(state.step, whole), key=jax.device_put(state.key, whole)
+    )
+
+
+def check_rows(train_cfg: TrainConfig, mesh: Mesh) -> None:
+    """Raise ValueError unless a mesh divides the rows that are computed together."""
+    rows, parts = train_cfg.batch_size // train_cfg.accumulate, batch_parts(mesh)
+    if rows % parts:
+        sizes = " x ".join(f"{name}={size}" for name, size in mesh.shape.items() if size > 1)
+        raise ValueError(
+            f"batch_size={train_cfg.batch_size} with accumulate={train_cfg.accumulate} makes "
+            f"pieces of {rows} rows, which the mesh {sizes} cannot split into {parts} equal parts: "
+            f"use batch_size={train_cfg.accumulate * parts * -(-rows // parts)}, for example"
+        )
 
 
 @partial(jax.jit, donate_argnums=0, static_argnames="loss_fn")
@@ -81,7 +141,8 @@ def train_step(
         the weights) and `grad_norm` (before clipping), all before the step, and `learning_rate`.
         A batch of weight 0 has loss and gradient 0.
     """
-    return _step(loss_fn, state, as_batch(batch))
+    with in_force(state.mesh):
+        return _step(loss_fn, state, as_batch(batch))
 
 
 @partial(jax.jit, donate_argnums=0, static_argnames="loss_fn")
@@ -101,11 +162,14 @@ def train_steps(
     Returns:
         The new state, and the metrics of `train_step` as float32 [K].
     """
-    return lax.scan(partial(_step, loss_fn), state, as_batch(batches))
+    with in_force(state.mesh):
+        return lax.scan(partial(_step, loss_fn), state, as_batch(batches))
 
 
 def _step(loss_fn: LossFn, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     loss, weight, grads = _gradients(loss_fn, state, batch)
+    split = partial(constrain_tree, mesh=state.mesh, rules=state.rules)
+    grads = split(grads)
     optimizer = make_optimizer(state.train_cfg)
     # optax mixes its int32 step count with floats.
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
@@ -113,7 +177,8 @@ def _step(loss_fn: LossFn, state: TrainState, batch: Batch) -> tuple[TrainState,
         rate = learning_rate(state.train_cfg)(state.step)
     norm = optax.tree.norm(grads)
     metrics = {"loss": loss, "weight": weight, "grad_norm": norm, "learning_rate": rate}
-    params = optax.apply_updates(state.params, updates)
+    params = split(optax.apply_updates(state.params, updates))
+    opt_state = split(opt_state)
     state = dataclasses.replace(state, params=params, opt_state=opt_state, step=state.step + 1)
     return state, metrics
 
@@ -139,7 +204,8 @@ def _gradients(
         return loss, weight, grads
 
     def add(total, numbered):  # type: ignore[no-untyped-def]
-        return jax.tree.map(jnp.add, total, of_piece(state.params, *numbered)), None
+        sums, grads = jax.tree.map(jnp.add, total, of_piece(state.params, *numbered))
+        return (sums, constrain_tree(grads, state.mesh, state.rules)), None
 
     of_piece = jax.value_and_grad(sums, has_aux=True)
     pieces = jax.tree.map(lambda x: x.reshape(count, -1, x.shape[-1]), batch)

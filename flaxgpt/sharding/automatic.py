@@ -1,4 +1,4 @@
-"""Arrays on several devices: functions take them on any mesh, with automatic or explicit axes.
+"""Functions that take arrays on any mesh, with automatic or explicit axes.
 
 JAX's compiler propagates shardings along automatic axes. Along explicit ones, the default of
 `jax.make_mesh` in newer versions, each operation must say how its result is sharded. The model says
@@ -14,14 +14,18 @@ from typing import Any, ParamSpec, TypeVar
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from flaxgpt.sharding.constrain import in_force
+from flaxgpt.sharding.mesh import mesh_of
+
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 
 def automatic(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """Let a function of arrays run with automatic axes.
+    """Let a function of arrays run on the mesh that holds them, with automatic axes.
 
-    Results are on automatic axes too, or under a caller's `jit` with explicit axes, replicated.
+    The mesh is in force meanwhile, so that `constrain` splits activations over it. Results are on
+    automatic axes too, or under a caller's `jit` with explicit axes, replicated.
     """
 
     @functools.wraps(function)
@@ -30,7 +34,8 @@ def automatic(function: Callable[Arguments, Result]) -> Callable[Arguments, Resu
         mesh = next(filter(None, map(_explicit_mesh_of_tracer, leaves)), None)
         if mesh is None:
             args, kwargs = jax.tree.unflatten(tree, map(_to_automatic, leaves))
-            return function(*args, **kwargs)
+            with in_force(mesh_of((args, kwargs))):
+                return function(*args, **kwargs)
         places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array)]
 
         def of_arrays(*arrays: jax.Array) -> Result:

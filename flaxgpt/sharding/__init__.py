@@ -1,0 +1,41 @@
+"""Arrays on several devices: one model, one step, over a mesh of devices.
+
+mesh         the devices as a grid with three named axes
+rules        which axes split each parameter: a table, and the functions that apply it
+constrain    which axes split each activation: a table of dimension letters
+automatic    arrays on meshes that users make, with automatic or explicit axes
+
+The mesh decides what is split; the values do not depend on it beyond rounding. Nothing else in
+flaxgpt names an axis of a mesh.
+"""
+
+from flaxgpt.sharding.automatic import automatic, to_automatic
+from flaxgpt.sharding.constrain import (
+    activation_sharding,
+    batch_parts,
+    constrain,
+    in_force,
+    replicated,
+)
+from flaxgpt.sharding.mesh import Mesh, check_mesh, make_mesh, mesh_of, parse_mesh
+from flaxgpt.sharding.rules import ShardRules, constrain_tree, rules_of, shard, shard_rules
+
+__all__ = [
+    "Mesh",
+    "ShardRules",
+    "activation_sharding",
+    "automatic",
+    "batch_parts",
+    "check_mesh",
+    "constrain",
+    "constrain_tree",
+    "in_force",
+    "make_mesh",
+    "mesh_of",
+    "parse_mesh",
+    "replicated",
+    "rules_of",
+    "shard",
+    "shard_rules",
+    "to_automatic",
+]

@@ -1,0 +1,83 @@
+"""Which mesh axes split each activation: a table of dimension letters, applied by `constrain`."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from jax import lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+ACTIVATIONS = {
+    "B": ("data", "fsdp"),  # rows
+    "N": ("tensor",),  # heads
+    "F": ("tensor",),  # units of the feed-forward layer
+    "V": ("tensor",),  # logits
+}
+"""The axes that split each dimension; see `flaxgpt.model` for the letters. Others are not split."""
+
+
+def constrain(x: jax.Array, letters: str) -> jax.Array:
+    """Return `x`, split over the mesh in force as the table says.
+
+    Without a mesh in force, or with one of other axes, this does nothing, and adds nothing to the
+    compiled program. An axis that does not divide a dimension does not split it.
+
+    Args:
+        x: an array.
+        letters: one letter per dimension, such as "BTD".
+    """
+    mesh: Any = jax.sharding.get_abstract_mesh()
+    names = {name for axes in ACTIVATIONS.values() for name in axes}
+    if mesh.empty or AxisType.Explicit in mesh.axis_types or names.isdisjoint(mesh.axis_names):
+        return x
+    return lax.with_sharding_constraint(x, activation_sharding(letters, x.shape, mesh))
+
+
+def activation_sharding(letters: str, shape: tuple[int, ...], mesh: Any) -> NamedSharding:
+    """Return how a mesh splits an activation; see `constrain`."""
+    sizes = dict(mesh.shape)
+    entries = [
+        fitting(ACTIVATIONS.get(letter, ()), size, sizes)
+        for letter, size in zip(letters, shape, strict=True)
+    ]
+    return NamedSharding(mesh, PartitionSpec(*entries))
+
+
+def replicated(x: jax.Array) -> jax.Array:
+    """Return `x`, whole on every device of the mesh in force, so that each process can read it."""
+    mesh: Any = jax.sharding.get_abstract_mesh()
+    if mesh.empty or AxisType.Explicit in mesh.axis_types:
+        return x
+    return lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec()))
+
+
+def fitting(axes: Any, size: int, sizes: dict[str, int]) -> tuple[str, ...] | None:
+    """Return those axes that together split a dimension evenly, or None for no axis.
+
+    They are taken in order, and left out if they do not divide what is left of the dimension.
+    """
+    kept: list[str] = []
+    for name in (axes,) if isinstance(axes, str) else tuple(axes or ()):
+        parts = math.prod(sizes[other] for other in (*kept, name) if other in sizes)
+        if name in sizes and size % parts == 0:
+            kept.append(name)
+    return tuple(kept) or None
+
+
+def batch_parts(mesh: Any) -> int:
+    """Return into how many parts a mesh splits the rows of a batch; 1 for None."""
+    return 1 if mesh is None else math.prod(mesh.shape.get(name, 1) for name in ACTIVATIONS["B"])
+
+
+@contextlib.contextmanager
+def in_force(mesh: Any) -> Iterator[None]:
+    """Let `constrain` use a mesh during a `with` block, also inside `jit`; None changes nothing."""
+    if mesh is None:
+        yield
+    else:
+        with jax.sharding.use_abstract_mesh(getattr(mesh, "abstract_mesh", mesh)):
+            yield

@@ -1,0 +1,163 @@
+"""Which mesh axes split each parameter: a table from path pattern to `PartitionSpec`.
+
+Every matrix is split along both of its dimensions: the one that heads, feed-forward units or
+vocabulary make up along "tensor", the other along "fsdp". So a product needs to gather the parts
+along "fsdp" only, and two products in a row, such as the two of the feed-forward layer, exchange
+data along "tensor" once, after the second.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from flaxgpt.config import GPTConfig, check_config
+from flaxgpt.sharding.constrain import fitting
+from flaxgpt.sharding.mesh import check_axes, check_mesh
+from flaxgpt.typing import Params
+
+P = PartitionSpec
+_ATTENTION = "/att/"
+
+TABLE: Mapping[str, PartitionSpec] = {  # weights are [out, in]
+    "*tok_emb/weight": P("tensor", "fsdp"),  # [V, D]
+    "*pos_emb/weight": P(None, "fsdp"),  # [context_length, D]
+    "*/att/W_*/weight": P("tensor", "fsdp"),  # [N H, D]
+    "*/att/W_*/bias": P("tensor"),  # [N H]
+    "*/att/out_proj/weight": P("fsdp", "tensor"),  # [D, N H]
+    "*/ff/layers_0/weight": P("tensor", "fsdp"),  # [F, D]
+    "*/ff/layers_0/bias": P("tensor"),  # [F]
+    "*/ff/layers_2/weight": P("fsdp", "tensor"),  # [D, F]
+    "*out_head/weight": P("tensor", "fsdp"),  # [V, D]
+    "*": P(),  # biases and norms [D], which are small: whole on every device
+}
+"""The default rules. The first pattern that matches a path decides; `*` matches anything."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardRules:
+    """Which mesh axes split each parameter. Hashable, so it can be a static argument.
+
+    A mesh axis splits a dimension only if it divides it: GPT-2's vocabulary of 50257 is whole along
+    `tensor=2`. Attention is split by whole heads: with 25 heads, as in GPT-2 XL, all of attention
+    is whole along `tensor=2`. Axes that a mesh lacks split nothing.
+
+    Attributes:
+        table: pairs of a path pattern, in which `*` matches anything, and a `PartitionSpec`; the
+            first that matches a path decides.
+        n_heads: attention heads, which stay whole.
+    """
+
+    table: tuple[tuple[str, PartitionSpec], ...]
+    n_heads: int
+
+    def replace(self, changes: Mapping[str, PartitionSpec]) -> ShardRules:
+        """Return rules in which those in `changes` come first."""
+        return dataclasses.replace(self, table=(*changes.items(), *self.table))
+
+    def spec(self, path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+        """Return how a mesh splits one parameter.
+
+        Args:
+            path: path of the parameter, such as "trf_blocks_0/ff/layers_0/weight".
+            shape: its shape.
+            mesh: the mesh.
+
+        Raises:
+            ValueError: no pattern matches, or the specification has an unknown axis or too many
+                dimensions.
+        """
+        found = (spec for pattern, spec in self.table if fnmatch.fnmatchcase(path, pattern))
+        spec = next(found, None)
+        if spec is None:
+            raise ValueError(f"no rule matches {path}: add one, such as '*': PartitionSpec()")
+        if len(spec) > len(shape):
+            raise ValueError(f"the rule {spec} for {path} has more dimensions than {shape}")
+        used = [
+            name for axes in spec for name in ((axes,) if isinstance(axes, str) else axes or ())
+        ]
+        check_axes([name for name in used if name not in mesh.axis_names])
+        sizes = dict(mesh.shape)
+        if _ATTENTION in path and self.n_heads % sizes.get("tensor", 1):
+            del sizes["tensor"]
+        split = [fitting(axes, size, sizes) for axes, size in zip(spec, shape, strict=False)]
+        # As users write it, and as JAX compares it: 'tensor' for one axis, nothing at the end.
+        axes = [names[0] if names and len(names) == 1 else names for names in split]
+        while axes and axes[-1] is None:
+            axes.pop()
+        return P(*axes)
+
+    def shardings(self, tree: Any, mesh: Mesh) -> Any:
+        """Return the `NamedSharding` of each array of a tree of parameters or optimizer state.
+
+        The moments of an optimizer are split like their parameters, whose paths end theirs.
+        """
+
+        def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+            return NamedSharding(mesh, self.spec(path_of(path), leaf.shape, mesh))
+
+        return jax.tree_util.tree_map_with_path(sharding, tree)
+
+
+def shard_rules(cfg: GPTConfig) -> ShardRules:
+    """Return the rules for a model: which axes of `make_mesh` split each parameter.
+
+    >>> import flaxgpt
+    >>> rules = flaxgpt.shard_rules(flaxgpt.GPTConfig())
+    >>> tuple(dict(rules.table)["*/ff/layers_2/weight"])  # [D, F]
+    ('fsdp', 'tensor')
+
+    Args:
+        cfg: the configuration.
+
+    Returns:
+        The default table, for attention heads of this number.
+
+    Raises:
+        ValueError: `cfg` is not a GPTConfig.
+    """
+    check_config(cfg)
+    return ShardRules(tuple(TABLE.items()), cfg.n_heads)
+
+
+def shard(params: Params, mesh: Mesh, rules: ShardRules) -> Params:
+    """Split parameters over a mesh.
+
+    Args:
+        params: parameters of any placement, as JAX or NumPy arrays.
+        mesh: from `make_mesh`, or any mesh whose axes have these names.
+        rules: from `shard_rules`, for the configuration of the parameters.
+
+    Returns:
+        The parameters, on the mesh. Arrays that are already split this way are not copied.
+
+    Raises:
+        ValueError: the mesh has an unknown axis, or a rule does not fit a parameter.
+    """
+    mesh = check_mesh(mesh)
+    return jax.device_put(params, rules.shardings(params, mesh))
+
+
+def rules_of(params: Params, n_heads: int) -> ShardRules:
+    """Return the rules by which parameters on a mesh are split: one for each of them."""
+    leaves = jax.tree.leaves_with_path(params)
+    pairs = ((f"*{path_of(path)}", leaf.sharding.spec) for path, leaf in leaves)
+    return ShardRules((*pairs, ("*", P())), n_heads)
+
+
+def constrain_tree(tree: Any, mesh: Mesh | None, rules: ShardRules | None) -> Any:
+    """Return a tree of parameters or optimizer state, split by the rules; for use inside `jit`."""
+    if mesh is None or rules is None:
+        return tree
+    return lax.with_sharding_constraint(tree, rules.shardings(tree, mesh))
+
+
+def path_of(path: tuple[Any, ...]) -> str:
+    """Return the names along a path of a tree, joined by slashes."""
+    return "/".join(str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey))
