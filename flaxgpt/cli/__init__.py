@@ -10,8 +10,9 @@ import os
 import re
 import shutil
 import sys
+import traceback
 from collections.abc import Iterator
-from typing import Annotated, Any, Union
+from typing import Annotated, Any, NoReturn, Union
 
 import jax
 import tyro
@@ -36,6 +37,11 @@ _COMMANDS: dict[str, type] = {
     "plot": PlotCommand,
 }
 
+LOST_PROCESS = (
+    "another process has stopped or cannot be reached: see its output, then start all processes "
+    "again, with --init-from and the run's folder to resume"
+)
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line, and return its exit code.
@@ -54,13 +60,24 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     except Exception as error:
         if (found := _explained(error)) is None:
+            if jax.distributed.is_initialized():
+                traceback.print_exc()
+                _exit(1)
             raise
         if isinstance(error, OSError) and error.errno == errno.ENOSPC and error.filename is None:
             _discard_output()
         message, code = found
         print(f"flaxgpt: {message}", file=sys.stderr)
+        if jax.distributed.is_initialized():
+            _exit(code)
         return code
     return 0
+
+
+def _exit(code: int) -> NoReturn:
+    """End this process, where JAX would wait for the others first, which may never end."""
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _explained(error: Exception) -> tuple[str, int] | None:
@@ -68,6 +85,8 @@ def _explained(error: Exception) -> tuple[str, int] | None:
     if isinstance(error, RuntimeError | AssertionError) and (reason := _backend_fault()):
         return reason, 2
     message = " ".join(str(error).split())
+    if isinstance(error, JaxRuntimeError) and jax.distributed.is_initialized():
+        return f"{LOST_PROCESS} ({message[:200]})", 1
     if isinstance(error, JaxRuntimeError):
         return (
             f"the device failed ({message[:200]}): if it is out of memory, use a smaller model, "

@@ -33,6 +33,23 @@ def prepare_streams() -> None:
 
 
 @contextlib.contextmanager
+def hidden_output() -> Iterator[None]:
+    """Discard everything on standard output during a `with` block.
+
+    On CPU, JAX's library for communication reports there which processes it is connected to.
+    """
+    sys.stdout.flush()
+    saved = os.dup(1)
+    with open(os.devnull, "w") as nothing:
+        os.dup2(nothing.fileno(), 1)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 1)
+        os.close(saved)
+
+
+@contextlib.contextmanager
 def plain_warnings() -> Iterator[None]:
     """Show warnings as one line each, without the place in the code that they come from."""
 

@@ -27,13 +27,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, LatestN
 
 from flaxgpt._checks import check_size, listed
 from flaxgpt._files import sync, temporary_folder
 from flaxgpt.runs.checksums import CHECKSUMS, DamagedError, check_files, write_checksums
 from flaxgpt.runs.plain_path import PlainPath
+from flaxgpt.runs.processes import from_first, in_step, is_first
 from flaxgpt.runs.quiet import QuietLibraries
+from flaxgpt.sharding import make_mesh, place
 
 Json = dict[str, Any]
 
@@ -58,10 +61,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path, keep: int) -> None:
         self._folder, self._keep = folder.resolve(), check_size("keep", keep)
-        self._folder.mkdir(parents=True, exist_ok=True)
-        for path in _unfinished(self._folder):
-            warnings.warn(f"removing {path}, which a killed run left half-written", stacklevel=2)
-            shutil.rmtree(path)
+        in_step(self._prepare)
         self._plain = PlainPath(self._folder)
         self._quiet, self._failed = QuietLibraries(), False
         self._manager = self._open_manager()
@@ -69,6 +69,14 @@ class Checkpoints:
         self._losses = {step: self._read_loss(step) for step in self._manager.all_steps()}
         self._damaged: list[int] = []
         self._writing: int | None = None
+
+    def _prepare(self) -> None:
+        if is_first():
+            self._folder.mkdir(parents=True, exist_ok=True)
+            for path in _unfinished(self._folder):
+                message = f"removing {path}, which a killed run left half-written"
+                warnings.warn(message, stacklevel=4)
+                shutil.rmtree(path)
 
     def save(
         self, step: int, state: Any, data: Json, config: Json, validation_loss: float | None = None
@@ -152,11 +160,12 @@ class Checkpoints:
             for (name, read), (_, leaf) in zip(
                 _named(self._read_arrays(step, state)), _named(state), strict=True
             ):
-                written = np.asarray(jax.random.key_data(leaf) if _is_key(leaf) else leaf)
-                if (read.dtype, read.shape) != (written.dtype, written.shape) or (
-                    read.tobytes() != written.tobytes()
-                ):
-                    raise ValueError(f"{name} is not what was written")
+                written = jax.random.key_data(leaf) if _is_key(leaf) else leaf
+                for one, other in zip(_local(read), _local(written), strict=True):
+                    if (one.dtype, one.shape) != (other.dtype, other.shape) or (
+                        one.tobytes() != other.tobytes()
+                    ):
+                        raise ValueError(f"{name} is not what was written")
         except Exception as error:
             raise OSError(
                 f"the checkpoint written to {self._folder / str(step)} cannot be restored: "
@@ -164,9 +173,10 @@ class Checkpoints:
             ) from error
 
     def read(self, step: int, template: Any) -> Any:
-        """Return the state in a checkpoint as NumPy arrays; OSError if the checkpoint is damaged.
+        """Return the state in a checkpoint; OSError if the checkpoint is damaged.
 
-        The template is that of `restore`. Random keys are returned as their data.
+        The template is that of `restore`. Arrays of a mesh are returned on the mesh, others as
+        NumPy arrays, and random keys as their data.
         """
         self.wait()
         try:
@@ -268,35 +278,46 @@ class Checkpoints:
         return _read_run(folder)["validation_loss"]
 
     def _read_state(self, step: int, template: Any, key_impls: dict[str, str]) -> Any:
-        def place(path: Any, array: Any, like: Any) -> jax.Array:
+        def put(path: Any, array: Any, like: Any) -> jax.Array:
             if impl := key_impls.get(_name(path)):
                 array = jax.random.wrap_key_data(jnp.asarray(array), impl=impl)
+            if _mesh_sharding(like):
+                return array
             # An uncommitted array must stay uncommitted, or jit would compile its caller again.
             sharding = like.sharding if getattr(like, "committed", True) else None
             return jax.device_put(array, sharding)
 
         arrays = self._read_arrays(step, template)
-        return jax.tree_util.tree_map_with_path(place, arrays, template)
+        return jax.tree_util.tree_map_with_path(put, arrays, template)
 
     def _read_arrays(self, step: int, template: Any) -> Any:
-        """Return the NumPy arrays of a checkpoint; keys as their data."""
-        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), template)
-        items = ocp.args.Composite(arrays=ocp.args.PyTreeRestore(template, restore_args=as_numpy))
+        """Return the arrays of a checkpoint, NumPy arrays without a mesh; keys as their data."""
+
+        def arguments(like: Any) -> Any:
+            if sharding := _mesh_sharding(like):  # each process reads what its devices hold
+                return ocp.ArrayRestoreArgs(sharding=sharding)
+            return ocp.RestoreArgs(restore_type=np.ndarray)
+
+        how = jax.tree.map(arguments, template)
+        items = ocp.args.Composite(arrays=ocp.args.PyTreeRestore(template, restore_args=how))
         return self._manager.restore(step, args=items).arrays
 
 
 def check_folder(folder: Path) -> None:
-    """Write and restore a small checkpoint in a folder, and remove it.
+    """Write and restore a small checkpoint in a folder, and remove it. Call it in all processes.
 
     Raises:
         OSError, ValueError: the folder cannot hold checkpoints.
     """
     state = {"array": jnp.arange(3)}
+    if jax.process_count() > 1:  # an array of all processes
+        whole = NamedSharding(make_mesh(), PartitionSpec())
+        state = {"array": place(np.arange(3), whole)}
     try:
-        with (
-            temporary_folder(folder / "checkpoints") as temporary,
-            Checkpoints(temporary, keep=1) as checkpoints,
-        ):
+        with contextlib.ExitStack() as stack:
+            make = temporary_folder(folder / "checkpoints")
+            own = in_step(lambda: str(stack.enter_context(make)) if is_first() else "")
+            checkpoints = stack.enter_context(Checkpoints(Path(from_first(own)), keep=1))
             checkpoints.save(0, state, {}, {})
             checkpoints.verify(state)
     except OSError as error:
@@ -370,6 +391,20 @@ def _name(path: Any) -> str:
 
 def _describe(tree: Any) -> dict[str, str]:
     return {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in _named(tree)}
+
+
+def _mesh_sharding(leaf: Any) -> NamedSharding | None:
+    """Return how an array is split over a mesh of several devices, or None."""
+    sharding = getattr(leaf, "sharding", None)
+    is_split = isinstance(sharding, NamedSharding) and sharding.mesh.size > 1
+    return sharding if is_split else None
+
+
+def _local(array: Any) -> list[np.ndarray]:
+    """Return the parts of an array that this process holds."""
+    if _mesh_sharding(array):
+        return [np.asarray(shard.data) for shard in array.addressable_shards]
+    return [np.asarray(array)]
 
 
 def _is_key(leaf: Any) -> bool:

@@ -8,7 +8,6 @@ import math
 import os
 import signal
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,16 +19,32 @@ from rich.text import Text
 from flaxgpt._checks import listed
 from flaxgpt.config import GPTConfig
 from flaxgpt.generation.batch import generate
-from flaxgpt.runs.checkpoints import Checkpoints
-from flaxgpt.runs.folder import Run, lock_run
+from flaxgpt.runs.checkpoints import Checkpoints, check_folder
+from flaxgpt.runs.folder import Run, Say, lock_run
 from flaxgpt.runs.model_folder import save_model
+from flaxgpt.runs.processes import check_same, gather_on_first, in_step, is_first, largest
 from flaxgpt.runs.report import ErrorConsole, Report, show
 from flaxgpt.runs.signals import catch_signals
-from flaxgpt.runs.start import resume_run, resumes, start_run
+from flaxgpt.runs.start import join_run, remove_inputs, resume_run, resumes, start_run
+from flaxgpt.sharding import (
+    Mesh,
+    ShardRules,
+    check_mesh,
+    make_mesh,
+    place_rows,
+    shard_rules,
+    share_of_rows,
+)
 from flaxgpt.tokenizer import text_ids
 from flaxgpt.training.config import TrainConfig
 from flaxgpt.training.losses import mean_loss
-from flaxgpt.training.step import TrainState, init_state, train_steps
+from flaxgpt.training.step import (
+    TrainState,
+    abstract_state,
+    check_rows,
+    init_state,
+    train_steps,
+)
 from flaxgpt.typing import Params
 
 
@@ -70,6 +85,8 @@ def train(
     train_cfg: TrainConfig,
     out: str | os.PathLike[str],
     *,
+    mesh: Mesh | None = None,
+    rules: ShardRules | None = None,
     console: Console | None = None,
 ) -> TrainResult:
     """Train a model on text files; see `TrainConfig` for all settings.
@@ -79,11 +96,19 @@ def train(
     bit-identical to those of an uninterrupted one.
     `read_run(out)` returns the two configurations.
 
+    On several processes, connected with `jax.distributed.initialize`, each calls this function
+    with the same arguments, and a folder that all of them see. Process 0 shows progress and writes
+    everything but its share of the checkpoints. A run may be resumed on another mesh or number of
+    processes: the batches stay the same, and the losses are equal up to rounding.
+
     Args:
         cfg: the architecture. Its vocabulary must be at least as large as the tokenizer's. When
             fine-tuning (`init_from`), only its dropout rates may differ from the source model's.
         train_cfg: the recipe.
         out: the run's folder, which must be new or empty unless its run is resumed.
+        mesh: the mesh to train on, such as `flaxgpt.make_mesh()`. None means one device, or with
+            several processes, data parallelism over all devices.
+        rules: how to split the parameters over the mesh, if not by `flaxgpt.shard_rules(cfg)`.
         console: where to show progress; standard error by default.
 
     Returns:
@@ -95,29 +120,31 @@ def train(
         DivergedError: the loss is no longer finite; the message says when, and what to try.
         KeyboardInterrupt: Ctrl-C was pressed. A checkpoint has been saved.
     """
-    if jax.process_count() > 1:
-        raise ValueError(
-            f"train runs in one process, but there are {jax.process_count()}: write a loop of "
-            "train_step and data.batches(process_index=..., process_count=...) over a mesh"
-        )
-    console = ErrorConsole() if console is None else console
+    first = is_first()
+    if not first:
+        console = Console(quiet=True)
+    elif console is None:
+        console = ErrorConsole()
 
     def say(line: str) -> None:
         show(console, Text(line, "dim"))
 
     out = Path(os.path.expanduser(out)).absolute()  # the process may change its directory
+    check_same(_settings(cfg, train_cfg, out, mesh))
+    if mesh is None and jax.process_count() > 1:
+        mesh = make_mesh()
+    if mesh is not None:
+        mesh, rules = check_mesh(mesh), shard_rules(cfg) if rules is None else rules
+        check_rows(train_cfg, mesh)
     with contextlib.ExitStack() as stack:
-        if resumes(train_cfg, out):
-            stack.enter_context(lock_run(out))  # before any of its files is changed
-            run = resume_run(cfg, train_cfg, out, say)
-        else:
-            run = start_run(cfg, train_cfg, out, say)
-            stack.enter_context(lock_run(out))
-        checkpoints = stack.enter_context(Checkpoints(out / "checkpoints", run.train_cfg.keep))
+        run = _open(stack, cfg, train_cfg, out, mesh, say)
+        checkpoints = in_step(lambda: Checkpoints(out / "checkpoints", run.train_cfg.keep))
+        stack.enter_context(checkpoints)
         signals = stack.enter_context(catch_signals(say))
-        state = _restore(run, checkpoints)
+        state = _restore(run, checkpoints, mesh, rules)
         start = int(state.step)
-        report = stack.enter_context(Report(out, run.train_cfg.steps, start, console))
+        report = Report(out, run.train_cfg.steps, start, console, writes=first)
+        stack.enter_context(report)
         context = _Context(run, checkpoints, report, signals, [], [])
         if checkpoints.latest_step() is not None:
             _save_best_model(context, state)
@@ -126,21 +153,65 @@ def train(
         if int(state.step) > start:
             report.saved(int(state.step))
         best_step, best_loss = checkpoints.best() or (None, None)
-    if context.unsaved and not signals:
+        stopped_by = largest(signals[0] if signals else 0)
+    if context.unsaved and not stopped_by:
         raise OSError(
             f"training is complete, but its best model is not in {out / 'model'}: "
             f"{context.unsaved[0]}; fix the cause and resume the run, which saves the model"
         )
-    if signals:  # everything is closed: let the signal take its default action
-        signal.raise_signal(signals[0])
+    if stopped_by:  # everything is closed: let the signal take its default action
+        signal.raise_signal(stopped_by)
     return TrainResult(state, best_loss, best_step, out / "model")
 
 
-def _restore(run: Run, checkpoints: Checkpoints) -> TrainState:
+def _settings(
+    cfg: GPTConfig, train_cfg: TrainConfig, out: Path, mesh: Mesh | None
+) -> dict[str, Any]:
+    """Return what must be equal in all processes."""
+    sizes = None if mesh is None else dict(mesh.shape)
+    return cfg.to_dict() | train_cfg.to_dict() | {"out": str(out), "mesh": sizes}
+
+
+def _open(
+    stack: contextlib.ExitStack,
+    cfg: GPTConfig,
+    train_cfg: TrainConfig,
+    out: Path,
+    mesh: Mesh | None,
+    say: Say,
+) -> Run:
+    """Start or resume the run: process 0 changes its folder, and the others wait."""
+    share = share_of_rows(mesh, train_cfg.batch_size)
+
+    def lead() -> Run | None:
+        if not is_first():
+            return None
+        if resumes(train_cfg, out):
+            stack.enter_context(lock_run(out))  # before any of its files is changed
+            return resume_run(cfg, train_cfg, out, say, share)
+        run = start_run(cfg, train_cfg, out, say, share)
+        stack.enter_context(lock_run(out))
+        return run
+
+    is_new, existed = not resumes(train_cfg, out), out.exists()
+    run = in_step(lead)
+    if is_new and jax.process_count() > 1:  # else `start_run` has done it
+        try:
+            check_folder(out)
+        except OSError:
+            if is_first():
+                remove_inputs(out, existed)
+            raise
+    return in_step(lambda: join_run(cfg, train_cfg, out, say, share) if run is None else run)
+
+
+def _restore(
+    run: Run, checkpoints: Checkpoints, mesh: Mesh | None, rules: ShardRules | None
+) -> TrainState:
     """Return the state of the newest checkpoint, and move to its batch, or start the run."""
     if checkpoints.latest_step() is None:
-        return init_state(run.cfg, run.train_cfg, run.params)
-    template = jax.eval_shape(partial(init_state, run.cfg, run.train_cfg))
+        return init_state(run.cfg, run.train_cfg, run.params, mesh=mesh, rules=rules)
+    template = abstract_state(run.cfg, run.train_cfg, mesh, rules)
     restored = checkpoints.restore(_arrays(template))
     run.batches.set_state(restored.data)
     return dataclasses.replace(template, **restored.state)
@@ -158,7 +229,7 @@ def _train_until_done(context: _Context, state: TrainState) -> TrainState:
         _save_checkpoint(context, state, run.batches.get_state(), run.val_windows)
     compiled: dict[int, Any] = {}
     unlogged: list[tuple[float, float]] = []  # loss and seconds
-    upcoming = _next_chunk(run, step)
+    upcoming = _next_chunk(run, step, state.mesh)
     while upcoming is not None:
         ids, position = upcoming
         size = len(ids)
@@ -169,7 +240,7 @@ def _train_until_done(context: _Context, state: TrainState) -> TrainState:
             report.note(f"compiled {size} step{'s'[: size > 1]} per call in {seconds:.1f} s")
         started = time.perf_counter()
         state, on_device = compiled[size](state, ids)
-        upcoming = _next_chunk(run, step + size)  # while the device computes
+        upcoming = _next_chunk(run, step + size, state.mesh)  # while the device computes
         metrics = jax.device_get(on_device)
         seconds = (time.perf_counter() - started) / size
         names = ("loss", "grad_norm", "learning_rate")
@@ -184,7 +255,7 @@ def _train_until_done(context: _Context, state: TrainState) -> TrainState:
                 mean = sum(losses) / len(losses)
                 report.training(step, mean, rate, norm, tokens, sum(times))
                 unlogged.clear()
-        stopping = bool(signals)
+        stopping = bool(largest(bool(signals)))
         windows = run.val_windows if _due(step, recipe.eval_every, recipe) else None
         if windows is not None or stopping or _due(step, recipe.save_every, recipe):
             _save_checkpoint(context, state, position, windows)
@@ -196,7 +267,9 @@ def _train_until_done(context: _Context, state: TrainState) -> TrainState:
     return state
 
 
-def _next_chunk(run: Run, step: int) -> tuple[np.ndarray, dict[str, Any]] | None:
+def _next_chunk(
+    run: Run, step: int, mesh: Mesh | None
+) -> tuple[jax.Array | np.ndarray, dict[str, Any]] | None:
     """Return the ids of the next call, int32 [K, B, T + 1], and the position after them, if any."""
     # A call never crosses a step at which something is due. The boundaries of calls depend on the
     # step alone, so a resumed run makes the same calls, which compute the same bits.
@@ -205,7 +278,8 @@ def _next_chunk(run: Run, step: int) -> tuple[np.ndarray, dict[str, Any]] | None
     stop = min(recipe.steps, *(step + every - step % every for every in periods if every))
     if stop <= step:
         return None
-    return np.stack([next(run.batches) for _ in range(stop - step)]), run.batches.get_state()
+    ids = np.stack([next(run.batches) for _ in range(stop - step)])
+    return place_rows(ids, recipe.batch_size, 1, mesh), run.batches.get_state()
 
 
 def _due(step: int, every: int, recipe: TrainConfig) -> bool:
@@ -266,6 +340,9 @@ def _save_model(context: _Context, params: Params) -> None:
     run, report, unsaved = context.run, context.report, context.unsaved
     folder = run.folder / "model"
     unsaved.clear()
+    params = gather_on_first(params)
+    if not is_first():
+        return
     try:
         others = save_model(folder, run.cfg, params, run.tokenizer)
     except (OSError, ValueError) as error:

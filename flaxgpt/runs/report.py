@@ -28,12 +28,20 @@ class Report:
     its checkpoint is written.
 
     A report that cannot be written or shown does not stop the run: a file that fails is named in
-    one warning, and a console that has been closed shows nothing.
+    one warning, and a console that has been closed shows nothing. With `writes=False`, no file is
+    written: another process writes them.
     """
 
     def __init__(
-        self, folder: Path, total_steps: int, start_step: int = 0, console: Console | None = None
+        self,
+        folder: Path,
+        total_steps: int,
+        start_step: int = 0,
+        console: Console | None = None,
+        *,
+        writes: bool = True,
     ) -> None:
+        self._writes = writes
         self._metrics, self._samples = folder / "metrics.jsonl", folder / "samples.txt"
         self._picture = folder / "loss.png"
         self._warned: set[str] = set()
@@ -59,8 +67,9 @@ class Report:
         )
 
     def __enter__(self) -> Report:
-        with self.tolerating("earlier reports are not removed"):
-            journal.cut_back(self._metrics, self._samples, self._start)
+        if self._writes:
+            with self.tolerating("earlier reports are not removed"):
+                journal.cut_back(self._metrics, self._samples, self._start)
         if self._live:
             self._bar.start()
             self._console.show_cursor(True)  # or a killed run would leave it hidden
@@ -117,6 +126,8 @@ class Report:
 
     def draw(self) -> None:
         """Redraw loss.png."""
+        if not self._writes:
+            return
         with self.tolerating("no loss.png"):
             picture = draw_loss(journal.read_metrics(self._metrics))
             with journal.errors_naming(self._picture):
@@ -129,8 +140,7 @@ class Report:
     def sample(self, step: int, text: str) -> None:
         """Show sampled text, with control characters escaped, and append it to samples.txt."""
         block = journal.sample_block(step, text)
-        with self.tolerating("samples are not written"):
-            journal.append(self._samples, block)
+        self._append(self._samples, block, "samples are not written")
         self._say(f"{self._place(step)}  sample")
         if self._live:
             text = journal.escape_controls(text)
@@ -143,8 +153,12 @@ class Report:
         self._say(journal.escape_controls(text))
 
     def _record(self, record: dict[str, float]) -> None:
-        with self.tolerating("metrics are not written"):
-            journal.append(self._metrics, journal.metrics_line(record))
+        self._append(self._metrics, journal.metrics_line(record), "metrics are not written")
+
+    def _append(self, path: Path, text: str, lost: str) -> None:
+        if self._writes:
+            with self.tolerating(lost):
+                journal.append(path, text)
 
     def _place(self, step: int) -> str:
         return f"step {step}/{self._total}"

@@ -11,12 +11,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from flaxgpt._checks import listed, value_errors
 from flaxgpt._files import foreign_files, is_temporary
 from flaxgpt.config import GPTConfig, check_config
 from flaxgpt.data import TextScan
-from flaxgpt.runs.folder import Run, Say, read_config, write_config
-from flaxgpt.runs.texts import scan_files, tokenize_files
+from flaxgpt.runs.folder import Hashes, Run, Say, read_config, write_config
+from flaxgpt.runs.texts import Texts, scan_files, tokenize_files
 from flaxgpt.tokenizer import TOKENIZER_NAMES, CharTokenizer, Tokenizer, load_tokenizer
 from flaxgpt.tokenizer.folder import (
     FILE_NAME,
@@ -50,7 +52,9 @@ def resumes(train_cfg: TrainConfig, out: Path) -> bool:
     return source.is_dir() and out.is_dir() and source.samefile(out) and is_run(out)
 
 
-def start_run(cfg: GPTConfig, train_cfg: TrainConfig, out: Path, say: Say) -> Run:
+def start_run(
+    cfg: GPTConfig, train_cfg: TrainConfig, out: Path, say: Say, share: tuple[int, int] = (0, 1)
+) -> Run:
     """Check all inputs of a new run, then create its folder and tokenize its texts.
 
     If an input is invalid or unreadable, which raises ValueError or OSError, the folder is removed.
@@ -70,20 +74,62 @@ def start_run(cfg: GPTConfig, train_cfg: TrainConfig, out: Path, say: Say) -> Ru
     params, tokenizer = _initial_model(cfg, train_cfg, texts.training)
     out.mkdir(parents=True, exist_ok=True)
     try:
-        # Imported here because orbax takes as long as loading a small model.
-        from flaxgpt.runs.checkpoints import check_folder
+        if jax.process_count() == 1:
+            # Imported here because orbax takes as long as loading a small model.
+            from flaxgpt.runs.checkpoints import check_folder
 
-        check_folder(out)
+            check_folder(out)
         write_config(out, cfg, train_cfg, texts.hashes)
         save_tokenizer(tokenizer, out)
-        data = tokenize_files(cfg, train_cfg, out, tokenizer, texts, say)
+        data = tokenize_files(cfg, train_cfg, out, tokenizer, texts, say, share)
     except BaseException:
-        _remove_inputs(out, existed)
+        remove_inputs(out, existed)
         raise
     return Run(out, cfg, train_cfg, tokenizer, params, *data)
 
 
-def resume_run(cfg: GPTConfig, train_cfg: TrainConfig, out: Path, say: Say) -> Run:
+def join_run(
+    cfg: GPTConfig, train_cfg: TrainConfig, out: Path, say: Say, share: tuple[int, int]
+) -> Run:
+    """Return the run that another process has started or resumed; no file is changed.
+
+    Raises ValueError if this process has other texts, OSError if it does not see the folder.
+    """
+    try:
+        _, old, hashes = read_config(out)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{out} is not there, but process 0 has it: use a folder that all processes share"
+        ) from error
+    texts = scan_files(train_cfg, old)
+    _check_hashes(out, hashes, texts)
+    tokenizer, params = read_tokenizer(out), None
+    assert tokenizer is not None
+    train_cfg = dataclasses.replace(train_cfg, init_from=old.init_from)
+    if not has_checkpoints(out):
+        params, _ = _load_source(cfg, train_cfg)
+    data = tokenize_files(cfg, train_cfg, out, tokenizer, texts, say, share)
+    return Run(out, cfg, train_cfg, tokenizer, params, *data)
+
+
+def has_checkpoints(out: Path) -> bool:
+    """Return whether the folder of a run has checkpoints."""
+    return any(path.name.isdecimal() for path in (out / "checkpoints").glob("*"))
+
+
+def _check_hashes(out: Path, hashes: Hashes, texts: Texts) -> None:
+    for was, now in zip(hashes, texts.hashes, strict=True):
+        if now not in (None, was):
+            raise ValueError(
+                f"the text has changed since the run in {out} started: its SHA-256 was "
+                f"{str(was)[:12]}... and is now {now[:12]}... Restore the old text, or start a new "
+                "run in another folder"
+            )
+
+
+def resume_run(
+    cfg: GPTConfig, train_cfg: TrainConfig, out: Path, say: Say, share: tuple[int, int] = (0, 1)
+) -> Run:
     """Check the inputs of a run against the folder it left, and update the folder.
 
     Raises ValueError or OSError if a setting or text has changed that cannot, or a file is invalid.
@@ -100,24 +146,18 @@ def resume_run(cfg: GPTConfig, train_cfg: TrainConfig, out: Path, say: Say) -> R
     texts = scan_files(train_cfg, old)
     if texts.training is None:
         say(f"{listed(train_cfg.data)} no longer exists: using its ids in {out / 'data'}")
-    for was, now in zip(hashes, texts.hashes, strict=True):
-        if now not in (None, was):
-            raise ValueError(
-                f"the text has changed since the run in {out} started: its SHA-256 was "
-                f"{str(was)[:12]}... and is now {now[:12]}... Restore the old text, or start a new "
-                "run in another folder"
-            )
+    _check_hashes(out, hashes, texts)
     train_cfg = dataclasses.replace(train_cfg, init_from=old.init_from)
     tokenizer, params = read_tokenizer(out), None
     if tokenizer is None:  # killed before it was saved
         params, tokenizer = _initial_model(cfg, train_cfg, texts.training)
         save_tokenizer(tokenizer, out)
-    elif not any(path.name.isdecimal() for path in (out / "checkpoints").glob("*")):
+    elif not has_checkpoints(out):
         params, _ = _load_source(cfg, train_cfg)
     _check_prompt(train_cfg, tokenizer)
     if train_cfg != old:
         write_config(out, cfg, train_cfg, hashes)
-    data = tokenize_files(cfg, train_cfg, out, tokenizer, texts, say)
+    data = tokenize_files(cfg, train_cfg, out, tokenizer, texts, say, share)
     return Run(out, cfg, train_cfg, tokenizer, params, *data)
 
 
@@ -130,7 +170,7 @@ def _check_outside(out: Path, paths: Iterable[str]) -> None:
             )
 
 
-def _remove_inputs(out: Path, existed: bool) -> None:
+def remove_inputs(out: Path, existed: bool) -> None:
     """Remove what `start_run` has written, and no other files."""
     for name in ("config.json", FILE_NAME, "tokenizer.json"):
         (out / name).unlink(missing_ok=True)

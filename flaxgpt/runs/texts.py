@@ -49,12 +49,19 @@ def scan_files(train_cfg: TrainConfig, old: TrainConfig | None = None) -> Texts:
 
 
 def tokenize_files(
-    cfg: GPTConfig, train_cfg: TrainConfig, out: Path, tokenizer: Tokenizer, texts: Texts, say: Say
+    cfg: GPTConfig,
+    train_cfg: TrainConfig,
+    out: Path,
+    tokenizer: Tokenizer,
+    texts: Texts,
+    say: Say,
+    share: tuple[int, int] = (0, 1),
 ) -> tuple[np.ndarray, data.BatchIterator, np.ndarray | None]:
     """Return the ids, batches and validation windows of a `Run`.
 
-    Texts whose ids are not in the run's folder yet are tokenized first. Raises ValueError if a text
-    is too short or its ids are of another text, FileNotFoundError if both are missing.
+    The batches have the share (index, count) of the rows of each batch. Texts whose ids are not in
+    the run's folder yet are tokenized first. Raises ValueError if a text is too short or its ids
+    are of another text, FileNotFoundError if both are missing.
     """
     train_path, val_path = out / "data" / "train.npy", out / "data" / "val.npy"
     split = None
@@ -83,7 +90,15 @@ def tokenize_files(
             data.check_same_source(data.read_ids(path), source)
     ids, length = data.read_ids(train_path).ids, cfg.context_length
     size, seed, shift = train_cfg.batch_size, train_cfg.seed, train_cfg.windows == "shifted"
-    batches = data.batches(ids, length=length, batch_size=size, seed=seed, shift=shift)
+    batches = data.batches(
+        ids,
+        length=length,
+        batch_size=size,
+        seed=seed,
+        shift=shift,
+        process_index=share[0],
+        process_count=share[1],
+    )
     if not val_path.exists():
         return ids, batches, None
     val_ids, limit = data.read_ids(val_path).ids, train_cfg.eval_windows or None

@@ -15,10 +15,12 @@ from flaxgpt.sharding.constrain import (
     batch_parts,
     constrain,
     in_force,
+    place_rows,
     replicated,
+    share_of_rows,
 )
 from flaxgpt.sharding.mesh import Mesh, check_mesh, make_mesh, mesh_of, parse_mesh
-from flaxgpt.sharding.rules import ShardRules, constrain_tree, rules_of, shard, shard_rules
+from flaxgpt.sharding.rules import ShardRules, constrain_tree, place, rules_of, shard, shard_rules
 
 __all__ = [
     "Mesh",
@@ -33,9 +35,12 @@ __all__ = [
     "make_mesh",
     "mesh_of",
     "parse_mesh",
+    "place",
+    "place_rows",
     "replicated",
     "rules_of",
     "shard",
     "shard_rules",
+    "share_of_rows",
     "to_automatic",
 ]

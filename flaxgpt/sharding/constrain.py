@@ -73,6 +73,42 @@ def batch_parts(mesh: Any) -> int:
     return 1 if mesh is None else math.prod(mesh.shape.get(name, 1) for name in ACTIVATIONS["B"])
 
 
+def share_of_rows(mesh: Any, rows: int) -> tuple[int, int]:
+    """Return which part of the rows of a batch the devices of this process need: (index, count).
+
+    Process `index` of `count` has the rows from `index * rows / count` on. Processes whose devices
+    need the same rows, or rows that do not lie together, have larger parts, up to all rows.
+    """
+    if mesh is None:
+        return 0, 1
+    sharding = activation_sharding("B", (rows,), mesh)
+    parts: Any = sharding.addressable_devices_indices_map((rows,)).values()
+    slices = [index[0] for index in parts]
+    start = min(part.start or 0 for part in slices)
+    stop = max(rows if part.stop is None else part.stop for part in slices)
+    size = stop - start
+    if rows % size or start % size:
+        return 0, 1
+    return start // size, rows // size
+
+
+def place_rows(rows: Any, total: int, axis: int, mesh: Any) -> Any:
+    """Return an array that is split along the rows of a batch, or, without a mesh, the given one.
+
+    Args:
+        rows: NumPy array with this process's share of the rows; see `share_of_rows`.
+        total: rows of all processes.
+        axis: the axis of the rows.
+        mesh: the mesh, or None.
+    """
+    if mesh is None:
+        return rows
+    shape = (*rows.shape[:axis], total, *rows.shape[axis + 1 :])
+    letters = "".join("B" if i == axis else "T" for i in range(rows.ndim))
+    sharding = activation_sharding(letters, shape, mesh)
+    return jax.make_array_from_process_local_data(sharding, rows, shape)
+
+
 @contextlib.contextmanager
 def in_force(mesh: Any) -> Iterator[None]:
     """Let `constrain` use a mesh during a `with` block, also inside `jit`; None changes nothing."""

@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -141,7 +143,24 @@ def shard(params: Params, mesh: Mesh, rules: ShardRules) -> Params:
         ValueError: the mesh has an unknown axis, or a rule does not fit a parameter.
     """
     mesh = check_mesh(mesh)
-    return jax.device_put(params, rules.shardings(params, mesh))
+    return jax.tree.map(place, params, rules.shardings(params, mesh))
+
+
+def place(array: Any, sharding: NamedSharding) -> jax.Array:
+    """Return an array on a mesh, which may have devices of other processes.
+
+    An array of this process must have the same values in all of them.
+    """
+    if sharding.is_fully_addressable:
+        return jax.device_put(array, sharding)
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        return jax.jit(lambda x: x, out_shardings=sharding)(array)
+    if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+        whole = NamedSharding(sharding.mesh, P())
+        data = place(jax.random.key_data(array), whole)
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(array))
+    values = np.asarray(array)
+    return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
 
 
 def rules_of(params: Params, n_heads: int) -> ShardRules:

@@ -22,6 +22,7 @@ from flaxgpt.sharding import (
     constrain_tree,
     in_force,
     mesh_of,
+    place,
     rules_of,
     shard,
     shard_rules,
@@ -108,9 +109,27 @@ def init_state(
     if mesh is None:
         return state
     whole = NamedSharding(mesh, PartitionSpec())
-    return dataclasses.replace(
-        state, step=jax.device_put(state.step, whole), key=jax.device_put(state.key, whole)
+    return dataclasses.replace(state, step=place(state.step, whole), key=place(state.key, whole))
+
+
+def abstract_state(
+    cfg: GPTConfig,
+    train_cfg: TrainConfig,
+    mesh: Mesh | None = None,
+    rules: ShardRules | None = None,
+) -> TrainState:
+    """Return a state of `jax.ShapeDtypeStruct`s like that of `init_state`, without computing it."""
+    state = jax.eval_shape(partial(init_state, cfg, train_cfg))
+    if mesh is None:
+        return state
+    mesh, rules = check_mesh(mesh), shard_rules(cfg) if rules is None else rules
+    shardings = rules.shardings(state, mesh)
+    state = jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        state,
+        shardings,
     )
+    return dataclasses.replace(state, mesh=mesh, rules=rules)
 
 
 def check_rows(train_cfg: TrainConfig, mesh: Mesh) -> None:
