@@ -11,16 +11,20 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import unflatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh
 
 from flaxgpt.config import GPTConfig
+from flaxgpt.model import param_shapes
+from flaxgpt.sharding import ShardRules, check_mesh, shard, shard_rules
 from flaxgpt.tokenizer import Tokenizer, load_tokenizer
 from flaxgpt.tokenizer.folder import UnreadableTokenizerWarning, read_model_tokenizer
 from flaxgpt.typing import Params, Progress
 from flaxgpt.weights.book_init import book_params
 from flaxgpt.weights.matching import match_layout
+from flaxgpt.weights.parts import Targets, put_on_mesh, same_bits
 from flaxgpt.weights.source import locate, read_config_file, weight_files
-from flaxgpt.weights.table import TOKEN_EMBEDDING, Layout, Slot
+from flaxgpt.weights.table import TOKEN_EMBEDDING, Slot
 from flaxgpt.weights.tensors import FLOATS, Tensor, read, stamp, tensors_in
 
 _FILES = "vocab.json and merges.txt, tokenizer.json, vocab.txt or flaxgpt_tokenizer.json"
@@ -28,9 +32,17 @@ _OTHERS = "flaxgpt.load_tokenizer('gpt2') if it was trained with GPT-2's"
 
 
 def load(
-    source: str | os.PathLike[str], *, progress: Progress | None = None
+    source: str | os.PathLike[str],
+    *,
+    progress: Progress | None = None,
+    mesh: Mesh | None = None,
+    rules: ShardRules | None = None,
 ) -> tuple[GPTConfig, Params, Tokenizer | None]:
     """Read the configuration, parameters and tokenizer of a model.
+
+    With a mesh, each device's part of a parameter is read from the safetensors file on its own, so
+    neither a device nor the host holds a whole parameter that is split. With several processes,
+    each reads the parts of its own devices.
 
     Args:
         source: one of
@@ -43,6 +55,10 @@ def load(
             - `tales`, the small trained model in the package, or `book`, the book's untrained 124M
               model. Folders of these names are `./tales` and `./book`.
         progress: called with (parameters read, parameters in total).
+        mesh: the mesh to read the parameters onto, such as `flaxgpt.make_mesh()`; None for one
+            device. The values are the same. The parameters of `book`, and those in a `.msgpack`
+            file, are whole in the memory of each process before they are split.
+        rules: how to split them, if not by `flaxgpt.shard_rules(cfg)`.
 
     Returns:
         The configuration; the parameters, as nested float32 arrays whatever the dtype in the file;
@@ -54,18 +70,31 @@ def load(
         FileNotFoundError: there is no such folder, file or model.
         PermissionError: the model on the hub is gated.
         ConnectionError: the hub cannot be reached.
-        ValueError: a file is damaged, of an unsupported kind, or does not fit the configuration.
+        ValueError: a file is damaged, of an unsupported kind, or does not fit the configuration;
+            the mesh has an unknown axis; a rule does not fit a parameter; or there are rules but no
+            mesh.
 
     Warns:
         UserWarning: something in the folder is left out, such as another head than the language
             model's, an unknown key of the configuration or a tokenizer that cannot be read.
     """
+    if mesh is not None:
+        mesh = check_mesh(mesh)
+    elif rules is not None:
+        raise ValueError(
+            "rules split parameters over a mesh, but there is no mesh: give one too, such as "
+            "mesh=flaxgpt.make_mesh()"
+        )
     if source == "book":
         cfg = read_config(source)
-        return cfg, book_params(cfg, progress=progress), load_tokenizer("gpt2")
+        params = book_params(cfg, progress=progress)
+        if mesh is not None:
+            params = shard(params, mesh, shard_rules(cfg) if rules is None else rules)
+        return cfg, params, load_tokenizer("gpt2")
     path = locate(source)
     paths = weight_files(path)
     cfg = read_config_file(path)
+    targets = None if mesh is None else _targets(cfg, mesh, rules)
     folder = path if path.is_dir() else path.parent
     tokenizer = None
     try:
@@ -76,7 +105,7 @@ def load(
     if tokenizer is None:
         # The weights are still useful.
         warnings.warn(f"no tokenizer{reason}", UnreadableTokenizerWarning, stacklevel=2)
-    return cfg, _read_params(cfg, paths, progress), tokenizer
+    return cfg, _read_params(cfg, paths, progress, targets), tokenizer
 
 
 def read_config(source: str | os.PathLike[str]) -> GPTConfig:
@@ -101,7 +130,19 @@ def read_stored_bytes(source: str | os.PathLike[str]) -> dict[str, int]:
     return dict(sizes.most_common())
 
 
-def _read_params(cfg: GPTConfig, paths: Sequence[Path], progress: Progress | None) -> Params:
+def _targets(cfg: GPTConfig, mesh: Mesh, rules: ShardRules | None) -> Targets:
+    rules = shard_rules(cfg) if rules is None else rules
+    shapes = param_shapes(cfg)
+    shardings = flatten_dict(rules.shardings(shapes, mesh), sep="/")
+    return {
+        path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=shardings[path])
+        for path, leaf in flatten_dict(shapes, sep="/").items()
+    }
+
+
+def _read_params(
+    cfg: GPTConfig, paths: Sequence[Path], progress: Progress | None, targets: Targets | None
+) -> Params:
     stamps = [stamp(path) for path in paths]
     layout, tensors = match_layout(cfg, paths)
     # The largest tensors are read first, while there is room for a copy of them, so that host
@@ -112,9 +153,18 @@ def _read_params(cfg: GPTConfig, paths: Sequence[Path], progress: Progress | Non
     params: dict[str, jax.Array] = {}
     for tensor, slot in order:
         if slot.role == "weights":
-            params |= _put_on_device(tensor, slot)
-        else:
-            _check_unused(layout, tensor, slot, params)
+            params |= (
+                _put_on_device(tensor, slot)
+                if targets is None
+                else put_on_mesh(tensor, slot.entries, targets)
+            )
+        elif slot.role == "zero bias":
+            _check_zeros(tensor, slot)
+        elif not _is_embedding(tensor, slot, params, targets):
+            raise ValueError(
+                f"{tensor.path}: {tensor.name} differs from the token embedding, but config.json "
+                f'ties the two; set "{layout.tie_key}" to false there to keep both'
+            )
         done += tensor.size
         if progress is not None:
             progress(done, total)
@@ -133,18 +183,20 @@ def _put_on_device(tensor: Tensor, slot: Slot) -> dict[str, jax.Array]:
     return loaded
 
 
-def _check_unused(layout: Layout, tensor: Tensor, slot: Slot, params: dict[str, jax.Array]) -> None:
-    # Omitting a tensor must not change the model.
-    values = read(tensor)
-    if slot.role == "zero bias" and values.any():
+def _check_zeros(tensor: Tensor, slot: Slot) -> None:
+    # Omitting a bias must not change the model.
+    if read(tensor).any():
         raise ValueError(
             f"{tensor.path}: {tensor.name} is not all zeros, but config.json says "
             f'"{"qkv_bias" if len(slot.entries) > 1 else "bias"}": false; set it to true to keep it'
         )
-    if slot.role == "tied head":
-        embedding = np.asarray(params[TOKEN_EMBEDDING])
-        if not np.array_equal(values.view(np.uint32), embedding.view(np.uint32)):  # NaN equals NaN
-            raise ValueError(
-                f"{tensor.path}: {tensor.name} differs from the token embedding, but config.json "
-                f'ties the two; set "{layout.tie_key}" to false there to keep both'
-            )
+
+
+def _is_embedding(
+    tensor: Tensor, slot: Slot, params: dict[str, jax.Array], targets: Targets | None
+) -> bool:
+    if targets is not None:
+        (head,) = put_on_mesh(tensor, slot.entries, targets).values()
+        return same_bits(head, params[TOKEN_EMBEDDING])
+    values, embedding = read(tensor), np.asarray(params[TOKEN_EMBEDDING])
+    return np.array_equal(values.view(np.uint32), embedding.view(np.uint32))  # NaN equals NaN

@@ -21,6 +21,10 @@ FLAX_SINGLE = "flax_model.msgpack"
 INDEXES = ("model.safetensors.index.json", "flax_model.msgpack.index.json")  # of shards
 FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 _SPELLINGS = {name: dtype for dtype, name in FLOATS.items()}
+_CHUNK = 1 << 22  # values of a file in memory at once while part of a tensor is read
+
+Part = tuple[range, ...]
+"""Part of an array: the indices along each of its dimensions."""
 
 
 class Tensor(NamedTuple):
@@ -56,6 +60,23 @@ def read(tensor: Tensor) -> np.ndarray:
     # Everything read from a file counts as memory of this process until the file is closed.
     with _open(tensor.path) as file:
         return file.get_tensor(tensor.name).astype(np.float32, copy=False)
+
+
+def read_part(tensor: Tensor, part: Part) -> np.ndarray:
+    """Return part of a tensor's values as float32, in memory of their own."""
+    rows, *others = (slice(indices.start, indices.stop) for indices in part)
+    if tensor.values is not None:
+        return np.array(tensor.values[rows, *others], np.float32)
+    values = np.empty([len(indices) for indices in part], np.float32)
+    step = max(1, _CHUNK * tensor.shape[0] // tensor.size)
+    for first in range(0, len(values), step):
+        chunk = values[first : first + step]
+        start = rows.start + first
+        # Columns are spread over all of a file, so it is closed after each chunk of rows, as in
+        # `read`.
+        with _open(tensor.path) as file:
+            chunk[:] = file.get_slice(tensor.name)[start : start + len(chunk), *others]
+    return values
 
 
 def stamp(path: Path) -> tuple[int, ...]:
