@@ -210,6 +210,19 @@ def test_an_untied_flax_head_is_transposed(tmp_path):
     np.testing.assert_array_equal(flaxgpt.load(folder)[1]["out_head"]["weight"], head.T)
 
 
+def test_a_tied_flax_model_may_store_its_transposed_embedding_as_a_head(tmp_path):
+    tree = msgpack_restore((FLAX / "flax_model.msgpack").read_bytes())
+    head = tree["transformer"]["wte"]["embedding"].T
+    folder = shutil.copytree(FLAX, tmp_path / "m")
+    (folder / "flax_model.msgpack").write_bytes(to_bytes(tree | {"lm_head": {"kernel": head}}))
+    jax.tree.map(np.testing.assert_array_equal, flaxgpt.load(folder)[1], golden.model(FLAX.name)[1])
+
+    tree["lm_head"] = {"kernel": head * 2}
+    (folder / "flax_model.msgpack").write_bytes(to_bytes(tree))
+    with pytest.raises(ValueError, match=r"lm_head.kernel differs from the token embedding"):
+        flaxgpt.load(folder)
+
+
 def test_flax_shards_with_an_index_load_as_one_model(tmp_path):
     tree = msgpack_restore((FLAX / "flax_model.msgpack").read_bytes())
     names = sorted(flat := flatten_dict(tree, sep="/"))

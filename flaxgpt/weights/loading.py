@@ -199,4 +199,5 @@ def _is_embedding(
         (head,) = put_on_mesh(tensor, slot.entries, targets).values()
         return same_bits(head, params[TOKEN_EMBEDDING])
     values, embedding = read(tensor), np.asarray(params[TOKEN_EMBEDDING])
+    values = values.T if slot.entries[0].transposed else values
     return np.array_equal(values.view(np.uint32), embedding.view(np.uint32))  # NaN equals NaN

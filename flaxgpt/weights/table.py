@@ -105,7 +105,8 @@ def slots(layout: Layout, cfg: GPTConfig) -> dict[str, Slot]:
             if ours in used:
                 found[theirs] = Slot(shape, entries, "weights", block)
             elif ours == HEAD:
-                found[theirs] = Slot(shape, (Entry(TOKEN_EMBEDDING, theirs),), "tied head", block)
+                head = entry._replace(ours=TOKEN_EMBEDDING, theirs=theirs)
+                found[theirs] = Slot(shape, (head,), "tied head", block)
             elif layout.has_all_biases:
                 found[theirs] = Slot(shape, entries, "zero bias", block)
     return found
