@@ -40,9 +40,9 @@ def load(
 ) -> tuple[GPTConfig, Params, Tokenizer | None]:
     """Read the configuration, parameters and tokenizer of a model.
 
-    With a mesh, each device's part of a parameter is read from the safetensors file on its own, so
-    neither a device nor the host holds a whole parameter that is split. With several processes,
-    each reads the parts of its own devices.
+    With a mesh, each device's part of a parameter is read from the safetensors file on its own: no
+    device holds more than its part, and the host holds one part at a time. With several processes,
+    each process reads the parts of its own devices.
 
     Args:
         source: one of
@@ -55,9 +55,9 @@ def load(
             - `tales`, the small trained model in the package, or `book`, the book's untrained 124M
               model. Folders of these names are `./tales` and `./book`.
         progress: called with (parameters read, parameters in total).
-        mesh: the mesh to read the parameters onto, such as `flaxgpt.make_mesh()`; None for one
-            device. The values are the same. The parameters of `book`, and those in a `.msgpack`
-            file, are whole in the memory of each process before they are split.
+        mesh: the mesh to read the parameters onto, such as `flaxgpt.make_mesh(data=1, fsdp=-1)`;
+            None for one device. The values are the same. The parameters of `book`, and those in a
+            `.msgpack` file, are whole in the memory of each process before they are split.
         rules: how to split them, if not by `flaxgpt.shard_rules(cfg)`.
 
     Returns:
@@ -83,7 +83,7 @@ def load(
     elif rules is not None:
         raise ValueError(
             "rules split parameters over a mesh, but there is no mesh: give one too, such as "
-            "mesh=flaxgpt.make_mesh()"
+            "mesh=flaxgpt.make_mesh(data=1, fsdp=-1)"
         )
     if source == "book":
         cfg = read_config(source)
@@ -158,6 +158,7 @@ def _read_params(
                 if targets is None
                 else put_on_mesh(tensor, slot.entries, targets)
             )
+        # Leaving out the other tensors must not change the model.
         elif slot.role == "zero bias":
             _check_zeros(tensor, slot)
         elif not _is_embedding(tensor, slot, params, targets):
@@ -184,7 +185,6 @@ def _put_on_device(tensor: Tensor, slot: Slot) -> dict[str, jax.Array]:
 
 
 def _check_zeros(tensor: Tensor, slot: Slot) -> None:
-    # Omitting a bias must not change the model.
     if read(tensor).any():
         raise ValueError(
             f"{tensor.path}: {tensor.name} is not all zeros, but config.json says "
