@@ -37,11 +37,6 @@ _COMMANDS: dict[str, type] = {
     "plot": PlotCommand,
 }
 
-LOST_PROCESS = (
-    "another process has stopped or cannot be reached: see its output, then start all processes "
-    "again, with --init-from and the run's folder to resume"
-)
-
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line, and return its exit code.
@@ -85,15 +80,13 @@ def _explained(error: Exception) -> tuple[str, int] | None:
     if isinstance(error, RuntimeError | AssertionError) and (reason := _backend_fault()):
         return reason, 2
     message = " ".join(str(error).split())
-    if isinstance(error, JaxRuntimeError) and jax.distributed.is_initialized():
-        return f"{LOST_PROCESS} ({message[:200]})", 1
     if isinstance(error, JaxRuntimeError):
         return (
             f"the device failed ({message[:200]}): if it is out of memory, use a smaller model, "
             "--dtype bfloat16, a shorter text or, in training, a smaller --batch-size or a larger "
             "--accumulate"
         ), 1
-    if isinstance(error, ArithmeticError):
+    if isinstance(error, ArithmeticError) or type(error).__name__ == "LostProcessError":
         return message, 1
     return (message, 2) if isinstance(error, ValueError | OSError | ImportError) else None
 

@@ -8,11 +8,13 @@ import math
 import os
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.errors import JaxRuntimeError
 from rich.console import Console
 from rich.text import Text
 
@@ -22,7 +24,15 @@ from flaxgpt.generation.batch import generate
 from flaxgpt.runs.checkpoints import Checkpoints, check_folder
 from flaxgpt.runs.folder import Run, Say, lock_run
 from flaxgpt.runs.model_folder import save_model
-from flaxgpt.runs.processes import check_same, gather_on_first, in_step, is_first, largest
+from flaxgpt.runs.processes import (
+    LOST,
+    LostProcessError,
+    check_same,
+    gather_on_first,
+    in_step,
+    is_first,
+    largest,
+)
 from flaxgpt.runs.report import ErrorConsole, Report, show
 from flaxgpt.runs.signals import catch_signals
 from flaxgpt.runs.start import join_run, remove_inputs, resume_run, resumes, start_run
@@ -117,6 +127,7 @@ def train(
     Raises:
         ValueError, OSError: an input is invalid, found before any computation; or a file cannot be
             written later, which leaves earlier checkpoints intact.
+        LostProcessError: another process has stopped or cannot be reached.
         DivergedError: the loss is no longer finite; the message says when, and what to try.
         KeyboardInterrupt: Ctrl-C was pressed. A checkpoint has been saved.
     """
@@ -136,7 +147,7 @@ def train(
     if mesh is not None:
         mesh, rules = check_mesh(mesh), shard_rules(cfg) if rules is None else rules
         check_rows(train_cfg, mesh)
-    with contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack, _losses_of_processes(stack):
         run = _open(stack, cfg, train_cfg, out, mesh, say)
         checkpoints = in_step(lambda: Checkpoints(out / "checkpoints", run.train_cfg.keep))
         stack.enter_context(checkpoints)
@@ -162,6 +173,19 @@ def train(
     if stopped_by:  # everything is closed: let the signal take its default action
         signal.raise_signal(stopped_by)
     return TrainResult(state, best_loss, best_step, out / "model")
+
+
+@contextlib.contextmanager
+def _losses_of_processes(stack: contextlib.ExitStack) -> Iterator[None]:
+    """Raise LostProcessError where communication with other processes fails."""
+    try:
+        yield
+    except JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        stack.pop_all()  # closing would wait for the processes that are lost
+        reason = " ".join(str(error).split())[:200]
+        raise LostProcessError(f"{LOST} ({reason})") from error
 
 
 def _settings(

@@ -1,13 +1,17 @@
 """Several processes that train one model: connecting them, and keeping them in step.
 
-JAX ends a process that cannot connect, with a stack trace. So the processes first meet on the
-coordinator's port, where process 0 tells all of them what is wrong, such as two of the same number.
+JAX aborts a process that cannot connect, or that loses the others, with a stack trace. So the
+processes first meet on the coordinator's port, where process 0 tells all of them what is wrong,
+such as two of the same number; and a process that is aborted later says so in plain words last.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
+import os
+import signal
 import socket
 import time
 from collections.abc import Callable, Mapping
@@ -22,10 +26,19 @@ from flaxgpt._checks import check_size, listed
 
 Result = TypeVar("Result")
 
+LOST = (
+    "another process has stopped or cannot be reached: see its output, then start all processes "
+    "again, with --init-from and the run's folder to resume"
+)
+
 CONNECTING_SECONDS = 60
 """How long processes wait for each other at the start."""
 HEARTBEAT_SECONDS = 30
 """How long a process may be out of reach before JAX ends the others."""
+
+
+class LostProcessError(RuntimeError):
+    """Another process has stopped or cannot be reached, so this one cannot continue."""
 
 
 def connect(
@@ -46,6 +59,7 @@ def connect(
         OSError: the coordinator cannot be reached, or not all processes connect within a minute.
         RuntimeError: JAX has already been used in this process.
     """
+    _explain_aborts()
     limits: dict[str, Any] = {
         "initialization_timeout": CONNECTING_SECONDS,
         "heartbeat_timeout_seconds": HEARTBEAT_SECONDS,
@@ -75,6 +89,23 @@ def connect(
     else:
         _report_to_first(host.strip("[]"), int(port), number, count, deadline)
     jax.distributed.initialize(coordinator, count, number, **limits)
+
+
+_SIGNAL_HANDLER = ctypes.CFUNCTYPE(None, ctypes.c_int)
+
+
+@_SIGNAL_HANDLER
+def _say_why(number: int) -> None:
+    # JAX's own threads abort, where no exception can be raised.
+    os.write(2, f"flaxgpt: {LOST}\n".encode())
+    os._exit(1)
+
+
+def _explain_aborts() -> None:
+    """Print a message where JAX aborts this process; Python cannot handle that signal itself."""
+    libc = ctypes.CDLL(None)
+    libc.signal.argtypes, libc.signal.restype = (ctypes.c_int, _SIGNAL_HANDLER), ctypes.c_void_p
+    libc.signal(signal.SIGABRT, _say_why)
 
 
 def _hello(number: int, count: int) -> dict[str, Any]:
