@@ -20,6 +20,7 @@ class Platform:
     cache_layout: CacheLayout = "separate"
     attention: str = "plain"  # what `attention="auto"` selects; see `flaxgpt.model.attend`
     decode_options: tuple[tuple[str, str], ...] = ()  # of XLA for the decoding loop: (name, value)
+    plan_options: tuple[tuple[str, str], ...] = ()  # for programs that are only read, never run
     largest_array: int = 2**26  # elements that evaluation should allocate: 256 MiB in float32
 
 
@@ -30,6 +31,8 @@ PLATFORMS = {
         cache_layout="merged",
         # From jax 0.11 on, this pass takes the loop body for a small one, and runs one thread.
         decode_options=(("xla_disable_hlo_passes", "small-while-loop-hoisting"),),
+        # The same program in a third of the time: only its machine code is not optimized.
+        plan_options=(("xla_backend_optimization_level", "0"),),
         # 16 MiB. From 32 MiB on, glibc maps every array afresh: a small model is 20 to 30 % slower.
         largest_array=2**22,
     ),

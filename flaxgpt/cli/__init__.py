@@ -26,6 +26,7 @@ from flaxgpt.cli.evaluate import EvalCommand
 from flaxgpt.cli.generate import GenerateCommand
 from flaxgpt.cli.params import ParamsCommand
 from flaxgpt.cli.plot import PlotCommand
+from flaxgpt.cli.shard import ShardCommand
 from flaxgpt.cli.streams import plain_warnings, prepare_streams
 from flaxgpt.cli.train import TrainCommand, defaults
 
@@ -34,6 +35,7 @@ _COMMANDS: dict[str, type] = {
     "train": TrainCommand,
     "eval": EvalCommand,
     "params": ParamsCommand,
+    "shard": ShardCommand,
     "plot": PlotCommand,
 }
 

@@ -1,7 +1,8 @@
-"""The tables that `flaxgpt params` prints."""
+"""The tables that `flaxgpt params` and `flaxgpt shard` print."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Sequence
 
 from rich.console import Console
@@ -10,10 +11,16 @@ from rich.table import Table
 from rich.text import Text
 
 from flaxgpt.cli.common import say
+from flaxgpt.config import block_index, block_name
 from flaxgpt.inspection import Difference, FlopCount, LargestBatch, MemoryUse, ParamCount, TreeRow
+from flaxgpt.plan import StepCost
 
 _PURPOSES = ("generation", "training", "training, remat")
 _NO_REMAT = "remat saves no memory on CPU, where XLA undoes it"
+_ON_CPU = """\
+XLA for CPU computes bfloat16 in float32, makes an all-reduce of what is a reduce-scatter on GPU and
+TPU, which receives half as much, and undoes remat
+"""
 
 
 def print_parameters(rows: list[TreeRow], count: ParamCount, stored: dict[str, int]) -> None:
@@ -95,6 +102,55 @@ def print_largest_batches(
         rows.append([name, str(lengths[name]), *(f"{n:,}" if n else "-" for n in sizes)])
     columns = [f"largest batch in {_bytes(size)}", "length", *_PURPOSES]
     _print_table(columns, rows, caption=_NO_REMAT)
+
+
+def print_step_cost(cost: StepCost, batch: int, length: int) -> None:
+    """Print what a training step costs on each device of a mesh."""
+    mesh = " x ".join(f"{name}={size}" for name, size in cost.mesh)
+    sizes = {
+        "weights": cost.weights,
+        "optimizer state": cost.optimizer,
+        "temporaries: activations, gradients, gathered weights": cost.temporaries,
+        f"  of which gradients, {_bytes(cost.gradients)}": None,
+        "peak": cost.peak,
+    }
+    lines = [(name, "" if size is None else _bytes(size)) for name, size in sizes.items()]
+    _print_table([f"memory per device, {mesh}, {batch} x {length} ids", "size"], lines)
+    say("\n")
+    columns = ["collectives of a step", "axes", "operations", "arrays", "result", "received"]
+    rows = [
+        (
+            found.kind,
+            " ".join(found.axes),
+            f"{found.operations:,}",
+            f"{found.arrays:,}",
+            _bytes(found.bytes),
+            _bytes(found.received),
+        )
+        for found in cost.collectives
+    ]
+    rows.append(("total per device", "", "", "", "", _bytes(cost.received)))
+    _print_table(columns, rows, left=(0, 1))
+    if cost.unsplit:
+        say("\n")
+        reasons = _by_block([(item.path, item.axis, item.reason) for item in cost.unsplit])
+        _print_table(["not split", "by axis", "because"], reasons, left=(0, 1, 2))
+    is_simulated = cost.platform == "cpu"
+    kind = "simulated CPU" if is_simulated else cost.platform
+    count = math.prod(size for _, size in cost.mesh)
+    say(f"\ncompiled for {count} {kind} device{'s' * (count > 1)}\n{_ON_CPU * is_simulated}")
+
+
+def _by_block(rows: list[tuple[str, str, str]]) -> list[tuple[str, str, str]]:
+    """Return rows that begin with a path, once for all blocks."""
+    indices = [block_index(row[0].partition("/")[0]) for row in rows]
+    last = max((i for i in indices if i is not None), default=0)
+    first, every = block_name(0), block_name(f"0 to {last}") if last else block_name(0)
+    return [
+        (row[0].replace(f"{first}/", f"{every}/"), *row[1:])
+        for i, row in zip(indices, rows, strict=True)
+        if i in (None, 0)
+    ]
 
 
 def _bytes(count: int) -> str:

@@ -132,6 +132,41 @@ def abstract_state(
     return dataclasses.replace(state, mesh=mesh, rules=rules)
 
 
+def abstract_state(
+    cfg: GPTConfig,
+    train_cfg: TrainConfig,
+    *,
+    mesh: Mesh | None = None,
+    rules: ShardRules | None = None,
+) -> TrainState:
+    """Return the state before the first step with a `jax.ShapeDtypeStruct` for each array.
+
+    Nothing is allocated. On a mesh, they have the shardings of the arrays of `init_state`.
+
+    Args:
+        cfg: the architecture.
+        train_cfg: the training configuration.
+        mesh: the mesh, as for `init_state`.
+        rules: how to split the parameters, as for `init_state`.
+
+    Raises:
+        ValueError: as for `init_state`.
+    """
+    state = jax.eval_shape(partial(init_state, cfg, train_cfg, mesh=mesh, rules=rules))
+    mesh, rules = state.mesh, state.rules
+    if mesh is None or rules is None:
+        return state
+    whole = NamedSharding(mesh, PartitionSpec())
+    shardings = dataclasses.replace(
+        state,
+        params=rules.shardings(state.params, mesh),
+        opt_state=rules.shardings(state.opt_state, mesh),
+        step=whole,
+        key=whole,
+    )
+    return jax.tree.map(lambda x, s: x.update(sharding=s), state, shardings)
+
+
 def check_rows(train_cfg: TrainConfig, mesh: Mesh) -> None:
     """Raise ValueError unless a mesh divides the rows that are computed together."""
     rows, parts = train_cfg.batch_size // train_cfg.accumulate, batch_parts(mesh)

@@ -1,0 +1,128 @@
+"""`flaxgpt shard`."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+from typing import Any, Literal
+
+import jax
+import tyro
+
+from flaxgpt._checks import check_size
+from flaxgpt.cli import tables
+from flaxgpt.cli.common import progress, say
+from flaxgpt.config import PRESETS, GPTConfig
+from flaxgpt.plan import step_cost
+from flaxgpt.sharding import batch_parts, make_mesh, parse_mesh
+from flaxgpt.training.config import TrainConfig
+from flaxgpt.weights import read_config
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardCommand:
+    """Show what a training step costs on several devices, without having them.
+
+    The step is compiled for the mesh, on simulated CPU devices if there are too few others, and
+    nothing is allocated: neither weights nor activations. The output lists the memory on each
+    device, and what the devices send each other, by kind of operation and axes of the mesh.
+
+    Compiling all 48 blocks of gpt2-xl takes minutes; --n-layers 2 shows the pattern in seconds.
+
+    Examples:
+      flaxgpt shard gpt2-xl --mesh data=2,fsdp=4
+      flaxgpt shard gpt2 --mesh fsdp=2,tensor=2 --vocab-size 50304 --n-layers 2
+    """
+
+    model: tyro.conf.Positional[str]
+    """A preset (gpt2, gpt2-xl, book-124M, ...), or a model as for generate; a hub id needs a slash,
+    as in openai-community/gpt2."""
+
+    mesh: str
+    """Sizes of the axes data, fsdp and tensor, such as data=2,fsdp=4; 1 for those left out."""
+
+    batch: int = 8
+    """Sequences per optimizer step, on all devices together."""
+
+    length: int | None = None
+    """Ids per sequence; the context length by default."""
+
+    accumulate: int = 1
+    """Pieces into which a batch is split to save memory."""
+
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """Optimizer, as for train."""
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype to compute in; weights and optimizer state are float32."""
+
+    remat: bool = False
+    """Recompute each block's activations in the backward pass, which has no effect on CPU."""
+
+    n_layers: int | None = None
+    """Number of blocks, instead of the model's."""
+
+    vocab_size: int | None = None
+    """Size of the vocabulary, instead of the model's, such as 50304 for tensor=2 to 128."""
+
+    json: bool = False
+    """Print JSON with the keys model, config, step and those of `flaxgpt.plan.StepCost`; sizes are
+    bytes on each device."""
+
+    def run(self) -> None:
+        """Print to standard output."""
+        cfg, sizes = self._config(), _sizes(self.mesh)
+        length = cfg.context_length if self.length is None else self.length
+        train_cfg = TrainConfig(
+            batch_size=check_size("--batch", self.batch),
+            accumulate=check_size("--accumulate", self.accumulate),
+            optimizer=self.optimizer,
+            dtype=self.dtype,
+            remat=self.remat,
+        )
+        mesh = make_mesh(**sizes, devices=_devices(math.prod(sizes.values())))
+        parts = batch_parts(mesh) * self.accumulate
+        if self.batch % parts:
+            raise ValueError(
+                f"--batch {self.batch} must be a multiple of {parts}, the parts into which "
+                f"--mesh {self.mesh} and --accumulate {self.accumulate} split it"
+            )
+        with progress(f"compiling {cfg.n_layers} blocks for {mesh.size} devices"):
+            cost = step_cost(cfg, train_cfg, mesh, length)
+        if self.json:
+            names = ("batch", "accumulate", "optimizer", "dtype", "remat")
+            step = {name: getattr(self, name) for name in names} | {"length": length}
+            values = {"model": self.model, "config": cfg.to_dict(), "step": step} | cost.to_dict()
+            say(json.dumps(values, indent=2, allow_nan=False) + "\n")
+        else:
+            tables.print_step_cost(cost, self.batch, length)
+
+    def _config(self) -> GPTConfig:
+        is_preset = self.model in PRESETS
+        cfg = GPTConfig.preset(self.model) if is_preset else read_config(self.model)
+        n_layers = cfg.n_layers if self.n_layers is None else self.n_layers
+        vocab_size = cfg.vocab_size if self.vocab_size is None else self.vocab_size
+        return dataclasses.replace(cfg, n_layers=n_layers, vocab_size=vocab_size)
+
+
+def _sizes(text: str) -> dict[str, int]:
+    """Return the size of each axis given; unlike in `make_mesh`, `data` is 1 by default."""
+    sizes = {"data": 1} | parse_mesh(text)
+    for name, size in sizes.items():
+        check_size(name, size)
+    return sizes
+
+
+def _devices(count: int) -> list[Any]:
+    """Return JAX's devices, or `count` simulated ones if those are too few."""
+    with contextlib.suppress(RuntimeError):  # JAX has started, so it has the devices that it has
+        jax.config.update("jax_num_cpu_devices", count)
+    found = jax.devices()
+    if len(found) >= count or found[0].platform == "cpu":
+        return found
+    try:
+        return jax.devices("cpu")
+    except RuntimeError:  # JAX_PLATFORMS excludes it
+        return found

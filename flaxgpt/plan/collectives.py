@@ -1,0 +1,233 @@
+"""The collectives of a compiled program: what devices send each other, read from XLA's text.
+
+Bytes are counted in two ways, both per device and per run of the program. `bytes` is the size of
+the results. `received` is what arrives over the network if each collective is a ring of n devices,
+which is optimal in bandwidth; a device sends as much as it receives:
+
+    all-gather, all-to-all    (n - 1) / n of the result
+    reduce-scatter            n - 1 times the result, which is 1 / n of the input
+    all-reduce                2 (n - 1) / n of the result: a reduce-scatter and an all-gather
+    others                    the result
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import itertools
+import math
+import re
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+from jax.sharding import Mesh
+
+_KINDS = (
+    "all-reduce",
+    "all-gather",
+    "reduce-scatter",
+    "all-to-all",
+    "ragged-all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+)
+# Results precede the name of the operation; asynchronous ones end in -start, and later -done.
+_COLLECTIVE = re.compile(rf"\s+(?:ROOT )?\S+ = ([^=]+?) ({'|'.join(_KINDS)})(-start)?\(")
+_COMPUTATION = re.compile(r"(ENTRY )?%?(\S+) .*\{\s*$")
+_CALL = re.compile(
+    r"\b(calls|to_apply|body|condition|true_computation|false_computation|branch_computations"
+    r"|called_computations)=(?:\{([^}]*)\}|(%?[\w.\-]+))"
+)
+_TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+_ARRAY = re.compile(r"\b([a-z]+(\d*)[a-z0-9]*)\[([\d,]*)\]")
+_EXPLICIT = re.compile(r"(?:replica_groups|source_target_pairs)=\{((?:\{[\d,]*\},?)*)\}")
+_IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)")
+_OF_MESH = re.compile(
+    r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?)\))? \{(.*?)\}(?:,|$)"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """All collectives of one kind along the same axes of a mesh, in one run of a program.
+
+    Attributes:
+        kind: XLA's name, such as "all-gather".
+        axes: the mesh axes along which the devices that take part together differ.
+        operations: how often such operations run, those of loops once per iteration.
+        arrays: the arrays they move; XLA combines small ones into one operation.
+        bytes: size of the results on each device.
+        received: bytes that each device receives, by the formulas above.
+    """
+
+    kind: str
+    axes: tuple[str, ...]
+    operations: int
+    arrays: int
+    bytes: int
+    received: int
+
+
+class _Operation(NamedTuple):
+    kind: str
+    axes: tuple[str, ...]
+    arrays: int
+    bytes: int
+    received: int
+
+
+def collectives(text: str, mesh: Mesh) -> tuple[Collective, ...]:
+    """Return the collectives of a compiled program, those that receive most first.
+
+    Operations inside a loop count once per iteration if XLA states how many there are
+    (`known_trip_count`), as it does for `lax.scan` and `lax.fori_loop`, and else once. Every branch
+    of a conditional counts.
+
+    >>> import jax
+    >>> mesh = jax.make_mesh((1,), ("data",))
+    >>> collectives(jax.jit(lambda x: x + 1).lower(1.0).compile().as_text(), mesh)
+    ()
+
+    Args:
+        text: the program, from `compiled.as_text()`.
+        mesh: the mesh that its arguments are on.
+    """
+    entry, calls, operations = _read(text, mesh)
+
+    @functools.cache
+    def run(computation: str) -> collections.Counter[_Operation]:
+        total = collections.Counter(operations.get(computation, ()))
+        for (called, times), count in calls.get(computation, {}).items():
+            for operation, runs in run(called).items():
+                total[operation] += runs * times * count
+        return total
+
+    found = []
+    by_kind = sorted(run(entry).items())
+    for (kind, axes), group in itertools.groupby(by_kind, key=lambda item: item[0][:2]):
+        rows = [(runs, *(runs * size for size in operation[2:])) for operation, runs in group]
+        found.append(Collective(kind, axes, *map(sum, zip(*rows, strict=True))))
+    return tuple(sorted(found, key=lambda item: -item.received))
+
+
+def _read(text: str, mesh: Mesh) -> tuple[str, dict[str, Any], dict[str, list[_Operation]]]:
+    """Return the entry, and by computation what it calls how often, and its collectives."""
+    entry = computation = ""
+    calls: dict[str, Any] = collections.defaultdict(collections.Counter)
+    operations: dict[str, list[_Operation]] = collections.defaultdict(list)
+    for line in text.splitlines():
+        if not line.startswith(" "):
+            if (start := _COMPUTATION.match(line)) and not line.startswith("HloModule"):
+                computation = start[2]
+                entry = computation if start[1] else entry
+            continue
+        for field, several, one in _CALL.findall(line):
+            stated = _TRIP_COUNT.search(line) if field in ("body", "condition") else None
+            times = int(stated[1]) if stated else 1
+            for name in re.findall(r"[\w.\-]+", several or one):
+                calls[computation][name, times] += 1
+        if (operation := _operation(line, mesh)) is not None:
+            operations[computation].append(operation)
+    return entry, calls, operations
+
+
+def _operation(line: str, mesh: Mesh) -> _Operation | None:
+    """Return the collective on a line, or None if there is none or it moves nothing."""
+    if not any(kind in line for kind in _KINDS):
+        return None
+    line = re.sub(r"/\*.*?\*/", "", line)
+    if (match := _COLLECTIVE.match(line)) is None:
+        return None
+    result, kind, is_start = match.groups()
+    if is_start and kind != "all-reduce":  # whose results are operands, results and contexts
+        result = _elements(result)[1]
+    groups = [group for group in _groups(line, mesh) if len(set(group)) > 1]
+    if not groups:
+        return None
+    sizes = [_bytes(*array) for array in _ARRAY.findall(result)]
+    total, n = sum(sizes), max(map(len, groups))
+    received = {
+        "all-reduce": 2 * total * (n - 1) // n,
+        "all-gather": total * (n - 1) // n,
+        "all-to-all": total * (n - 1) // n,
+        "reduce-scatter": total * (n - 1),
+    }
+    axes = _axes(groups, mesh)
+    return _Operation(kind, axes, len(sizes), total, received.get(kind, total))
+
+
+def _elements(shape: str) -> list[str]:
+    """Return the elements of a tuple of shapes, such as "(f32[2]{0}, (f32[4]{0}, u32[]))"."""
+    parts, depth = [""], 0
+    for letter in shape.strip()[1:-1]:
+        depth += (letter in "([{") - (letter in ")]}")
+        if letter == "," and not depth:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return parts
+
+
+def _bytes(dtype: str, bits: str, dims: str) -> int:
+    """Return the size of an array such as bf16[8,1024]; types without bits are bool or tokens."""
+    size = int(bits) if bits else 8 * (dtype == "pred")
+    return -(-size * math.prod(_integers(dims)) // 8)
+
+
+def _axes(groups: list[list[int]], mesh: Mesh) -> tuple[str, ...]:
+    """Return the axes along which the devices of a group differ. Ids count along the mesh."""
+    shape = tuple(mesh.shape.values())
+    differ = np.zeros(len(shape), bool)
+    for group in groups:
+        places = np.stack(np.unravel_index(group, shape), axis=1)  # [devices, axes]
+        differ |= np.ptp(places, axis=0) > 0
+    return tuple(name for name, is_split in zip(mesh.axis_names, differ, strict=True) if is_split)
+
+
+def _groups(line: str, mesh: Mesh) -> list[list[int]]:
+    """Return the ids of the devices that take part in a collective together, in XLA's three forms.
+
+    {{0,1},{2,3}}                                    every id
+    [2,2]<=[2,2]T(1,0)                               ids that are counted, transposed and reshaped
+    mesh['a'=2,'b'=2], device_ids=([4]) {'a'}        those along some axes of a mesh
+    """
+    if match := _IOTA.search(line):
+        return _iota(match[2]).reshape(_integers(match[1])).tolist()
+    if match := _OF_MESH.search(line):
+        return list(_groups_of_mesh(*match.groups()))
+    match = _EXPLICIT.search(line)
+    groups = [_integers(group) for group in re.findall(r"\{([\d,]*)\}", match[1] if match else "")]
+    return groups or [list(range(mesh.size))]
+
+
+def _groups_of_mesh(sizes: str, ids: str | None, axes: str) -> Iterator[list[int]]:
+    shape = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", sizes)}
+    count = math.prod(shape.values())
+    devices = np.arange(count)
+    if ids is not None:
+        devices = _iota(ids) if ids.startswith("[") else np.array(_integers(ids))
+    places = dict(
+        zip(shape, np.unravel_index(np.arange(count), tuple(shape.values())), strict=True)
+    )
+    # A part of an axis, as in 'a':(2)4, is the 4 in a reshape of the axis to 2 x 4 x the rest.
+    for name, before, part in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", axes):
+        size = int(part or shape[name])
+        rest = shape[name] // (int(before or 1) * size)
+        places[name] = places[name] - places[name] // rest % size * rest
+    keys = np.stack(list(places.values()), axis=1)
+    for key in np.unique(keys, axis=0):
+        yield devices.ravel()[(keys == key).all(axis=1)].tolist()
+
+
+def _iota(text: str) -> np.ndarray:
+    """Return the array that "[4,2]T(1,0)" stands for."""
+    shape, _, order = text.partition("]")
+    dims = _integers(shape.strip("["))
+    array = np.arange(math.prod(dims)).reshape(dims)
+    return array.transpose(_integers(order.strip("T()"))) if order else array
+
+
+def _integers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",") if part]
