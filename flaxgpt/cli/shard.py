@@ -11,12 +11,12 @@ from typing import Any, Literal
 import jax
 import tyro
 
-from flaxgpt._checks import check_size
+from flaxgpt._checks import check_context, check_size
 from flaxgpt.cli import tables
 from flaxgpt.cli.common import progress, say
 from flaxgpt.config import PRESETS, GPTConfig
 from flaxgpt.plan import step_cost
-from flaxgpt.sharding import batch_parts, make_mesh, parse_mesh
+from flaxgpt.sharding import make_mesh, parse_mesh
 from flaxgpt.training.config import TrainConfig
 from flaxgpt.weights import read_config
 
@@ -75,20 +75,21 @@ class ShardCommand:
         """Print to standard output."""
         cfg, sizes = self._config(), _sizes(self.mesh)
         length = cfg.context_length if self.length is None else self.length
+        check_context(cfg.context_length, length)
+        parts = sizes["data"] * sizes.get("fsdp", 1) * check_size("--accumulate", self.accumulate)
+        if check_size("--batch", self.batch) % parts:
+            raise ValueError(
+                f"--batch {self.batch} must be a multiple of {parts}, the number of parts into "
+                f"which data, fsdp and --accumulate split it: use --batch {parts}, for example"
+            )
         train_cfg = TrainConfig(
-            batch_size=check_size("--batch", self.batch),
-            accumulate=check_size("--accumulate", self.accumulate),
+            batch_size=self.batch,
+            accumulate=self.accumulate,
             optimizer=self.optimizer,
             dtype=self.dtype,
             remat=self.remat,
         )
         mesh = make_mesh(**sizes, devices=_devices(math.prod(sizes.values())))
-        parts = batch_parts(mesh) * self.accumulate
-        if self.batch % parts:
-            raise ValueError(
-                f"--batch {self.batch} must be a multiple of {parts}, the parts into which "
-                f"--mesh {self.mesh} and --accumulate {self.accumulate} split it"
-            )
         with progress(f"compiling {cfg.n_layers} blocks for {mesh.size} devices"):
             cost = step_cost(cfg, train_cfg, mesh, length)
         if self.json:

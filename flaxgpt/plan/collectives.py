@@ -40,6 +40,10 @@ _CALL = re.compile(
     r"\b(calls|to_apply|body|condition|true_computation|false_computation|branch_computations"
     r"|called_computations)=(?:\{([^}]*)\}|(%?[\w.\-]+))"
 )
+# XLA for TPU spreads an operation over the fusions that run meanwhile, where it appears again.
+_CHAINED = re.compile(r'channel_id=(\d+),.*\bchain_id="')
+# It also writes a reduce-scatter as a fusion of this name, with an all-reduce in it.
+_REDUCE_SCATTER = "all-reduce-scatter"
 _TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _ARRAY = re.compile(r"\b([a-z]+(\d*)[a-z0-9]*)\[([\d,]*)\]")
 _EXPLICIT = re.compile(r"(?:replica_groups|source_target_pairs)=\{((?:\{[\d,]*\},?)*)\}")
@@ -115,6 +119,7 @@ def collectives(text: str, mesh: Mesh) -> tuple[Collective, ...]:
 def _read(text: str, mesh: Mesh) -> tuple[str, dict[str, Any], dict[str, list[_Operation]]]:
     """Return the entry, and by computation what it calls how often, and its collectives."""
     entry = computation = ""
+    chains = set[str]()
     calls: dict[str, Any] = collections.defaultdict(collections.Counter)
     operations: dict[str, list[_Operation]] = collections.defaultdict(list)
     for line in text.splitlines():
@@ -128,13 +133,21 @@ def _read(text: str, mesh: Mesh) -> tuple[str, dict[str, Any], dict[str, list[_O
             times = int(stated[1]) if stated else 1
             for name in re.findall(r"[\w.\-]+", several or one):
                 calls[computation][name, times] += 1
-        if (operation := _operation(line, mesh)) is not None:
+        chained = _CHAINED.search(line)
+        if chained and chained[1] in chains:
+            continue
+        is_scattered = computation.startswith(_REDUCE_SCATTER)
+        if (operation := _operation(line, mesh, is_scattered)) is not None:
             operations[computation].append(operation)
+            chains |= {chained[1]} if chained else set()
     return entry, calls, operations
 
 
-def _operation(line: str, mesh: Mesh) -> _Operation | None:
-    """Return the collective on a line, or None if there is none or it moves nothing."""
+def _operation(line: str, mesh: Mesh, is_scattered: bool) -> _Operation | None:
+    """Return the collective on a line, or None if there is none or it moves nothing.
+
+    An all-reduce whose result `is_scattered` is a reduce-scatter.
+    """
     if not any(kind in line for kind in _KINDS):
         return None
     line = re.sub(r"/\*.*?\*/", "", line)
@@ -148,6 +161,8 @@ def _operation(line: str, mesh: Mesh) -> _Operation | None:
         return None
     sizes = [_bytes(*array) for array in _ARRAY.findall(result)]
     total, n = sum(sizes), max(map(len, groups))
+    if is_scattered and kind == "all-reduce":
+        kind, total = "reduce-scatter", total // n
     received = {
         "all-reduce": 2 * total * (n - 1) // n,
         "all-gather": total * (n - 1) // n,
