@@ -59,7 +59,7 @@ class ShardCommand:
     """Dtype to compute in; weights and optimizer state are float32."""
 
     remat: bool = False
-    """Recompute each block's activations in the backward pass, which has no effect on CPU."""
+    """Recompute each block's activations in the backward pass, which saves little on CPU."""
 
     n_layers: int | None = None
     """Number of blocks, instead of the model's."""

@@ -18,8 +18,8 @@ from flaxgpt.plan import StepCost
 _PURPOSES = ("generation", "training", "training, remat")
 _NO_REMAT = "remat saves no memory on CPU, where XLA undoes it"
 _ON_CPU = """\
-XLA for CPU computes bfloat16 in float32, makes an all-reduce of what is a reduce-scatter on GPU and
-TPU, which receives half as much, and undoes remat
+XLA for CPU computes bfloat16 in float32, undoes most of remat, and sums with an all-reduce where
+XLA for TPU uses a reduce-scatter, which receives half as much
 """
 
 
@@ -106,15 +106,15 @@ def print_largest_batches(
 
 def print_step_cost(cost: StepCost, batch: int, length: int) -> None:
     """Print what a training step costs on each device of a mesh."""
-    mesh = " x ".join(f"{name}={size}" for name, size in cost.mesh)
+    mesh = " x ".join(f"{name}={size}" for name, size in cost.mesh if size > 1) or "no mesh"
     sizes = {
         "weights": cost.weights,
         "optimizer state": cost.optimizer,
-        "temporaries: activations, gradients, gathered weights": cost.temporaries,
-        f"  of which gradients, {_bytes(cost.gradients)}": None,
+        "activations and other temporaries": cost.temporaries,
+        "  gradients among them": cost.gradients,
         "peak": cost.peak,
     }
-    lines = [(name, "" if size is None else _bytes(size)) for name, size in sizes.items()]
+    lines = [(name, _bytes(size)) for name, size in sizes.items()]
     _print_table([f"memory per device, {mesh}, {batch} x {length} ids", "size"], lines)
     say("\n")
     columns = ["collectives of a step", "axes", "operations", "arrays", "result", "received"]

@@ -2,9 +2,9 @@
 
 The step is the real `train_step`, compiled for arrays that have a shape and a sharding but no data.
 Weights, optimizer state and gradients are counted from the rules, exactly. The rest is what XLA
-says about the program that it compiled, and so holds for its platform: on simulated CPU devices,
-bfloat16 is computed in float32, the sums that GPU and TPU scatter are computed whole
-(an all-reduce instead of a reduce-scatter), and `remat` has no effect.
+says about the program that it compiled, and holds for its platform. On simulated CPU devices,
+bfloat16 is computed in float32, `remat` saves little, and gradients that are split along `fsdp` are
+summed by an all-reduce, where XLA for TPU uses a reduce-scatter.
 """
 
 from __future__ import annotations
