@@ -235,7 +235,7 @@ def _restore(
     """Return the state of the newest checkpoint, and move to its batch, or start the run."""
     if checkpoints.latest_step() is None:
         return init_state(run.cfg, run.train_cfg, run.params, mesh=mesh, rules=rules)
-    template = abstract_state(run.cfg, run.train_cfg, mesh, rules)
+    template = abstract_state(run.cfg, run.train_cfg, mesh=mesh, rules=rules)
     restored = checkpoints.restore(_arrays(template))
     run.batches.set_state(restored.data)
     return dataclasses.replace(template, **restored.state)

@@ -115,26 +115,6 @@ def init_state(
 def abstract_state(
     cfg: GPTConfig,
     train_cfg: TrainConfig,
-    mesh: Mesh | None = None,
-    rules: ShardRules | None = None,
-) -> TrainState:
-    """Return a state of `jax.ShapeDtypeStruct`s like that of `init_state`, without computing it."""
-    state = jax.eval_shape(partial(init_state, cfg, train_cfg))
-    if mesh is None:
-        return state
-    mesh, rules = check_mesh(mesh), shard_rules(cfg) if rules is None else rules
-    shardings = rules.shardings(state, mesh)
-    state = jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        state,
-        shardings,
-    )
-    return dataclasses.replace(state, mesh=mesh, rules=rules)
-
-
-def abstract_state(
-    cfg: GPTConfig,
-    train_cfg: TrainConfig,
     *,
     mesh: Mesh | None = None,
     rules: ShardRules | None = None,
@@ -152,19 +132,13 @@ def abstract_state(
     Raises:
         ValueError: as for `init_state`.
     """
-    state = jax.eval_shape(partial(init_state, cfg, train_cfg, mesh=mesh, rules=rules))
-    mesh, rules = state.mesh, state.rules
-    if mesh is None or rules is None:
+    state = jax.eval_shape(partial(init_state, cfg, train_cfg))
+    if mesh is None:
         return state
-    whole = NamedSharding(mesh, PartitionSpec())
-    shardings = dataclasses.replace(
-        state,
-        params=rules.shardings(state.params, mesh),
-        opt_state=rules.shardings(state.opt_state, mesh),
-        step=whole,
-        key=whole,
-    )
-    return jax.tree.map(lambda x, s: x.update(sharding=s), state, shardings)
+    mesh, rules = check_mesh(mesh), shard_rules(cfg) if rules is None else rules
+    check_rows(train_cfg, mesh)
+    split = jax.tree.map(lambda x, s: x.update(sharding=s), state, rules.shardings(state, mesh))
+    return dataclasses.replace(split, mesh=mesh, rules=rules)
 
 
 def check_rows(train_cfg: TrainConfig, mesh: Mesh) -> None:
