@@ -77,7 +77,7 @@ def generate(
     new = out[:, request.prompt_length : request.final_length]
     ends = {NOT_A_NUMBER, *sampling.stop_ids}
     rows = []
-    for i, row in enumerate(new.tolist()):
+    for i, row in enumerate(new[: request.rows].tolist()):
         length = next((n + 1 for n, token in enumerate(row) if token in ends), len(row))
         check_number(row[length - 1], i, length - 1)
         rows.append(row[:length])

@@ -53,6 +53,7 @@ class Request:
     prompt_length: Any  # int32 [], ids in the longest prompt
     final_length: Any  # int32 [], `prompt_length` plus the number of new ids
     allowed: Any = None  # bool [V], the ids that may be chosen; None for all
+    rows: Any = None  # int32 [], rows that count, the others being copies; None for all
 
 
 @jax.tree_util.register_dataclass
@@ -104,11 +105,12 @@ def prefill(
 ) -> tuple[DecodeState, jax.Array]:
     """Return the state after the prompts and the first new ids, int32 [B]; see `decode`."""
     batch = ids.shape[0]
+    done = jnp.zeros(batch, bool) if request.rows is None else jnp.arange(batch) >= request.rows
     state = DecodeState(
         ids=jnp.zeros((batch, plan.width), jnp.int32).at[:, : plan.prompt_width].set(ids),
         length=jnp.asarray(request.prompt_length, jnp.int32),
         start=start,
-        done=jnp.zeros(batch, bool),
+        done=done,
         cache=dataclasses.replace(cache, start=start),
     )
     state, new = _step(read, request, state, ids, request.prompt_length - 1)

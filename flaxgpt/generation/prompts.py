@@ -21,7 +21,7 @@ from flaxgpt.generation.programs import Program
 from flaxgpt.generation.sampling import NOT_A_NUMBER, Sampling
 from flaxgpt.model import param_shapes
 from flaxgpt.platform import platform_of
-from flaxgpt.sharding import mesh_of, to_automatic
+from flaxgpt.sharding import batch_parts, mesh_of, to_automatic
 from flaxgpt.typing import Params
 
 
@@ -61,6 +61,10 @@ def prepare(
     dtype = check_dtype(dtype)
 
     rows = [row[-cfg.context_length :] for row in rows]  # the model reads no further back
+    mesh, count = mesh_of(params), len(rows)
+    if copies := -count % batch_parts(mesh):  # every device gets as many rows
+        rows += copies * rows[-1:]
+        key = key[np.minimum(np.arange(len(rows)), count - 1)] if key.ndim else key
     longest = max(map(len, rows))
     prompt_width = min(bucket(longest), cfg.context_length)
     # From the bucket, not the length, so that all lengths in it share one plan.
@@ -87,10 +91,11 @@ def prepare(
         prompt_length=np.int32(longest),
         final_length=np.int32(longest + max_new_tokens),
         allowed=sampling.allowed,
+        rows=np.int32(count) if copies else None,
     )
-    # Convert once here instead of in each step.
     params = to_automatic(params)
-    program = Program(cfg, plan, platform_of(params), dtype, mesh_of(params))
+    program = Program(cfg, plan, platform_of(params), dtype, mesh)
+    # Convert once here instead of in each step.
     params = params if dtype == jnp.float32 else _cast_matrices(params, dtype)
     return Prepared(program, params, request, ids, start)
 
