@@ -219,14 +219,17 @@ def _open(
 
     is_new, existed = not resumes(train_cfg, out), out.exists()
     run = in_step(lead)
-    if is_new and jax.process_count() > 1:  # else `start_run` has done it
-        try:
+    if jax.process_count() == 1:
+        assert run is not None
+        return run
+    try:
+        if is_new:
             check_folder(out)
-        except OSError:
-            if is_first():
-                remove_inputs(out, existed)
-            raise
-    return in_step(lambda: join_run(cfg, train_cfg, out, say, share) if run is None else run)
+        return in_step(lambda: join_run(cfg, train_cfg, out, say, share) if run is None else run)
+    except (OSError, ValueError):
+        if is_new and is_first():
+            remove_inputs(out, existed)
+        raise
 
 
 def _restore(

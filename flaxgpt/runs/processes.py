@@ -59,7 +59,6 @@ def connect(
         OSError: the coordinator cannot be reached, or not all processes connect within a minute.
         RuntimeError: JAX has already been used in this process.
     """
-    _explain_aborts()
     limits: dict[str, Any] = {
         "initialization_timeout": CONNECTING_SECONDS,
         "heartbeat_timeout_seconds": HEARTBEAT_SECONDS,
@@ -68,6 +67,7 @@ def connect(
     if missing := [f"--{name}" for name, value in given.items() if value is None]:
         if len(missing) < len(given):
             raise ValueError(f"{listed(missing)} is missing: give all three, or none of them")
+        _explain_aborts()
         try:
             jax.distributed.initialize(**limits)
         except ValueError as error:
@@ -83,11 +83,8 @@ def connect(
     host, colon, port = coordinator.rpartition(":")
     if not colon or not host or not port.isdecimal() or not 0 < int(port) < 2**16:
         raise ValueError(f"coordinator={coordinator!r} must be HOST:PORT, such as 10.0.0.1:1234")
-    deadline = time.monotonic() + CONNECTING_SECONDS
-    if number == 0:
-        _wait_for_others(int(port), count, deadline)
-    else:
-        _report_to_first(host.strip("[]"), int(port), number, count, deadline)
+    meet(host.strip("[]"), int(port), number, count)
+    _explain_aborts()
     jax.distributed.initialize(coordinator, count, number, **limits)
 
 
@@ -113,8 +110,24 @@ def _hello(number: int, count: int) -> dict[str, Any]:
     return {"process_id": number, "processes": count, **versions}
 
 
-def _wait_for_others(port: int, count: int, deadline: float) -> None:
+def meet(
+    host: str, port: int, number: int, count: int, seconds: float = CONNECTING_SECONDS
+) -> None:
+    """Wait until all processes have reported to process 0 at this address, for some seconds.
+
+    Raises:
+        ValueError: the processes do not fit together; all that have reported raise it.
+        OSError: the address cannot be reached or used.
+    """
+    if number == 0:
+        _wait_for_others(port, count, seconds)
+    else:
+        _report_to_first(host, port, number, count, seconds)
+
+
+def _wait_for_others(port: int, count: int, seconds: float) -> None:
     """Let all other processes report, and answer each of them with what is wrong, or nothing."""
+    deadline = time.monotonic() + seconds
     try:
         server = socket.create_server(("", port), backlog=count)
     except OSError as error:
@@ -135,7 +148,7 @@ def _wait_for_others(port: int, count: int, deadline: float) -> None:
             except TimeoutError:
                 fault = (
                     f"process {listed(absent)} of {count} did not connect within "
-                    f"{CONNECTING_SECONDS} s: start all of them, with --process-id 0 to {count - 1}"
+                    f"{seconds:g} s: start all of them, with --process-id 0 to {count - 1}"
                 )
                 break
             except (OSError, ValueError):  # not one of ours
@@ -168,9 +181,9 @@ def _unfit(hello: dict[str, Any], count: int, waiting: Mapping[int, Any]) -> str
     return ""
 
 
-def _report_to_first(host: str, port: int, number: int, count: int, deadline: float) -> None:
+def _report_to_first(host: str, port: int, number: int, count: int, seconds: float) -> None:
     """Report to process 0, and raise ValueError if something is wrong."""
-    reason = ""
+    deadline, reason = time.monotonic() + seconds, ""
     while True:
         try:
             connection = socket.create_connection((host, port), timeout=5)
@@ -179,7 +192,7 @@ def _report_to_first(host: str, port: int, number: int, count: int, deadline: fl
             reason = error.strerror or str(error)
         if time.monotonic() > deadline:
             raise OSError(
-                f"the coordinator {host}:{port} could not be reached within {CONNECTING_SECONDS} s "
+                f"the coordinator {host}:{port} could not be reached within {seconds:g} s "
                 f"({reason}): start process 0 there, and check the address and the firewall"
             )
         time.sleep(0.2)
@@ -187,7 +200,7 @@ def _report_to_first(host: str, port: int, number: int, count: int, deadline: fl
         try:
             _write_line(connection, _hello(number, count))
             # Process 0 waits for the others meanwhile, and started at another time.
-            answer = _read_line(connection, time.monotonic() + 2 * CONNECTING_SECONDS)
+            answer = _read_line(connection, time.monotonic() + 2 * seconds)
         except (OSError, ValueError) as error:
             raise OSError(
                 f"process 0 at {host}:{port} stopped while the processes connected: see its output"

@@ -17,8 +17,8 @@ from flaxgpt._checks import listed, value_errors
 from flaxgpt._files import foreign_files, is_temporary
 from flaxgpt.config import GPTConfig, check_config
 from flaxgpt.data import TextScan
-from flaxgpt.runs.folder import Hashes, Run, Say, read_config, write_config
-from flaxgpt.runs.texts import Texts, scan_files, tokenize_files
+from flaxgpt.runs.folder import Run, Say, read_config, write_config
+from flaxgpt.runs.texts import scan_files, tokenize_files
 from flaxgpt.tokenizer import TOKENIZER_NAMES, CharTokenizer, Tokenizer, load_tokenizer
 from flaxgpt.tokenizer.folder import (
     FILE_NAME,
@@ -102,7 +102,11 @@ def join_run(
             f"{out} is not there, but process 0 has it: use a folder that all processes share"
         ) from error
     texts = scan_files(train_cfg, old)
-    _check_hashes(out, hashes, texts)
+    if any(now not in (None, was) for was, now in zip(hashes, texts.hashes, strict=True)):
+        raise ValueError(
+            f"the text {listed(train_cfg.data)} is not the one that process 0 has: give all "
+            "processes the same files"
+        )
     tokenizer, params = read_tokenizer(out), None
     assert tokenizer is not None
     train_cfg = dataclasses.replace(train_cfg, init_from=old.init_from)
@@ -115,16 +119,6 @@ def join_run(
 def has_checkpoints(out: Path) -> bool:
     """Return whether the folder of a run has checkpoints."""
     return any(path.name.isdecimal() for path in (out / "checkpoints").glob("*"))
-
-
-def _check_hashes(out: Path, hashes: Hashes, texts: Texts) -> None:
-    for was, now in zip(hashes, texts.hashes, strict=True):
-        if now not in (None, was):
-            raise ValueError(
-                f"the text has changed since the run in {out} started: its SHA-256 was "
-                f"{str(was)[:12]}... and is now {now[:12]}... Restore the old text, or start a new "
-                "run in another folder"
-            )
 
 
 def resume_run(
@@ -146,7 +140,13 @@ def resume_run(
     texts = scan_files(train_cfg, old)
     if texts.training is None:
         say(f"{listed(train_cfg.data)} no longer exists: using its ids in {out / 'data'}")
-    _check_hashes(out, hashes, texts)
+    for was, now in zip(hashes, texts.hashes, strict=True):
+        if now not in (None, was):
+            raise ValueError(
+                f"the text has changed since the run in {out} started: its SHA-256 was "
+                f"{str(was)[:12]}... and is now {now[:12]}... Restore the old text, or start a new "
+                "run in another folder"
+            )
     train_cfg = dataclasses.replace(train_cfg, init_from=old.init_from)
     tokenizer, params = read_tokenizer(out), None
     if tokenizer is None:  # killed before it was saved
@@ -172,7 +172,7 @@ def _check_outside(out: Path, paths: Iterable[str]) -> None:
 
 def remove_inputs(out: Path, existed: bool) -> None:
     """Remove what `start_run` has written, and no other files."""
-    for name in ("config.json", FILE_NAME, "tokenizer.json"):
+    for name in ("config.json", FILE_NAME, "tokenizer.json", ".lock"):
         (out / name).unlink(missing_ok=True)
     for name in ("train.npy", "train.json", "val.npy", "val.json"):
         (out / "data" / name).unlink(missing_ok=True)
