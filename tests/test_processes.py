@@ -139,6 +139,16 @@ def test_two_processes_have_the_losses_of_one_and_only_the_first_reports(
     assert training.messages()[1] == ""
 
 
+@pytest.mark.slow
+def test_one_process_trains_on_several_devices(alone, text, tmp_path):
+    environment = QUICK | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    command = [*COMMAND, "train", "--data", text, "--out", tmp_path / "run", *SETTINGS]
+    subprocess.run(
+        [*command, "--mesh=fsdp=2,tensor=2"], env=environment, check=True, capture_output=True
+    )
+    assert_close(losses(tmp_path / "run"), alone)
+
+
 @pytest.fixture(scope="module")
 def stopped(text, tmp_path_factory):
     """A run of two processes that has a checkpoint of step 6, and what it would have become."""

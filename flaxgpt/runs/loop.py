@@ -144,6 +144,9 @@ def train(
     check_same(_settings(cfg, train_cfg, out, mesh))
     if mesh is None and jax.process_count() > 1:
         mesh = make_mesh()
+    if mesh is None and jax.device_count() > 1:
+        count = jax.device_count()
+        say(f"training on 1 of {count} devices; --mesh data={count}, for example, uses all")
     if mesh is not None:
         mesh, rules = check_mesh(mesh), shard_rules(cfg) if rules is None else rules
         check_rows(train_cfg, mesh)
