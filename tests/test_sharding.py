@@ -8,10 +8,11 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
 import flaxgpt
 from command import QUICK
-from flaxgpt.sharding import automatic, to_automatic
+from flaxgpt.sharding import activation_sharding, automatic, to_automatic
 
 FOLDER = Path(__file__).parent / "devices"
 
@@ -26,6 +27,21 @@ def test_cases_pass_on_eight_simulated_devices(name, selection):
         command, env={**os.environ, **QUICK, **settings}, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout[-5000:]
+
+
+@pytest.mark.parametrize(
+    ("letters", "shape", "expected"),
+    [
+        ("BTV", (8, 5, 48), (("data", "fsdp"), None, ("tensor",))),
+        ("BTV", (8, 5, 49), (("data", "fsdp", "tensor"), None, None)),
+        ("BTV", (4, 5, 49), (("data", "fsdp"), None, None)),
+        ("BNTH", (8, 3, 5, 2), (("data", "fsdp"), None, None, None)),
+        ("V", (49,), (None,)),
+    ],
+)
+def test_logits_are_split_by_rows_if_not_by_vocabulary(letters, shape, expected):
+    mesh = jax.sharding.AbstractMesh((2, 2, 2), ("data", "fsdp", "tensor"))
+    assert activation_sharding(letters, shape, mesh).spec == PartitionSpec(*expected)
 
 
 def test_arrays_on_one_device_are_passed_on_as_they_are():

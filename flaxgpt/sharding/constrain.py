@@ -24,7 +24,8 @@ def constrain(x: jax.Array, letters: str) -> jax.Array:
     """Return `x`, split over the mesh in force as the table says.
 
     Without a mesh in force, or with one of other axes, this does nothing, and adds nothing to the
-    compiled program. An axis that does not divide a dimension does not split it.
+    compiled program. An axis that does not divide a dimension does not split it. Logits are too
+    large for that: where no axis divides the vocabulary, as GPT-2's 50257, its axes split the rows.
 
     Args:
         x: an array.
@@ -51,6 +52,8 @@ def activation_sharding(letters: str, shape: tuple[int, ...], mesh: Any) -> Name
         fitting(ACTIVATIONS.get(letter, ()), size, sizes)
         for letter, size in zip(letters, shape, strict=True)
     ]
+    if letters[0] == "B" and letters[-1] == "V" and entries[-1] is None:
+        entries[0] = fitting((*ACTIVATIONS["B"], *ACTIVATIONS["V"]), shape[0], sizes)
     return NamedSharding(mesh, PartitionSpec(*entries))
 
 
