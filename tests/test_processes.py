@@ -10,6 +10,7 @@ import subprocess
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -136,7 +137,7 @@ def test_two_processes_have_the_losses_of_one_and_only_the_first_reports(
     assert codes == [0, 0], training.messages()
     assert_close(losses(tmp_path / "run"), alone)
     assert outputs == [f"{tmp_path / 'run' / 'model'}\n", ""]
-    assert training.messages()[1] == ""
+    assert "step" not in training.messages()[1]
 
 
 @pytest.mark.slow
@@ -214,8 +215,12 @@ def test_killing_one_process_stops_the_others_and_the_run_resumes(victim, group,
     training.processes[victim].kill()
     codes, _ = training.wait(60)
     assert codes[1 - victim] == 1
-    last = training.messages()[1 - victim].splitlines()[-1]
-    assert last.startswith("flaxgpt: another process has stopped or cannot be reached")
+    message = training.messages()[1 - victim]
+    if jax.__version_info__ < (0, 8):  # JAX ends the process in a way that cannot be caught
+        assert "another task died" in message or "flaxgpt: another process" in message
+    else:
+        last = message.splitlines()[-1]
+        assert last.startswith("flaxgpt: another process has stopped or cannot be reached")
     done = metrics(tmp_path / "run")[-1]["step"]
     steps = f"--steps={done + 3}"
     again = group(2, tmp_path / "run", "--init-from", tmp_path / "run", steps)

@@ -61,6 +61,7 @@ def prepare(
     dtype = check_dtype(dtype)
 
     rows = [row[-cfg.context_length :] for row in rows]  # the model reads no further back
+    params = to_automatic(params)
     mesh, count = mesh_of(params), len(rows)
     if copies := -count % batch_parts(mesh):  # every device gets as many rows
         rows += copies * rows[-1:]
@@ -93,7 +94,6 @@ def prepare(
         allowed=sampling.allowed,
         rows=np.int32(count) if copies else None,
     )
-    params = to_automatic(params)
     program = Program(cfg, plan, platform_of(params), dtype, mesh)
     # Convert once here instead of in each step.
     params = params if dtype == jnp.float32 else _cast_matrices(params, dtype)
