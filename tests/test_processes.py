@@ -7,6 +7,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import jax
 import numpy as np
 import pytest
 
+import flaxgpt
 from command import COMMAND, QUICK
 from flaxgpt.runs.processes import connect, meet
 
@@ -205,6 +207,44 @@ def test_a_model_is_fine_tuned_by_several_processes(stopped, group, text, tmp_pa
     alone = [*COMMAND, "train", "--init-from", source, "--out", tmp_path / "alone", *options]
     subprocess.run(list(map(str, alone)), env=QUICK, check=True, capture_output=True)
     assert_close(losses(tmp_path / "run"), losses(tmp_path / "alone"))
+
+
+LIBRARY = """
+import sys
+import flaxgpt
+from flaxgpt.runs.processes import connect
+
+connect(sys.argv[1], int(sys.argv[2]), 2)
+mesh = flaxgpt.make_mesh(fsdp=2)
+cfg, params, tokenizer = flaxgpt.load("tales", mesh=mesh)
+flaxgpt.save(sys.argv[3], cfg, params, tokenizer=tokenizer)
+cfg, params, tokenizer = flaxgpt.load(sys.argv[3], mesh=mesh)
+print(flaxgpt.generate_text(cfg, params, tokenizer, ["Once upon a time", "A"], 12))
+print(flaxgpt.score(cfg, params, [[1, 2, 3], [4, 5, 6]]).sum().round(3))
+"""
+
+
+@pytest.mark.slow
+def test_a_model_is_loaded_saved_and_used_by_two_processes(tmp_path):
+    address = f"localhost:{free_port()}"
+    environment = QUICK | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", LIBRARY, address, str(i), str(tmp_path / "saved")],
+            stdout=subprocess.PIPE,
+            env=environment,
+        )
+        for i in range(2)
+    ]
+    outputs = [process.communicate(timeout=200)[0].decode() for process in processes]
+    cfg, params, tokenizer = flaxgpt.load("tales")
+    texts = flaxgpt.generate_text(cfg, params, tokenizer, ["Once upon a time", "A"], 12)
+    total = flaxgpt.score(cfg, params, [[1, 2, 3], [4, 5, 6]]).sum().round(3)
+    for output in outputs:
+        lines = [line for line in output.splitlines() if not line.startswith("[Gloo]")]
+        assert lines == [str(texts), str(total)]
+    _, saved, _ = flaxgpt.load(tmp_path / "saved")
+    jax.tree.map(np.testing.assert_array_equal, saved, params)
 
 
 @pytest.mark.slow

@@ -28,7 +28,6 @@ from flaxgpt.runs.processes import (
     LOST,
     LostProcessError,
     check_same,
-    gather_on_first,
     in_step,
     is_first,
     largest,
@@ -40,10 +39,10 @@ from flaxgpt.sharding import (
     Mesh,
     ShardRules,
     check_mesh,
+    gather_on_first,
     make_mesh,
     place_rows,
     shard_rules,
-    share_of_rows,
 )
 from flaxgpt.tokenizer import text_ids
 from flaxgpt.training.config import TrainConfig
@@ -208,15 +207,14 @@ def _open(
     say: Say,
 ) -> Run:
     """Start or resume the run: process 0 changes its folder, and the others wait."""
-    share = share_of_rows(mesh, train_cfg.batch_size)
 
     def lead() -> Run | None:
         if not is_first():
             return None
         if resumes(train_cfg, out):
             stack.enter_context(lock_run(out))  # before any of its files is changed
-            return resume_run(cfg, train_cfg, out, say, share)
-        run = start_run(cfg, train_cfg, out, say, share)
+            return resume_run(cfg, train_cfg, out, say, mesh)
+        run = start_run(cfg, train_cfg, out, say, mesh)
         stack.enter_context(lock_run(out))
         return run
 
@@ -228,7 +226,7 @@ def _open(
     try:
         if is_new:
             check_folder(out)
-        return in_step(lambda: join_run(cfg, train_cfg, out, say, share) if run is None else run)
+        return in_step(lambda: join_run(cfg, train_cfg, out, say, mesh) if run is None else run)
     except (OSError, ValueError):
         if is_new and is_first():
             remove_inputs(out, existed)

@@ -288,16 +288,3 @@ def _gather(text: str) -> list[str]:
     padded[: data.size] = data
     rows = multihost_utils.process_allgather(padded)
     return [bytes(row[:size]).decode() for row, size in zip(rows, sizes, strict=True)]
-
-
-def gather_on_first(tree: Any) -> Any:
-    """Return the arrays of a tree as NumPy arrays, one after another; empty ones elsewhere.
-
-    Call it in all processes. Only process 0 keeps the values.
-    """
-
-    def gather(leaf: Any) -> np.ndarray:
-        whole = np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
-        return whole if is_first() else np.empty(0, whole.dtype)
-
-    return tree if jax.process_count() == 1 else jax.tree.map(gather, tree)

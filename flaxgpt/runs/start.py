@@ -19,6 +19,7 @@ from flaxgpt.config import GPTConfig, check_config
 from flaxgpt.data import TextScan
 from flaxgpt.runs.folder import Run, Say, read_config, write_config
 from flaxgpt.runs.texts import scan_files, tokenize_files
+from flaxgpt.sharding import Mesh
 from flaxgpt.tokenizer import TOKENIZER_NAMES, CharTokenizer, Tokenizer, load_tokenizer
 from flaxgpt.tokenizer.folder import (
     FILE_NAME,
@@ -53,7 +54,7 @@ def resumes(train_cfg: TrainConfig, out: Path) -> bool:
 
 
 def start_run(
-    cfg: GPTConfig, train_cfg: TrainConfig, out: Path, say: Say, share: tuple[int, int] = (0, 1)
+    cfg: GPTConfig, train_cfg: TrainConfig, out: Path, say: Say, mesh: Mesh | None = None
 ) -> Run:
     """Check all inputs of a new run, then create its folder and tokenize its texts.
 
@@ -71,7 +72,7 @@ def start_run(
         raise ValueError("data is empty: give at least one text file")
     _check_outside(out, (*train_cfg.data, *train_cfg.validation_data))
     texts = scan_files(train_cfg)
-    params, tokenizer = _initial_model(cfg, train_cfg, texts.training)
+    params, tokenizer = _initial_model(cfg, train_cfg, texts.training, mesh)
     out.mkdir(parents=True, exist_ok=True)
     try:
         if jax.process_count() == 1:
@@ -81,16 +82,14 @@ def start_run(
             check_folder(out)
         write_config(out, cfg, train_cfg, texts.hashes)
         save_tokenizer(tokenizer, out)
-        data = tokenize_files(cfg, train_cfg, out, tokenizer, texts, say, share)
+        data = tokenize_files(cfg, train_cfg, out, tokenizer, texts, say, mesh)
     except BaseException:
         remove_inputs(out, existed)
         raise
     return Run(out, cfg, train_cfg, tokenizer, params, *data)
 
 
-def join_run(
-    cfg: GPTConfig, train_cfg: TrainConfig, out: Path, say: Say, share: tuple[int, int]
-) -> Run:
+def join_run(cfg: GPTConfig, train_cfg: TrainConfig, out: Path, say: Say, mesh: Mesh | None) -> Run:
     """Return the run that another process has started or resumed; no file is changed.
 
     Raises ValueError if this process has other texts, OSError if it does not see the folder.
@@ -111,8 +110,8 @@ def join_run(
     assert tokenizer is not None
     train_cfg = dataclasses.replace(train_cfg, init_from=old.init_from)
     if not has_checkpoints(out):
-        params, _ = _load_source(cfg, train_cfg)
-    data = tokenize_files(cfg, train_cfg, out, tokenizer, texts, say, share)
+        params, _ = _load_source(cfg, train_cfg, mesh)
+    data = tokenize_files(cfg, train_cfg, out, tokenizer, texts, say, mesh)
     return Run(out, cfg, train_cfg, tokenizer, params, *data)
 
 
@@ -122,7 +121,7 @@ def has_checkpoints(out: Path) -> bool:
 
 
 def resume_run(
-    cfg: GPTConfig, train_cfg: TrainConfig, out: Path, say: Say, share: tuple[int, int] = (0, 1)
+    cfg: GPTConfig, train_cfg: TrainConfig, out: Path, say: Say, mesh: Mesh | None = None
 ) -> Run:
     """Check the inputs of a run against the folder it left, and update the folder.
 
@@ -150,14 +149,14 @@ def resume_run(
     train_cfg = dataclasses.replace(train_cfg, init_from=old.init_from)
     tokenizer, params = read_tokenizer(out), None
     if tokenizer is None:  # killed before it was saved
-        params, tokenizer = _initial_model(cfg, train_cfg, texts.training)
+        params, tokenizer = _initial_model(cfg, train_cfg, texts.training, mesh)
         save_tokenizer(tokenizer, out)
     elif not has_checkpoints(out):
-        params, _ = _load_source(cfg, train_cfg)
+        params, _ = _load_source(cfg, train_cfg, mesh)
     _check_prompt(train_cfg, tokenizer)
     if train_cfg != old:
         write_config(out, cfg, train_cfg, hashes)
-    data = tokenize_files(cfg, train_cfg, out, tokenizer, texts, say, share)
+    data = tokenize_files(cfg, train_cfg, out, tokenizer, texts, say, mesh)
     return Run(out, cfg, train_cfg, tokenizer, params, *data)
 
 
@@ -199,10 +198,10 @@ def tokenizer_of(train_cfg: TrainConfig) -> Tokenizer:
 
 
 def _initial_model(
-    cfg: GPTConfig, train_cfg: TrainConfig, text: TextScan | None
+    cfg: GPTConfig, train_cfg: TrainConfig, text: TextScan | None, mesh: Mesh | None
 ) -> tuple[Params | None, Tokenizer]:
     """Return the initial parameters, None for random ones, and the tokenizer."""
-    params, tokenizer = _load_source(cfg, train_cfg)
+    params, tokenizer = _load_source(cfg, train_cfg, mesh)
     if train_cfg.tokenizer or tokenizer is None:
         if params is not None and not train_cfg.tokenizer:
             raise ValueError(
@@ -220,13 +219,22 @@ def _initial_model(
     return params, tokenizer
 
 
-def _load_source(cfg: GPTConfig, train_cfg: TrainConfig) -> tuple[Params | None, Tokenizer | None]:
-    """Return parameters and tokenizer of the model that `init_from` names, if any."""
+def _load_source(
+    cfg: GPTConfig, train_cfg: TrainConfig, mesh: Mesh | None
+) -> tuple[Params | None, Tokenizer | None]:
+    """Return parameters and tokenizer of the model that `init_from` names, if any.
+
+    For a mesh, the parameters are in host memory, as they may be too large for one device.
+    """
     if train_cfg.init_from == "scratch":
         return None, None
-    if train_cfg.init_from == "book":
-        return book_params(cfg), load_tokenizer("gpt2")
-    with warnings.catch_warnings():
+    with contextlib.ExitStack() as stack:
+        if mesh is not None:
+            with contextlib.suppress(RuntimeError):  # JAX_PLATFORMS excludes the host
+                stack.enter_context(jax.default_device(jax.local_devices(backend="cpu")[0]))
+        if train_cfg.init_from == "book":
+            return book_params(cfg), load_tokenizer("gpt2")
+        stack.enter_context(warnings.catch_warnings())
         if train_cfg.tokenizer:  # the model's own is not used
             warnings.simplefilter("ignore", UnreadableTokenizerWarning)
         source_cfg, params, tokenizer = load(train_cfg.init_from)

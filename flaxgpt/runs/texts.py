@@ -13,6 +13,7 @@ from flaxgpt import data
 from flaxgpt._checks import value_errors
 from flaxgpt.config import GPTConfig
 from flaxgpt.runs.folder import Hashes, Say
+from flaxgpt.sharding import Mesh, share_of_rows
 from flaxgpt.tokenizer import Tokenizer
 from flaxgpt.training.config import TrainConfig
 from flaxgpt.typing import Progress
@@ -55,12 +56,12 @@ def tokenize_files(
     tokenizer: Tokenizer,
     texts: Texts,
     say: Say,
-    share: tuple[int, int] = (0, 1),
+    mesh: Mesh | None = None,
 ) -> tuple[np.ndarray, data.BatchIterator, np.ndarray | None]:
     """Return the ids, batches and validation windows of a `Run`.
 
-    The batches have the share (index, count) of the rows of each batch. Texts whose ids are not in
-    the run's folder yet are tokenized first. Raises ValueError if a text is too short or its ids
+    The batches have the rows that this process's devices of the mesh need. Texts whose ids are not
+    in the run's folder yet are tokenized first. Raises ValueError if a text is too short or its ids
     are of another text, FileNotFoundError if both are missing.
     """
     train_path, val_path = out / "data" / "train.npy", out / "data" / "val.npy"
@@ -90,14 +91,15 @@ def tokenize_files(
             data.check_same_source(data.read_ids(path), source)
     ids, length = data.read_ids(train_path).ids, cfg.context_length
     size, seed, shift = train_cfg.batch_size, train_cfg.seed, train_cfg.windows == "shifted"
+    index, count = share_of_rows(mesh, size)
     batches = data.batches(
         ids,
         length=length,
         batch_size=size,
         seed=seed,
         shift=shift,
-        process_index=share[0],
-        process_count=share[1],
+        process_index=index,
+        process_count=count,
     )
     if not val_path.exists():
         return ids, batches, None

@@ -3,6 +3,7 @@
 mesh         the devices as a grid with three named axes
 rules        which axes split each parameter: a table, and the functions that apply it
 constrain    which axes split each activation: a table of dimension letters
+gather       arrays of several processes, brought together
 automatic    arrays on meshes that users make, with automatic or explicit axes
 
 The mesh decides what is split; the values do not depend on it beyond rounding. Nothing else in
@@ -19,6 +20,7 @@ from flaxgpt.sharding.constrain import (
     replicated,
     share_of_rows,
 )
+from flaxgpt.sharding.gather import gather_on_first, is_shared, wait_for_all
 from flaxgpt.sharding.mesh import Mesh, check_mesh, make_mesh, mesh_of, parse_mesh
 from flaxgpt.sharding.rules import ShardRules, constrain_tree, place, rules_of, shard, shard_rules
 
@@ -31,7 +33,9 @@ __all__ = [
     "check_mesh",
     "constrain",
     "constrain_tree",
+    "gather_on_first",
     "in_force",
+    "is_shared",
     "make_mesh",
     "mesh_of",
     "parse_mesh",
@@ -43,4 +47,5 @@ __all__ = [
     "shard_rules",
     "share_of_rows",
     "to_automatic",
+    "wait_for_all",
 ]

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
@@ -14,6 +15,7 @@ from flaxgpt._checks import check_params, unknown_name
 from flaxgpt._files import replacing_folder
 from flaxgpt.config import GPTConfig
 from flaxgpt.model import param_shapes
+from flaxgpt.sharding import gather_on_first, is_shared, wait_for_all
 from flaxgpt.tokenizer import Tokenizer
 from flaxgpt.tokenizer.folder import save_tokenizer
 from flaxgpt.typing import Params
@@ -44,6 +46,9 @@ def save(
 
     `load` reads both layouts, bit for bit.
 
+    Parameters that are spread over several processes are brought together in process 0, which
+    writes them; call `save` in all processes.
+
     Args:
         folder: a new folder, or one that holds only a saved model, which is replaced.
         cfg: the configuration.
@@ -58,6 +63,14 @@ def save(
     if layout not in LAYOUTS:
         raise unknown_name("layout", layout, LAYOUTS)
     check_params(param_shapes(cfg), params)
+    if is_shared(params):
+        params = gather_on_first(params)
+        try:
+            if jax.process_index() == 0:
+                save(folder, cfg, params, layout=layout, tokenizer=tokenizer)
+        finally:
+            wait_for_all("flaxgpt.save")
+        return
     table = LAYOUTS[layout]
     assert table.write_config is not None
     with replacing_folder(Path(folder).expanduser(), REPLACEABLE) as temporary:
