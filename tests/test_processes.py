@@ -21,9 +21,9 @@ from flaxgpt.runs.processes import connect, meet
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "some", "big", "old", "dog"]
 SETTINGS = [
-    *("--steps=12", "--batch-size=8", "--emb-dim=32", "--n-heads=4", "--n-layers=2"),
+    *("--steps=12", "--batch-size=8", "--emb-dim=32", "--n-heads=4", "--n-layers=1"),
     *("--context-length=32", "--drop-rate=0.1", "--eval-every=6", "--save-every=6"),
-    *("--steps-per-call=3", "--log-every=1", "--sample-every=12", "--sample-tokens=8"),
+    *("--steps-per-call=3", "--log-every=1", "--sample-every=0"),
 ]
 ENDLESS = [*SETTINGS, "--steps=100000", "--keep=1", "--sample-every=0"]
 
@@ -134,7 +134,7 @@ def assert_close(found, expected):
 def test_two_processes_have_the_losses_of_one_and_only_the_first_reports(
     alone, group, text, tmp_path
 ):
-    training = group(2, tmp_path / "run", "--data", text, *SETTINGS)
+    training = group(2, tmp_path / "run", "--data", text, *SETTINGS, devices=1)
     codes, outputs = training.wait()
     assert codes == [0, 0], training.messages()
     assert_close(losses(tmp_path / "run"), alone)
@@ -156,8 +156,10 @@ def test_one_process_trains_on_several_devices(alone, text, tmp_path):
 def stopped(text, tmp_path_factory):
     """A run of two processes that has a checkpoint of step 6, and what it would have become."""
     folder = tmp_path_factory.mktemp("stopped")
-    training = Group(2, folder / "whole", "--data", text, *SETTINGS)
+    sampling = ["--sample-every=12", "--sample-tokens=8"]
+    training = Group(2, folder / "whole", "--data", text, *SETTINGS, *sampling)
     assert training.wait()[0] == [0, 0], training.messages()
+    assert (folder / "whole" / "samples.txt").read_text().count("step 12") == 1
     shutil.copytree(folder / "whole", folder / "half")
     shutil.rmtree(folder / "half" / "checkpoints" / "12")
     return folder

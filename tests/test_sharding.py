@@ -17,12 +17,17 @@ from flaxgpt.sharding import activation_sharding, automatic, to_automatic
 FOLDER = Path(__file__).parent / "devices"
 
 
-@pytest.mark.parametrize("selection", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", sorted(path.name for path in FOLDER.glob("test_*.py")))
-def test_cases_pass_on_eight_simulated_devices(name, selection):
+SLOW = [
+    pytest.param(path, "slow", marks=pytest.mark.slow, id=path.name)
+    for path in sorted(FOLDER.glob("test_*.py"))
+]
+
+
+@pytest.mark.parametrize(("path", "selection"), [pytest.param(FOLDER, "not slow", id="all"), *SLOW])
+def test_cases_pass_on_eight_simulated_devices(path, selection):
     settings = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "FLAXGPT_DEVICES": "1"}
     options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", selection]
-    command = [sys.executable, "-m", "pytest", *options, FOLDER / name]
+    command = [sys.executable, "-m", "pytest", *options, path]
     done = subprocess.run(
         command, env={**os.environ, **QUICK, **settings}, capture_output=True, text=True
     )

@@ -422,12 +422,6 @@ def test_a_full_disk_stops_the_run_and_keeps_earlier_checkpoints(tmp_path):
         subprocess.run(["umount", "--lazy", str(disk)], check=True)  # ids are mapped from it
 
 
-def test_training_in_one_of_several_processes_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with pytest.raises(ValueError, match="train runs in one process, but there are 2"):
-        run(tmp_path / "run")
-
-
 def test_a_sample_has_no_ids_that_the_tokenizer_lacks(tmp_path):
     cfg = dataclasses.replace(CFG, vocab_size=500)
     recipe = dataclasses.replace(RECIPE, sample_prompt="I had", sample_tokens=20)

@@ -11,6 +11,8 @@ from flaxgpt.evaluation import evaluate_text
 from flaxgpt.inspection import gradient_norms
 from flaxgpt.training import TrainConfig, init_state, mean_loss, train_step
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 CFG = flaxgpt.GPTConfig(
     vocab_size=48,
     context_length=16,
@@ -131,6 +133,7 @@ def test_a_cache_is_extended(params, placed):
     assert_close(jnp.concatenate([logits, again], axis=1), both)
 
 
+@pytest.mark.slow
 def test_training_has_the_losses_of_one_device(params, placed):
     def losses(start):
         state = init_state(CFG, TrainConfig(steps=4, warmup_steps=0, batch_size=4), start)

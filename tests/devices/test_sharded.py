@@ -16,6 +16,8 @@ from flaxgpt.evaluation import evaluate_text
 from flaxgpt.inspection import gradient_norms
 from flaxgpt.training import TrainConfig, init_state, mean_loss, train_step, train_steps
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 CFG = flaxgpt.GPTConfig(
     vocab_size=64,
     context_length=16,
@@ -82,12 +84,25 @@ def test_losses_are_those_of_one_device(name, shape):
     np.testing.assert_allclose(found, losses_of_one_device(name), rtol=1e-5)
 
 
-def test_training_on_a_mesh_of_three_axes_has_the_losses_of_one_device():
-    state = init_state(DROPPING, TrainConfig(steps=4, batch_size=16), mesh=flaxgpt.make_mesh(2, 2))
-    _, found = train_steps(state, IDS[:2])
-    state = init_state(DROPPING, TrainConfig(steps=4, batch_size=16))
-    _, expected = train_steps(state, IDS[:2])
-    np.testing.assert_allclose(found["loss"], expected["loss"], rtol=1e-5)
+def test_training_on_a_mesh_of_three_axes_has_the_loss_of_one_device():
+    cfg = flaxgpt.GPTConfig(61, 15, 16, 2, 1, 0.1)
+
+    def second_loss(mesh):
+        state = init_state(cfg, TrainConfig(batch_size=16), mesh=mesh)
+        state, _ = train_step(state, IDS[0])
+        return train_step(state, IDS[1])[1]["loss"]
+
+    mesh = flaxgpt.make_mesh(2, 2, 2)
+    np.testing.assert_allclose(second_loss(mesh), second_loss(None), rtol=1e-5)
+
+
+@slow
+def test_several_steps_in_one_call_have_the_losses_of_one_device():
+    def found(mesh):
+        state = init_state(DROPPING, TrainConfig(steps=4, batch_size=16), mesh=mesh)
+        return train_steps(state, IDS[:2])[1]["loss"]
+
+    np.testing.assert_allclose(found(flaxgpt.make_mesh(2, 2, 2)), found(None), rtol=1e-5)
 
 
 @slow
