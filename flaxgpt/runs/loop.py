@@ -149,7 +149,7 @@ def train(
     if mesh is not None:
         mesh, rules = check_mesh(mesh), shard_rules(cfg) if rules is None else rules
         check_rows(train_cfg, mesh)
-    with contextlib.ExitStack() as stack, _losses_of_processes(stack):
+    with contextlib.ExitStack() as stack, _not_waiting_for_others(stack):
         run = _open(stack, cfg, train_cfg, out, mesh, say)
         checkpoints = in_step(lambda: Checkpoints(out / "checkpoints", run.train_cfg.keep))
         stack.enter_context(checkpoints)
@@ -178,16 +178,18 @@ def train(
 
 
 @contextlib.contextmanager
-def _losses_of_processes(stack: contextlib.ExitStack) -> Iterator[None]:
-    """Raise LostProcessError where communication with other processes fails."""
+def _not_waiting_for_others(stack: contextlib.ExitStack) -> Iterator[None]:
+    """After a failure in one of several processes, close nothing: it would wait for the others."""
     try:
         yield
-    except JaxRuntimeError as error:
+    except BaseException as error:
         if jax.process_count() == 1:
             raise
-        stack.pop_all()  # closing would wait for the processes that are lost
+        stack.pop_all()
         reason = " ".join(str(error).split())[:200]
-        raise LostProcessError(f"{LOST} ({reason})") from error
+        if isinstance(error, JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in reason:
+            raise LostProcessError(f"{LOST} ({reason})") from error
+        raise
 
 
 def _settings(
