@@ -124,6 +124,7 @@ def test_help_is_also_a_command(command):
     assert process.stdout == call(*f"{command} --help".split()).stdout
 
 
+@pytest.mark.slow
 def test_a_narrow_terminal_does_not_break_the_words_of_an_error():
     process = run("train", "--eval_interval", 5, environment=QUICK | {"COLUMNS": "20"})
     assert_refused(process, "did you mean --eval-every?")
@@ -199,6 +200,7 @@ ENCODINGS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("variables", "printed"), ENCODINGS)
 @pytest.mark.parametrize(
     "line", ["flaxgpt generate 'h→é'", pytest.param("printf h→é | flaxgpt generate", marks=slow)]

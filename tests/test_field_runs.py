@@ -110,6 +110,7 @@ def trains_and_resumes(out, text):
     assert cfg == CFG
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES[:1] + NAMES[-1:], ids=ascii)
 def test_a_run_in_a_folder_of_any_name_resumes(name, text, tmp_path):
     trains_and_resumes(tmp_path / name, text)
@@ -421,6 +422,7 @@ except OSError as error:
 """
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_while_saving_prints_one_message(tmp_path):
     mount = ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(tmp_path)]
     if subprocess.run(mount, capture_output=True, check=False).returncode:
@@ -698,6 +700,7 @@ def test_a_separator_splits_lines_of_json_but_does_not_span_them(tmp_path):
     assert decoded([path], document_separator="--") == ["a", "b-", "-c"]
 
 
+@pytest.mark.slow
 def test_a_run_warns_once_of_written_separators_and_can_split_there(tmp_path):
     path = tmp_path / "input.txt"
     path.write_text("hello world, <|endoftext|>" * 60)

@@ -372,6 +372,7 @@ def test_a_run_of_few_records_can_be_drawn(records: list[dict[str, float | None]
     assert picture(draw_loss(records)).shape == (750, 1200, 3)
 
 
+@pytest.mark.slow
 def test_drawing_leaves_the_callers_matplotlib_unchanged_and_imports_it_on_demand() -> None:
     program = """
 import sys

@@ -332,6 +332,7 @@ def test_a_run_cannot_resume_with_another_text(done, tmp_path):
         run(done[0], data=(str(other),), init_from=str(done[0]))
 
 
+@pytest.mark.slow
 def test_a_run_can_resume_without_its_text_files(tmp_path):
     text = tmp_path / "text.txt"
     text.write_bytes(VERDICT.read_bytes())
@@ -395,6 +396,7 @@ def test_invalid_text_is_refused_before_anything_is_written(tmp_path, content, m
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_invalid_utf8_can_be_replaced(tmp_path):
     text = tmp_path / "text.txt"
     text.write_bytes(b"good \xff bad" * 30)

@@ -153,9 +153,10 @@ def test_parameters_are_counted_and_saved(params, placed, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, loaded, params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "transform",
-    [pytest.param(jax.jit, marks=pytest.mark.slow), lambda f: jax.jit(jax.grad(f))],
+    [jax.jit, lambda f: jax.jit(jax.grad(f))],
     ids=["jit", "grad"],
 )
 def test_functions_work_inside_a_callers_jit(transform, params, placed):
