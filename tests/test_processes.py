@@ -221,8 +221,11 @@ mesh = flaxgpt.make_mesh(fsdp=2)
 cfg, params, tokenizer = flaxgpt.load("tales", mesh=mesh)
 flaxgpt.save(sys.argv[3], cfg, params, tokenizer=tokenizer)
 cfg, params, tokenizer = flaxgpt.load(sys.argv[3], mesh=mesh)
-print(flaxgpt.generate_text(cfg, params, tokenizer, ["Once upon a time", "A"], 12))
-print(flaxgpt.score(cfg, params, [[1, 2, 3], [4, 5, 6]]).sum().round(3))
+texts = flaxgpt.generate_text(cfg, params, tokenizer, ["Once upon a time", "A"], 12)
+total = flaxgpt.score(cfg, params, [[1, 2, 3], [4, 5, 6]]).sum().round(3)
+with open(sys.argv[4], "w") as file:  # JAX writes to standard output
+    print(texts, file=file)
+    print(total, file=file)
 """
 
 
@@ -230,21 +233,21 @@ print(flaxgpt.score(cfg, params, [[1, 2, 3], [4, 5, 6]]).sum().round(3))
 def test_a_model_is_loaded_saved_and_used_by_two_processes(tmp_path):
     address = f"localhost:{free_port()}"
     environment = QUICK | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    outputs = [tmp_path / "0.txt", tmp_path / "1.txt"]
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", LIBRARY, address, str(i), str(tmp_path / "saved")],
-            stdout=subprocess.PIPE,
+            [sys.executable, "-c", LIBRARY, address, str(i), str(tmp_path / "saved"), str(output)],
+            stdout=subprocess.DEVNULL,
             env=environment,
         )
-        for i in range(2)
+        for i, output in enumerate(outputs)
     ]
-    outputs = [process.communicate(timeout=200)[0].decode() for process in processes]
+    assert [process.wait(timeout=200) for process in processes] == [0, 0]
     cfg, params, tokenizer = flaxgpt.load("tales")
     texts = flaxgpt.generate_text(cfg, params, tokenizer, ["Once upon a time", "A"], 12)
     total = flaxgpt.score(cfg, params, [[1, 2, 3], [4, 5, 6]]).sum().round(3)
     for output in outputs:
-        lines = [line for line in output.splitlines() if not line.startswith("[Gloo]")]
-        assert lines == [str(texts), str(total)]
+        assert output.read_text().splitlines() == [str(texts), str(total)]
     _, saved, _ = flaxgpt.load(tmp_path / "saved")
     jax.tree.map(np.testing.assert_array_equal, saved, params)
 
@@ -364,6 +367,26 @@ def test_a_coordinator_that_cannot_be_reached_is_named():
     assert "could not be reached within 0.5 s (Connection refused): start process 0" in message
 
 
+def connect_to(port, line):
+    """Send a line to a port as soon as somebody listens there."""
+    for _ in range(100):
+        with contextlib.suppress(ConnectionRefusedError):
+            with socket.create_connection(("localhost", port)) as connection:
+                connection.sendall(line)
+            return
+        time.sleep(0.05)
+
+
+def test_other_connections_to_the_port_do_not_matter():
+    port = free_port()
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        first = pool.submit(meet, "localhost", port, 0, 2, 10)
+        for line in (b"GET / HTTP/1.1\r\n\r\n", b"5\n", b"{}\n"):
+            connect_to(port, line)
+        pool.submit(meet, "localhost", port, 1, 2, 10).result()
+        first.result()
+
+
 def test_a_port_in_use_is_named():
     with socket.create_server(("", 0)) as server:
         port = server.getsockname()[1]
@@ -374,7 +397,7 @@ def test_a_port_in_use_is_named():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("localhost:1234", 0, None), "--processes is missing: give all three"),
+        (("localhost:1234", 0, None), "give all three or none: --processes not given"),
         (("localhost", 0, 2), "coordinator='localhost' must be HOST:PORT"),
         (("localhost:99999", 0, 2), "must be HOST:PORT"),
         (("localhost:1234", 2, 2), "process_id=2 must be from 0 to 1"),

@@ -51,6 +51,8 @@ def main(argv: list[str] | None = None) -> int:
         with plain_warnings():
             _run(sys.argv[1:] if argv is None else argv)
     except KeyboardInterrupt:
+        if jax.distributed.is_initialized():
+            _exit(130)
         return 130
     except BrokenPipeError:
         _discard_output()

@@ -27,7 +27,7 @@ from flaxgpt.model.block import TransformerBlock
 from flaxgpt.model.layers import Embedding, LayerNorm, Linear
 from flaxgpt.model.visibility import Visibility
 from flaxgpt.platform import platform_of
-from flaxgpt.sharding import Mesh, ShardRules, automatic, check_mesh, constrain, shard_rules
+from flaxgpt.sharding import Mesh, ShardRules, automatic, check_mesh, check_rules, constrain
 from flaxgpt.typing import Params
 
 
@@ -135,9 +135,9 @@ def init(
         ValueError: `cfg` is not a GPTConfig, or the mesh has an unknown axis.
     """
     check_config(cfg)
-    if mesh is None:
+    rules = check_rules(rules, cfg, mesh)
+    if mesh is None or rules is None:
         return _init(cfg, key)
-    rules = shard_rules(cfg) if rules is None else rules
     shardings = rules.shardings(param_shapes(cfg), check_mesh(mesh))
     return jax.jit(_draw, static_argnums=0, out_shardings=shardings)(cfg, key)
 

@@ -66,7 +66,9 @@ class Checkpoints:
         self._quiet, self._failed = QuietLibraries(), False
         self._manager = self._open_manager()
         # The intact checkpoints, as far as is known.
-        self._losses = {step: self._read_loss(step) for step in self._manager.all_steps()}
+        losses = {step: self._read_loss(step) for step in self._manager.all_steps()}
+        known = json.loads(from_first(json.dumps(losses)))  # all processes choose the same one
+        self._losses: dict[int, float | None] = {int(step): loss for step, loss in known.items()}
         self._damaged: list[int] = []
         self._writing: int | None = None
 
@@ -109,7 +111,7 @@ class Checkpoints:
         self._size = sum(leaf.nbytes for leaf in jax.tree.leaves(arrays))
         try:
             self._plain.renew()
-            _check_space(self._folder, self._size)
+            in_step(lambda: _check_space(self._folder, self._size))
             while self._damaged:
                 self._manager.delete(self._damaged.pop())
             self._manager.save(step, args=items, force=True)
@@ -126,9 +128,7 @@ class Checkpoints:
         newest = self.latest_step()
         for step in sorted(self._losses, reverse=True):
             folder = self._folder / str(step)
-            try:
-                check_files(folder)
-            except DamagedError as damage:
+            if damage := from_first(_damage(folder) if is_first() else ""):
                 warnings.warn(f"checkpoint {folder} is damaged, not used: {damage}", stacklevel=2)
                 self._damaged.append(step)
                 del self._losses[step]
@@ -179,10 +179,9 @@ class Checkpoints:
         NumPy arrays, and random keys as their data.
         """
         self.wait()
-        try:
-            check_files(self._folder / str(step))
-        except DamagedError as damage:
-            raise OSError(f"checkpoint {self._folder / str(step)} is damaged: {damage}") from damage
+        folder = self._folder / str(step)
+        if damage := from_first(_damage(folder) if is_first() else ""):
+            raise OSError(f"checkpoint {folder} is damaged: {damage}")
         return self._read_arrays(step, template)
 
     def latest_step(self) -> int | None:
@@ -251,11 +250,13 @@ class Checkpoints:
         self._writing = None
         del self._losses[step]
         self._failed = True
-        with contextlib.suppress(Exception):  # the error that is being reported
-            self._manager.close()  # waits for threads that are still writing
-        for path in _unfinished(self._folder):
-            shutil.rmtree(path, ignore_errors=True)
-        self._manager = self._open_manager()  # the old one no longer counts what it would remove
+        if jax.process_count() == 1:  # else the other processes would have to take part
+            with contextlib.suppress(Exception):  # the error that is being reported
+                self._manager.close()  # waits for threads that are still writing
+            for path in _unfinished(self._folder):
+                shutil.rmtree(path, ignore_errors=True)
+            # The old one no longer counts what it would remove.
+            self._manager = self._open_manager()
         reason = error.__cause__ or error
         if not isinstance(reason, OSError) and _free(self._folder) < self._size:
             reason = OSError(errno.ENOSPC, "No space left on device")  # orbax may report another
@@ -353,6 +354,15 @@ class _KeepBest(NamedTuple):
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
         best_step, _ = self.best() or (None, None)
         return [checkpoint.step == best_step for checkpoint in checkpoints]
+
+
+def _damage(folder: Path) -> str:
+    """Return what is wrong with the files of a checkpoint, or "" if nothing is."""
+    try:
+        check_files(folder)
+    except DamagedError as damage:
+        return str(damage)
+    return ""
 
 
 def _unfinished(folder: Path) -> list[Path]:

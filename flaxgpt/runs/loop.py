@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import math
 import os
+import re
 import signal
 import time
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from rich.console import Console
 from rich.text import Text
 
 from flaxgpt._checks import listed
-from flaxgpt.config import GPTConfig
+from flaxgpt.config import GPTConfig, check_config
 from flaxgpt.generation.batch import generate
 from flaxgpt.runs.checkpoints import Checkpoints, check_folder
 from flaxgpt.runs.folder import Run, Say, lock_run
@@ -28,6 +29,7 @@ from flaxgpt.runs.processes import (
     LOST,
     LostProcessError,
     check_same,
+    from_first,
     in_step,
     is_first,
     largest,
@@ -39,10 +41,10 @@ from flaxgpt.sharding import (
     Mesh,
     ShardRules,
     check_mesh,
+    check_rules,
     gather_on_first,
     make_mesh,
     place_rows,
-    shard_rules,
 )
 from flaxgpt.tokenizer import text_ids
 from flaxgpt.training.config import TrainConfig
@@ -55,6 +57,8 @@ from flaxgpt.training.step import (
     train_steps,
 )
 from flaxgpt.typing import Params
+
+_STATUS = re.compile("(UNKNOWN|UNAVAILABLE|INTERNAL|ABORTED|DEADLINE_EXCEEDED): ")  # XLA's
 
 
 class DivergedError(ArithmeticError):
@@ -140,14 +144,16 @@ def train(
         show(console, Text(line, "dim"))
 
     out = Path(os.path.expanduser(out)).absolute()  # the process may change its directory
-    check_same(_settings(cfg, train_cfg, out, mesh))
+    check_config(cfg)
+    mesh = None if mesh is None else check_mesh(mesh)
+    check_same(_settings(cfg, train_cfg, out, mesh, rules))
     if mesh is None and jax.process_count() > 1:
         mesh = make_mesh()
     if mesh is None and jax.device_count() > 1:
         count = jax.device_count()
-        say(f"training on 1 of {count} devices; --mesh data={count}, for example, uses all")
+        say(f"training on 1 of {count} devices; a mesh, such as data={count}, uses all")
+    rules = check_rules(rules, cfg, mesh)
     if mesh is not None:
-        mesh, rules = check_mesh(mesh), shard_rules(cfg) if rules is None else rules
         check_rows(train_cfg, mesh)
     with contextlib.ExitStack() as stack, _not_waiting_for_others(stack):
         run = _open(stack, cfg, train_cfg, out, mesh, say)
@@ -173,6 +179,8 @@ def train(
             f"{context.unsaved[0]}; fix the cause and resume the run, which saves the model"
         )
     if stopped_by:  # everything is closed: let the signal take its default action
+        if jax.distributed.is_initialized():
+            jax.distributed.shutdown()  # waits for the others, which are here too
         signal.raise_signal(stopped_by)
     return TrainResult(state, best_loss, best_step, out / "model")
 
@@ -187,17 +195,33 @@ def _not_waiting_for_others(stack: contextlib.ExitStack) -> Iterator[None]:
             raise
         stack.pop_all()
         reason = " ".join(str(error).split())[:200]
-        if isinstance(error, JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in reason:
+        is_lost = isinstance(error, JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in reason
+        # JAX also raises ValueError for what its library for communication reports.
+        if is_lost or re.match(
+            "(UNKNOWN|UNAVAILABLE|INTERNAL|ABORTED|DEADLINE_EXCEEDED): ", reason
+        ):
             raise LostProcessError(f"{LOST} ({reason})") from error
         raise
 
 
 def _settings(
-    cfg: GPTConfig, train_cfg: TrainConfig, out: Path, mesh: Mesh | None
+    cfg: GPTConfig,
+    train_cfg: TrainConfig,
+    out: Path,
+    mesh: Mesh | None,
+    rules: ShardRules | None,
 ) -> dict[str, Any]:
     """Return what must be equal in all processes."""
     sizes = None if mesh is None else dict(mesh.shape)
-    return cfg.to_dict() | train_cfg.to_dict() | {"out": str(out), "mesh": sizes}
+    return (
+        cfg.to_dict()
+        | train_cfg.to_dict()
+        | {
+            "out": str(out),
+            "mesh": sizes,
+            "rules": repr(rules),
+        }
+    )
 
 
 def _open(
@@ -220,15 +244,16 @@ def _open(
         stack.enter_context(lock_run(out))
         return run
 
-    is_new, existed = not resumes(train_cfg, out), out.exists()
+    is_new, existed = from_first(str(not resumes(train_cfg, out))) == "True", out.exists()
     run = in_step(lead)
     if jax.process_count() == 1:
         assert run is not None
         return run
     try:
+        run = in_step(lambda: join_run(cfg, train_cfg, out, say, mesh) if run is None else run)
         if is_new:
             check_folder(out)
-        return in_step(lambda: join_run(cfg, train_cfg, out, say, mesh) if run is None else run)
+        return run
     except (OSError, ValueError):
         if is_new and is_first():
             remove_inputs(out, existed)

@@ -66,7 +66,7 @@ def connect(
     given = {"coordinator": coordinator, "process-id": process_id, "processes": processes}
     if missing := [f"--{name}" for name, value in given.items() if value is None]:
         if len(missing) < len(given):
-            raise ValueError(f"{listed(missing)} is missing: give all three, or none of them")
+            raise ValueError(f"give all three or none: {listed(missing)} not given")
         _explain_aborts()
         try:
             jax.distributed.initialize(**limits)
@@ -129,7 +129,9 @@ def _wait_for_others(port: int, count: int, seconds: float) -> None:
     """Let all other processes report, and answer each of them with what is wrong, or nothing."""
     deadline = time.monotonic() + seconds
     try:
-        server = socket.create_server(("", port), backlog=count)
+        both = socket.has_dualstack_ipv6()
+        family = socket.AF_INET6 if both else socket.AF_INET
+        server = socket.create_server(("", port), family=family, backlog=count, dualstack_ipv6=both)
     except OSError as error:
         raise OSError(
             f"port {port} cannot be used here ({error.strerror}): choose another port for "
@@ -144,13 +146,16 @@ def _wait_for_others(port: int, count: int, seconds: float) -> None:
             try:
                 connection, _ = server.accept()
                 stack.enter_context(connection)
-                hello = _read_line(connection, deadline)
             except TimeoutError:
                 fault = (
-                    f"process {listed(absent)} of {count} did not connect within "
+                    f"process {' and '.join(absent)} of {count} did not connect within "
                     f"{seconds:g} s: start all of them, with --process-id 0 to {count - 1}"
                 )
                 break
+            try:
+                hello = _read_line(connection, min(deadline, time.monotonic() + 5))
+                if hello.keys() != _hello(0, count).keys():
+                    continue
             except (OSError, ValueError):  # not one of ours
                 continue
             if fault := _unfit(hello, count, waiting):
@@ -222,7 +227,10 @@ def _read_line(connection: socket.socket, deadline: float) -> dict[str, Any]:
         if not piece or len(data) > 2**16:
             raise ValueError("the connection was closed")
         data += piece
-    return json.loads(data)
+    values = json.loads(data)
+    if not isinstance(values, dict):
+        raise ValueError(f"{values!r} is not what was expected")
+    return values
 
 
 def is_first() -> bool:
@@ -240,7 +248,7 @@ def in_step(action: Callable[[], Result]) -> Result:
     failure: Exception | None = None
     try:
         result = action()
-    except (ValueError, OSError, ImportError) as error:
+    except Exception as error:  # whatever it is, the others must not wait for this process
         failure = error
     messages = _gather("" if failure is None else str(failure) or type(failure).__name__)
     if failure is not None:

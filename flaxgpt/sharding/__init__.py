@@ -22,7 +22,15 @@ from flaxgpt.sharding.constrain import (
 )
 from flaxgpt.sharding.gather import gather_on_first, is_shared, wait_for_all
 from flaxgpt.sharding.mesh import Mesh, check_mesh, make_mesh, mesh_of, parse_mesh
-from flaxgpt.sharding.rules import ShardRules, constrain_tree, place, rules_of, shard, shard_rules
+from flaxgpt.sharding.rules import (
+    ShardRules,
+    check_rules,
+    constrain_tree,
+    place,
+    rules_of,
+    shard,
+    shard_rules,
+)
 
 __all__ = [
     "Mesh",
@@ -31,6 +39,7 @@ __all__ = [
     "automatic",
     "batch_parts",
     "check_mesh",
+    "check_rules",
     "constrain",
     "constrain_tree",
     "gather_on_first",

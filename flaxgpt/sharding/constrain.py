@@ -42,7 +42,7 @@ def _mesh_in_force(x: jax.Array) -> Any:
     """Return the mesh in force while `x` is traced, or None; a concrete array stays as it is."""
     mesh = jax.sharding.get_abstract_mesh()
     is_used = isinstance(x, jax.core.Tracer) and not mesh.empty
-    return mesh if is_used and AxisType.Explicit not in mesh.axis_types else None
+    return mesh if is_used and set(mesh.axis_types) == {AxisType.Auto} else None
 
 
 def activation_sharding(letters: str, shape: tuple[int, ...], mesh: Any) -> NamedSharding:
@@ -97,7 +97,8 @@ def share_of_rows(mesh: Any, rows: int) -> tuple[int, int]:
     start = min(part.start or 0 for part in slices)
     stop = max(rows if part.stop is None else part.stop for part in slices)
     size = stop - start
-    if rows % size or start % size:
+    covered = {row for part in slices for row in range(rows)[part]}
+    if rows % size or start % size or len(covered) < size:
         return 0, 1
     return start // size, rows // size
 

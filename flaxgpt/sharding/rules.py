@@ -75,6 +75,8 @@ class ShardRules:
             ValueError: no pattern matches, or the specification has an unknown axis or too many
                 dimensions.
         """
+        if not shape:  # a count, or a random key
+            return P()
         found = (spec for pattern, spec in self.table if fnmatch.fnmatchcase(path, pattern))
         spec = next(found, None)
         if spec is None:
@@ -128,6 +130,20 @@ def shard_rules(cfg: GPTConfig) -> ShardRules:
     return ShardRules(tuple(TABLE.items()), cfg.n_heads)
 
 
+def check_rules(rules: Any, cfg: GPTConfig, mesh: Mesh | None) -> ShardRules | None:
+    """Return the rules to use, the default ones for None, or None without a mesh.
+
+    Raises ValueError for other kinds of rules, and for rules without a mesh.
+    """
+    if rules is not None and not isinstance(rules, ShardRules):
+        raise ValueError(
+            f"rules must be ShardRules, as flaxgpt.shard_rules(cfg) returns them, got {rules!r}"
+        )
+    if mesh is None and rules is not None:
+        raise ValueError("rules have no effect without a mesh: pass mesh=flaxgpt.make_mesh()")
+    return shard_rules(cfg) if mesh is not None and rules is None else rules
+
+
 def shard(params: Params, mesh: Mesh, rules: ShardRules) -> Params:
     """Split parameters over a mesh.
 
@@ -143,6 +159,10 @@ def shard(params: Params, mesh: Mesh, rules: ShardRules) -> Params:
         ValueError: the mesh has an unknown axis, or a rule does not fit a parameter.
     """
     mesh = check_mesh(mesh)
+    if not isinstance(rules, ShardRules):
+        raise ValueError(
+            f"rules must be ShardRules, as flaxgpt.shard_rules(cfg) returns them, got {rules!r}"
+        )
     return jax.tree.map(place, params, rules.shardings(params, mesh))
 
 
@@ -166,7 +186,7 @@ def place(array: Any, sharding: NamedSharding) -> jax.Array:
 def rules_of(params: Params, n_heads: int) -> ShardRules:
     """Return the rules by which parameters on a mesh are split: one for each of them."""
     leaves = jax.tree.leaves_with_path(params)
-    pairs = ((f"*{path_of(path)}", leaf.sharding.spec) for path, leaf in leaves)
+    pairs = ((f"*{path_of(p)}", getattr(leaf.sharding, "spec", P())) for p, leaf in leaves)
     return ShardRules((*pairs, ("*", P())), n_heads)
 
 

@@ -19,13 +19,13 @@ from flaxgpt.sharding import (
     ShardRules,
     batch_parts,
     check_mesh,
+    check_rules,
     constrain_tree,
     in_force,
     mesh_of,
     place,
     rules_of,
     shard,
-    shard_rules,
     to_automatic,
 )
 from flaxgpt.training.config import TrainConfig
@@ -89,9 +89,8 @@ def init_state(
         ValueError: the mesh has an unknown axis, or does not divide the rows of a batch.
     """
     params_key, dropout_key = jax.random.split(jax.random.key(train_cfg.seed))
-    if mesh is not None:
-        mesh, rules = check_mesh(mesh), shard_rules(cfg) if rules is None else rules
-        check_rows(train_cfg, mesh)
+    mesh = None if mesh is None else check_mesh(mesh)
+    rules = check_rules(rules, cfg, mesh)
     if params is None:
         params = init(cfg, params_key, mesh=mesh, rules=rules)
     elif mesh is not None and rules is not None:
@@ -100,6 +99,9 @@ def init_state(
         params = jax.tree.map(jnp.array, to_automatic(params))
         if (mesh := mesh_of(params)) is not None:
             rules = rules_of(params, cfg.n_heads)
+            params = jax.tree.map(place, params, rules.shardings(params, mesh))
+    if mesh is not None:
+        check_rows(train_cfg, mesh)
     # Compiled with the shardings of its results, so that no device ever holds a whole moment.
     optimizer, shardings = make_optimizer(train_cfg), None
     if mesh is not None and rules is not None:
@@ -133,9 +135,10 @@ def abstract_state(
         ValueError: as for `init_state`.
     """
     state = jax.eval_shape(partial(init_state, cfg, train_cfg))
-    if mesh is None:
+    rules = check_rules(rules, cfg, mesh)
+    if mesh is None or rules is None:
         return state
-    mesh, rules = check_mesh(mesh), shard_rules(cfg) if rules is None else rules
+    mesh = check_mesh(mesh)
     check_rows(train_cfg, mesh)
     split = jax.tree.map(lambda x, s: x.update(sharding=s), state, rules.shardings(state, mesh))
     return dataclasses.replace(split, mesh=mesh, rules=rules)
@@ -149,7 +152,8 @@ def check_rows(train_cfg: TrainConfig, mesh: Mesh) -> None:
         raise ValueError(
             f"batch_size={train_cfg.batch_size} with accumulate={train_cfg.accumulate} makes "
             f"pieces of {rows} rows, which the mesh {sizes} cannot split into {parts} equal parts: "
-            f"use batch_size={train_cfg.accumulate * parts * -(-rows // parts)}, for example"
+            f"use batch_size={train_cfg.accumulate * parts * -(-rows // parts)}, or a mesh whose "
+            "data and fsdp divide the rows"
         )
 
 

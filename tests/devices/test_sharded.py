@@ -14,7 +14,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import flaxgpt
 from flaxgpt.evaluation import evaluate_text
 from flaxgpt.inspection import gradient_norms
-from flaxgpt.training import TrainConfig, init_state, mean_loss, train_step, train_steps
+from flaxgpt.training import TrainConfig, init_state, loss, mean_loss, train_step, train_steps
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -276,6 +276,36 @@ def test_a_mesh_that_does_not_fit_the_devices_is_refused(sizes, message):
 def test_a_batch_that_the_mesh_does_not_divide_is_refused(settings, example):
     with pytest.raises(ValueError, match=rf"data=4 x fsdp=2 cannot split.*{example}"):
         init_state(CFG, TrainConfig(**settings), mesh=flaxgpt.make_mesh(4, 2))
+
+
+@slow
+def test_a_loss_can_be_computed_in_shard_map():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    spec = PartitionSpec("data")
+
+    def mean(ids):
+        return jax.lax.pmean(loss(CFG, parameters(), ids), "data")
+
+    found = jax.jit(jax.shard_map(mean, mesh=mesh, in_specs=spec, out_specs=PartitionSpec()))
+    ids = np.tile(IDS[0], (4, 1))
+    np.testing.assert_allclose(found(ids), loss(CFG, parameters(), ids), rtol=1e-5)
+
+
+@slow
+def test_parameters_on_a_mesh_may_include_an_array_on_one_device():
+    params = split((2, 2, 2))
+    params = params | {"final_norm": params["final_norm"] | {"scale": jnp.ones(32)}}
+    state = init_state(CFG, TrainConfig(batch_size=16), params)
+    state, metrics = train_step(state, IDS[0])
+    assert metrics["loss"] == pytest.approx(float(loss(CFG, parameters(), IDS[0])), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "create", [flaxgpt.init, lambda cfg, key, **options: init_state(cfg, TrainConfig(), **options)]
+)
+def test_rules_without_a_mesh_are_refused(create):
+    with pytest.raises(ValueError, match="rules have no effect without a mesh"):
+        create(CFG, jax.random.key(0), rules=flaxgpt.shard_rules(CFG))
 
 
 def test_a_rule_with_an_unknown_axis_is_refused():
