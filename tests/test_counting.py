@@ -110,6 +110,7 @@ def test_bytes_are_counted_by_dtype():
     assert count.bytes == 4 * count.total - 2 * 800
 
 
+@pytest.mark.slow
 def test_sharded_arrays_are_counted_once():
     # A new process can have two devices.
     program = """

@@ -564,6 +564,7 @@ def extra_memory(folder: Path, line: str, megabytes: int, kind: str) -> tuple[fl
     return float(output[0]), int(output[1])
 
 
+@pytest.mark.slow
 def test_a_text_need_not_fit_in_memory(tmp_path: Path) -> None:
     extra, count = extra_memory(tmp_path, "hello world, or a bold bear cowered\n", 16, "characters")
     assert count > 14 * 10**6

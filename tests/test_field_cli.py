@@ -178,6 +178,7 @@ STREAMS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("line", "code", "message"), STREAMS)
 def test_a_process_started_in_an_unusual_way_ends_without_a_traceback(
     line, code, message, tmp_path

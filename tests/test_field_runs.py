@@ -271,6 +271,7 @@ def after_step(monkeypatch):
     return schedule
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [

@@ -494,6 +494,7 @@ class TestPaddedVocabularies:
     def keyed(options):
         return options | ({"key": jax.random.key(1)} if options.get("temperature") else {})
 
+    @pytest.mark.slow
     @options
     @pytest.mark.parametrize("make", TOKENIZERS)
     def test_texts_have_no_replacement_character_for_a_missing_token(self, make, options):

@@ -93,6 +93,7 @@ def test_iterators_serve_as_prompts_and_stop_ids():
     assert cut != lists
 
 
+@pytest.mark.slow
 def test_a_stream_far_past_the_context_keeps_only_the_context():
     cfg, params, _ = model("book-qkv-bias")
     new = 3 * bucket(cfg.context_length + 1)

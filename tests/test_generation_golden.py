@@ -90,6 +90,7 @@ def assert_rows_are_independent(lengths, seed, greedy):
         assert flaxgpt.generate(cfg, params, [row], 6, key=own, **options) == [together[i]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("greedy", [True, False])
 def test_a_row_does_not_depend_on_its_companions(greedy):
     assert_rows_are_independent([3, 14, 9], 0, greedy)  # one size class, so one program is compiled

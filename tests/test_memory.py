@@ -49,6 +49,7 @@ def xla_training(cfg, batch, length):
     return found.argument_size_in_bytes + found.temp_size_in_bytes  # outputs alias arguments
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("cfg", "batch", "length"),
     [

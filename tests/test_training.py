@@ -82,6 +82,7 @@ def test_the_loss_of_a_batch_is_the_weighted_mean(params):
     np.testing.assert_allclose(loss(CFG, params, Batch(IDS, WEIGHTS)), expected, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_weights_of_one_equal_no_weights(params):
     plain, weighted = (
         loss_and_gradient(CFG, params, batch) for batch in (IDS, Batch(IDS, np.ones_like(WEIGHTS)))

@@ -247,6 +247,7 @@ def test_fine_tuning_starts_from_a_saved_model(done, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:removing")
 def test_fine_tuning_killed_in_its_first_checkpoint_restarts_from_the_source(done, tmp_path):
     changes = {"init_from": str(done[0] / "model"), "tokenizer": "", "steps": 8, "sample_every": 0}
@@ -260,6 +261,7 @@ def test_fine_tuning_killed_in_its_first_checkpoint_restarts_from_the_source(don
     assert not list((out / "data").glob(".*.tmp"))
 
 
+@pytest.mark.slow
 def test_fine_tuning_that_never_improves_keeps_the_source_model_as_the_best(done, tmp_path):
     out, trained, _ = done
     result, seen = run(
@@ -292,6 +294,7 @@ def test_without_validation_the_last_model_is_saved(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, params, result.state.params)
 
 
+@pytest.mark.slow
 def test_a_diverged_run_stops_before_saving_a_checkpoint(tmp_path):
     out = tmp_path / "run"
     with pytest.raises(
@@ -424,6 +427,7 @@ def test_a_full_disk_stops_the_run_and_keeps_earlier_checkpoints(tmp_path):
         subprocess.run(["umount", "--lazy", str(disk)], check=True)  # ids are mapped from it
 
 
+@pytest.mark.slow
 def test_a_sample_has_no_ids_that_the_tokenizer_lacks(tmp_path):
     cfg = dataclasses.replace(CFG, vocab_size=500)
     recipe = dataclasses.replace(RECIPE, sample_prompt="I had", sample_tokens=20)
