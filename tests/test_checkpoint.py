@@ -24,6 +24,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from flaxgpt.runs import checkpoints as checkpoint
+from flaxgpt.runs import durable_folder
 from flaxgpt.runs.checkpoints import Checkpoints
 
 OPTIMIZER = optax.chain(
@@ -577,7 +578,7 @@ def failing_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch
         raise OSError(errno.EIO, "Input/output error", str(path))
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "sync", fail)
+        patch.setattr(durable_folder, "sync", fail)
         yield patch
 
 
@@ -620,7 +621,7 @@ def test_after_a_failed_write_the_latest_and_the_best_checkpoints_are_still_kept
     save_all(tmp_path, 1.0, 2.0, keep=1)
     with Checkpoints(tmp_path, keep=1) as checkpoints:
         with failing_disk.context() as patch:
-            patch.setattr(checkpoint, "sync", None)
+            patch.setattr(durable_folder, "sync", None)
             checkpoints.save(3, state_of(3), {}, {}, 0.5)
             with pytest.raises(OSError, match="checkpoint of step 3"):
                 checkpoints.wait()

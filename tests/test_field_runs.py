@@ -28,8 +28,7 @@ from command import run as command
 from flaxgpt import GPTConfig
 from flaxgpt.data import documents, scan_texts
 from flaxgpt.data.token_file import encode_range
-from flaxgpt.runs import checkpoints as checkpoint
-from flaxgpt.runs import loop, read_run, train
+from flaxgpt.runs import durable_folder, loop, read_run, train
 from flaxgpt.runs import report as reporting
 from flaxgpt.runs.checkpoints import Checkpoints
 from flaxgpt.runs.report import Report
@@ -184,14 +183,14 @@ def test_a_link_that_the_system_removed_is_created_again(tmp_path, monkeypatch):
 
 
 def lose_the_arrays(folder, monkeypatch):
-    finalize = checkpoint._DurableFolder.finalize
+    finalize = durable_folder.DurableFolder.finalize
 
     async def finalize_elsewhere(self):
         for path in Path(self.get()).glob("arrays/d/*"):
             path.unlink()
         await finalize(self)
 
-    monkeypatch.setattr(checkpoint._DurableFolder, "finalize", finalize_elsewhere)
+    monkeypatch.setattr(durable_folder.DurableFolder, "finalize", finalize_elsewhere)
 
 
 def test_a_folder_whose_checkpoints_cannot_be_restored_is_refused_before_training(
@@ -208,7 +207,9 @@ def test_a_checkpoint_that_is_not_on_disk_as_written_is_a_failed_write(tmp_path,
     with Checkpoints(tmp_path, 1) as checkpoints:
         checkpoints.save(1, state, {}, {})
         checkpoints.wait()
-        monkeypatch.setattr(checkpoint, "sync", lambda path: path.is_file() and path.write_text(""))
+        monkeypatch.setattr(
+            durable_folder, "sync", lambda path: path.is_file() and path.write_text("")
+        )
         checkpoints.save(2, state, {}, {})
         with pytest.raises(OSError, match="checkpoint of step 2 could not be written"):
             checkpoints.wait()

@@ -12,7 +12,7 @@ import shutil
 import sys
 import traceback
 from collections.abc import Iterator
-from typing import Annotated, Any, NoReturn, Union
+from typing import Annotated, Any, Union
 
 import jax
 import tyro
@@ -46,37 +46,36 @@ def main(argv: list[str] | None = None) -> int:
     0 on success, 1 if the device fails or training diverges, 2 for invalid input, 130 after Ctrl-C.
     """
     _interrupt.catch_again()
+    code = 0
     try:
         prepare_streams()
         with plain_warnings():
             _run(sys.argv[1:] if argv is None else argv)
     except KeyboardInterrupt:
-        if jax.distributed.is_initialized():
-            _exit(130)
-        return 130
+        code = 130
     except BrokenPipeError:
         _discard_output()
-        return 0
     except Exception as error:
-        if (found := _explained(error)) is None:
-            if jax.distributed.is_initialized():
-                traceback.print_exc()
-                _exit(1)
-            raise
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC and error.filename is None:
-            _discard_output()
-        message, code = found
-        print(f"flaxgpt: {message}", file=sys.stderr)
-        if jax.distributed.is_initialized():
-            _exit(code)
-        return code
-    return 0
+        code = _report(error)
+    if code and jax.distributed.is_initialized():
+        # At a normal exit, JAX would wait for the other processes, which may never end.
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
-def _exit(code: int) -> NoReturn:
-    """End this process, where JAX would wait for the others first, which may never end."""
-    sys.stderr.flush()
-    os._exit(code)
+def _report(error: Exception) -> int:
+    """Print one line that explains an error, and return the exit code."""
+    if (found := _explained(error)) is None:
+        if not jax.distributed.is_initialized():
+            raise error
+        traceback.print_exception(error)
+        return 1
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC and error.filename is None:
+        _discard_output()
+    message, code = found
+    print(f"flaxgpt: {message}", file=sys.stderr)
+    return code
 
 
 def _explained(error: Exception) -> tuple[str, int] | None:
@@ -90,7 +89,9 @@ def _explained(error: Exception) -> tuple[str, int] | None:
             "--dtype bfloat16, a shorter text or, in training, a smaller --batch-size or a larger "
             "--accumulate"
         ), 1
-    if isinstance(error, ArithmeticError) or type(error).__name__ == "LostProcessError":
+    from flaxgpt.runs.processes import LostProcessError  # slow to import, and seldom needed
+
+    if isinstance(error, ArithmeticError | LostProcessError):
         return message, 1
     return (message, 2) if isinstance(error, ValueError | OSError | ImportError) else None
 

@@ -48,8 +48,9 @@ class MultiHeadAttention(nn.Module):
         if cache is not None:
             cache = cache.append(keys, values)
             if cache.keys.ndim == 4:  # else batch and heads are one dimension
-                whole = constrain(cache.keys, "BNSH"), constrain(cache.values, "BNSH")
-                cache = cache._replace(keys=whole[0], values=whole[1])
+                cache = cache._replace(
+                    keys=constrain(cache.keys, "BNSH"), values=constrain(cache.values, "BNSH")
+                )
             keys, values = cache.keys, cache.values
 
         rate = self.cfg.drop_rates.attn

@@ -10,7 +10,6 @@ summed by an all-reduce, where XLA for TPU uses a reduce-scatter.
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -23,7 +22,7 @@ from flaxgpt._checks import check_context
 from flaxgpt.config import GPTConfig, check_config
 from flaxgpt.plan.collectives import Collective, collectives
 from flaxgpt.platform import PLATFORMS, Platform
-from flaxgpt.sharding import ShardRules, activation_sharding, check_mesh, shard_rules
+from flaxgpt.sharding import ShardRules, activation_sharding, axis_names, check_mesh, shard_rules
 from flaxgpt.sharding.rules import path_of
 from flaxgpt.training import TrainConfig, abstract_state, train_step
 
@@ -156,17 +155,11 @@ def _unsplit(cfg: GPTConfig, rules: ShardRules, params: Any, mesh: Mesh) -> Iter
     """Yield the parameters that an axis does not split, though their rule names it."""
     for keys, leaf in jax.tree.leaves_with_path(params):
         path = path_of(keys)
-        rule = next(spec for pattern, spec in rules.table if fnmatch.fnmatchcase(path, pattern))
         split = tuple(leaf.sharding.spec) + (None,) * len(leaf.shape)
-        for asked, given, size in zip(rule, split, leaf.shape, strict=False):
-            for axis in _names(asked):
+        for asked, given, size in zip(rules.rule(path), split, leaf.shape, strict=False):
+            for axis in axis_names(asked):
                 parts = mesh.shape.get(axis, 1)
-                if parts > 1 and axis not in _names(given):
+                if parts > 1 and axis not in axis_names(given):
                     # Heads stay whole, so their number decides if the size is divisible.
                     what = f"{cfg.n_heads} heads are" if size % parts == 0 else f"{size} is"
                     yield Unsplit(path, leaf.shape, axis, f"{what} not a multiple of {parts}")
-
-
-def _names(axes: Any) -> tuple[str, ...]:
-    """Return the axes of one dimension of a `PartitionSpec`."""
-    return (axes,) if isinstance(axes, str) else tuple(axes or ())

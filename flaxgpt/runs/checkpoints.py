@@ -16,7 +16,6 @@ import contextlib
 import errno
 import json
 import math
-import os
 import shutil
 import warnings
 from collections.abc import Sequence
@@ -31,8 +30,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, LatestN
 
 from flaxgpt._checks import check_size, listed
-from flaxgpt._files import sync, temporary_folder
-from flaxgpt.runs.checksums import CHECKSUMS, DamagedError, check_files, write_checksums
+from flaxgpt._files import temporary_folder
+from flaxgpt.runs.checksums import CHECKSUMS, DamagedError, check_files
+from flaxgpt.runs.durable_folder import DurableFolder
 from flaxgpt.runs.plain_path import PlainPath
 from flaxgpt.runs.processes import from_first, in_step, is_first
 from flaxgpt.runs.quiet import QuietLibraries
@@ -233,7 +233,7 @@ class Checkpoints:
             self._plain.path,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policy,
-                temporary_path_class=_DurableFolder,
+                temporary_path_class=DurableFolder,
                 async_options=ocp.AsyncOptions(timeout_secs=24 * 60 * 60),
                 num_deletion_threads=1,
                 lightweight_initialize=True,  # reading the metadata of a damaged one would fail
@@ -326,24 +326,6 @@ def check_folder(folder: Path) -> None:
             f"{folder} cannot hold checkpoints ({_first_line(error.__cause__ or error)}): free "
             "some space, or choose another folder"
         ) from error
-
-
-class _DurableFolder(ocp.path.atomicity.AtomicRenameTemporaryPath):
-    """A temporary folder that becomes a checkpoint once its files and checksums are on disk."""
-
-    async def finalize(self) -> None:
-        folder, final = Path(self.get()), Path(self.get_final())
-        if not final.name.isdecimal():  # a part of the checkpoint
-            await super().finalize()
-            return
-        self._checkpoint_metadata_store.wait_until_finished()
-        paths = sorted(folder.rglob("*"))
-        write_checksums(folder, paths)
-        for path in (*paths, folder / CHECKSUMS, folder):
-            sync(path)
-        check_files(folder)
-        os.rename(folder, final)
-        sync(final.parent)
 
 
 class _KeepBest(NamedTuple):

@@ -6,37 +6,32 @@ import contextlib
 import dataclasses
 import math
 import os
-import re
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.errors import JaxRuntimeError
 from rich.console import Console
 from rich.text import Text
 
 from flaxgpt._checks import listed
 from flaxgpt.config import GPTConfig, check_config
 from flaxgpt.generation.batch import generate
-from flaxgpt.runs.checkpoints import Checkpoints, check_folder
-from flaxgpt.runs.folder import Run, Say, lock_run
+from flaxgpt.runs.checkpoints import Checkpoints
+from flaxgpt.runs.folder import Run
 from flaxgpt.runs.model_folder import save_model
 from flaxgpt.runs.processes import (
-    LOST,
-    LostProcessError,
     check_same,
-    from_first,
     in_step,
     is_first,
     largest,
+    not_waiting_for_others,
 )
 from flaxgpt.runs.report import ErrorConsole, Report, show
 from flaxgpt.runs.signals import catch_signals
-from flaxgpt.runs.start import join_run, remove_inputs, resume_run, resumes, start_run
+from flaxgpt.runs.start import open_run, settings_to_agree_on
 from flaxgpt.sharding import (
     Mesh,
     ShardRules,
@@ -57,8 +52,6 @@ from flaxgpt.training.step import (
     train_steps,
 )
 from flaxgpt.typing import Params
-
-_STATUS = re.compile("(UNKNOWN|UNAVAILABLE|INTERNAL|ABORTED|DEADLINE_EXCEEDED): ")  # XLA's
 
 
 class DivergedError(ArithmeticError):
@@ -146,7 +139,7 @@ def train(
     out = Path(os.path.expanduser(out)).absolute()  # the process may change its directory
     check_config(cfg)
     mesh = None if mesh is None else check_mesh(mesh)
-    check_same(_settings(cfg, train_cfg, out, mesh, rules))
+    check_same(settings_to_agree_on(cfg, train_cfg, out, mesh, rules))
     if mesh is None and jax.process_count() > 1:
         mesh = make_mesh()
     if mesh is None and jax.device_count() > 1:
@@ -155,8 +148,8 @@ def train(
     rules = check_rules(rules, cfg, mesh)
     if mesh is not None:
         check_rows(train_cfg, mesh)
-    with contextlib.ExitStack() as stack, _not_waiting_for_others(stack):
-        run = _open(stack, cfg, train_cfg, out, mesh, say)
+    with contextlib.ExitStack() as stack, not_waiting_for_others(stack):
+        run = open_run(stack, cfg, train_cfg, out, mesh, say)
         checkpoints = in_step(lambda: Checkpoints(out / "checkpoints", run.train_cfg.keep))
         stack.enter_context(checkpoints)
         signals = stack.enter_context(catch_signals(say))
@@ -183,81 +176,6 @@ def train(
             jax.distributed.shutdown()  # waits for the others, which are here too
         signal.raise_signal(stopped_by)
     return TrainResult(state, best_loss, best_step, out / "model")
-
-
-@contextlib.contextmanager
-def _not_waiting_for_others(stack: contextlib.ExitStack) -> Iterator[None]:
-    """After a failure in one of several processes, close nothing: it would wait for the others."""
-    try:
-        yield
-    except BaseException as error:
-        if jax.process_count() == 1:
-            raise
-        stack.pop_all()
-        reason = " ".join(str(error).split())[:200]
-        is_lost = isinstance(error, JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in reason
-        # JAX also raises ValueError for what its library for communication reports.
-        if is_lost or re.match(
-            "(UNKNOWN|UNAVAILABLE|INTERNAL|ABORTED|DEADLINE_EXCEEDED): ", reason
-        ):
-            raise LostProcessError(f"{LOST} ({reason})") from error
-        raise
-
-
-def _settings(
-    cfg: GPTConfig,
-    train_cfg: TrainConfig,
-    out: Path,
-    mesh: Mesh | None,
-    rules: ShardRules | None,
-) -> dict[str, Any]:
-    """Return what must be equal in all processes."""
-    sizes = None if mesh is None else dict(mesh.shape)
-    return (
-        cfg.to_dict()
-        | train_cfg.to_dict()
-        | {
-            "out": str(out),
-            "mesh": sizes,
-            "rules": repr(rules),
-        }
-    )
-
-
-def _open(
-    stack: contextlib.ExitStack,
-    cfg: GPTConfig,
-    train_cfg: TrainConfig,
-    out: Path,
-    mesh: Mesh | None,
-    say: Say,
-) -> Run:
-    """Start or resume the run: process 0 changes its folder, and the others wait."""
-
-    def lead() -> Run | None:
-        if not is_first():
-            return None
-        if resumes(train_cfg, out):
-            stack.enter_context(lock_run(out))  # before any of its files is changed
-            return resume_run(cfg, train_cfg, out, say, mesh)
-        run = start_run(cfg, train_cfg, out, say, mesh)
-        stack.enter_context(lock_run(out))
-        return run
-
-    is_new, existed = from_first(str(not resumes(train_cfg, out))) == "True", out.exists()
-    run = in_step(lead)
-    if jax.process_count() == 1:
-        assert run is not None
-        return run
-    try:
-        run = in_step(lambda: join_run(cfg, train_cfg, out, say, mesh) if run is None else run)
-        if is_new:
-            check_folder(out)
-        return run
-    except (OSError, ValueError):
-        if is_new and is_first():
-            remove_inputs(out, existed)
-        raise
 
 
 def _restore(

@@ -11,14 +11,16 @@ import contextlib
 import ctypes
 import json
 import os
+import re
 import signal
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
+from jax.errors import JaxRuntimeError
 from jax.experimental import multihost_utils
 
 import flaxgpt
@@ -31,6 +33,7 @@ LOST = (
     "again, with --init-from and the run's folder to resume"
 )
 
+_STATUS = re.compile("(UNKNOWN|UNAVAILABLE|INTERNAL|ABORTED|DEADLINE_EXCEEDED): ")  # XLA's
 CONNECTING_SECONDS = 60
 """How long processes wait for each other at the start."""
 HEARTBEAT_SECONDS = 30
@@ -296,3 +299,22 @@ def _gather(text: str) -> list[str]:
     padded[: data.size] = data
     rows = multihost_utils.process_allgather(padded)
     return [bytes(row[:size]).decode() for row, size in zip(rows, sizes, strict=True)]
+
+
+@contextlib.contextmanager
+def not_waiting_for_others(stack: contextlib.ExitStack) -> Iterator[None]:
+    """After a failure in one of several processes, close nothing: it would wait for the others."""
+    try:
+        yield
+    except BaseException as error:
+        if jax.process_count() == 1:
+            raise
+        stack.pop_all()
+        reason = " ".join(str(error).split())[:200]
+        is_lost = isinstance(error, JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in reason
+        # JAX also raises ValueError for what its library for communication reports.
+        if is_lost or re.match(
+            "(UNKNOWN|UNAVAILABLE|INTERNAL|ABORTED|DEADLINE_EXCEEDED): ", reason
+        ):
+            raise LostProcessError(f"{LOST} ({reason})") from error
+        raise

@@ -17,9 +17,10 @@ from flaxgpt._checks import listed, value_errors
 from flaxgpt._files import foreign_files, is_temporary
 from flaxgpt.config import GPTConfig, check_config
 from flaxgpt.data import TextScan
-from flaxgpt.runs.folder import Run, Say, read_config, write_config
+from flaxgpt.runs.folder import Run, Say, lock_run, read_config, write_config
+from flaxgpt.runs.processes import from_first, in_step, is_first
 from flaxgpt.runs.texts import scan_files, tokenize_files
-from flaxgpt.sharding import Mesh
+from flaxgpt.sharding import Mesh, ShardRules
 from flaxgpt.tokenizer import TOKENIZER_NAMES, CharTokenizer, Tokenizer, load_tokenizer
 from flaxgpt.tokenizer.folder import (
     FILE_NAME,
@@ -51,6 +52,64 @@ def resumes(train_cfg: TrainConfig, out: Path) -> bool:
     """Return whether a recipe resumes the run in `out` instead of starting a new one."""
     source = Path(os.path.expanduser(train_cfg.init_from))
     return source.is_dir() and out.is_dir() and source.samefile(out) and is_run(out)
+
+
+def settings_to_agree_on(
+    cfg: GPTConfig,
+    train_cfg: TrainConfig,
+    out: Path,
+    mesh: Mesh | None,
+    rules: ShardRules | None,
+) -> dict[str, Any]:
+    """Return what must be equal in all processes."""
+    sizes = None if mesh is None else dict(mesh.shape)
+    return (
+        cfg.to_dict()
+        | train_cfg.to_dict()
+        | {
+            "out": str(out),
+            "mesh": sizes,
+            "rules": repr(rules),
+        }
+    )
+
+
+def open_run(
+    stack: contextlib.ExitStack,
+    cfg: GPTConfig,
+    train_cfg: TrainConfig,
+    out: Path,
+    mesh: Mesh | None,
+    say: Say,
+) -> Run:
+    """Start or resume the run: process 0 changes its folder, and the others wait."""
+
+    def lead() -> Run | None:
+        if not is_first():
+            return None
+        if resumes(train_cfg, out):
+            stack.enter_context(lock_run(out))  # before any of its files is changed
+            return resume_run(cfg, train_cfg, out, say, mesh)
+        run = start_run(cfg, train_cfg, out, say, mesh)
+        stack.enter_context(lock_run(out))
+        return run
+
+    is_new, existed = from_first(str(not resumes(train_cfg, out))) == "True", out.exists()
+    run = in_step(lead)
+    if jax.process_count() == 1:
+        assert run is not None
+        return run
+    try:
+        run = in_step(lambda: join_run(cfg, train_cfg, out, say, mesh) if run is None else run)
+        if is_new:
+            from flaxgpt.runs.checkpoints import check_folder
+
+            check_folder(out)
+        return run
+    except (OSError, ValueError):
+        if is_new and is_first():
+            remove_inputs(out, existed)
+        raise
 
 
 def start_run(

@@ -21,7 +21,7 @@ from flaxgpt.sharding.constrain import (
     share_of_rows,
 )
 from flaxgpt.sharding.gather import gather_on_first, is_shared, wait_for_all
-from flaxgpt.sharding.mesh import Mesh, check_mesh, make_mesh, mesh_of, parse_mesh
+from flaxgpt.sharding.mesh import Mesh, axis_names, check_mesh, make_mesh, mesh_of, parse_mesh
 from flaxgpt.sharding.rules import (
     ShardRules,
     check_rules,
@@ -37,6 +37,7 @@ __all__ = [
     "ShardRules",
     "activation_sharding",
     "automatic",
+    "axis_names",
     "batch_parts",
     "check_mesh",
     "check_rules",

@@ -11,6 +11,8 @@ import jax
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from flaxgpt.sharding.mesh import axis_names
+
 ACTIVATIONS = {
     "B": ("data", "fsdp"),  # rows
     "N": ("tensor",),  # heads
@@ -71,7 +73,7 @@ def fitting(axes: Any, size: int, sizes: dict[str, int]) -> tuple[str, ...] | No
     They are taken in order, and left out if they do not divide what is left of the dimension.
     """
     kept: list[str] = []
-    for name in (axes,) if isinstance(axes, str) else tuple(axes or ()):
+    for name in axis_names(axes):
         parts = math.prod(sizes[other] for other in (*kept, name) if other in sizes)
         if name in sizes and size % parts == 0:
             kept.append(name)

@@ -98,6 +98,11 @@ def parse_mesh(text: str) -> dict[str, int]:
     return sizes
 
 
+def axis_names(axes: Any) -> tuple[str, ...]:
+    """Return the axes in one dimension of a `PartitionSpec`: a name, several, or none."""
+    return (axes,) if isinstance(axes, str) else tuple(axes or ())
+
+
 def check_axes(names: Any) -> None:
     """Raise ValueError for a name that is not in `AXES`."""
     if unknown := [name for name in names if name not in AXES]:

@@ -21,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flaxgpt.config import GPTConfig, check_config
 from flaxgpt.sharding.constrain import fitting
-from flaxgpt.sharding.mesh import check_axes, check_mesh
+from flaxgpt.sharding.mesh import axis_names, check_axes, check_mesh
 from flaxgpt.typing import Params
 
 P = PartitionSpec
@@ -63,6 +63,13 @@ class ShardRules:
         """Return rules in which those in `changes` come first."""
         return dataclasses.replace(self, table=(*changes.items(), *self.table))
 
+    def rule(self, path: str) -> PartitionSpec:
+        """Return the first rule whose pattern matches a path; ValueError if none does."""
+        found = (spec for pattern, spec in self.table if fnmatch.fnmatchcase(path, pattern))
+        if (spec := next(found, None)) is None:
+            raise ValueError(f"no rule matches {path}: add one, such as '*': PartitionSpec()")
+        return spec
+
     def spec(self, path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
         """Return how a mesh splits one parameter.
 
@@ -77,16 +84,11 @@ class ShardRules:
         """
         if not shape:  # a count, or a random key
             return P()
-        found = (spec for pattern, spec in self.table if fnmatch.fnmatchcase(path, pattern))
-        spec = next(found, None)
-        if spec is None:
-            raise ValueError(f"no rule matches {path}: add one, such as '*': PartitionSpec()")
+        spec = self.rule(path)
         if len(spec) > len(shape):
             raise ValueError(f"the rule {spec} for {path} has more dimensions than {shape}")
-        used = [
-            name for axes in spec for name in ((axes,) if isinstance(axes, str) else axes or ())
-        ]
-        check_axes([name for name in used if name not in mesh.axis_names])
+        named = [name for axes in spec for name in axis_names(axes)]
+        check_axes([name for name in named if name not in mesh.axis_names])
         sizes = dict(mesh.shape)
         if _ATTENTION in path and self.n_heads % sizes.get("tensor", 1):
             del sizes["tensor"]
@@ -135,13 +137,18 @@ def check_rules(rules: Any, cfg: GPTConfig, mesh: Mesh | None) -> ShardRules | N
 
     Raises ValueError for other kinds of rules, and for rules without a mesh.
     """
-    if rules is not None and not isinstance(rules, ShardRules):
-        raise ValueError(
-            f"rules must be ShardRules, as flaxgpt.shard_rules(cfg) returns them, got {rules!r}"
-        )
+    if rules is not None:
+        _check_kind(rules)
     if mesh is None and rules is not None:
         raise ValueError("rules have no effect without a mesh: pass mesh=flaxgpt.make_mesh()")
     return shard_rules(cfg) if mesh is not None and rules is None else rules
+
+
+def _check_kind(rules: Any) -> None:
+    if not isinstance(rules, ShardRules):
+        raise ValueError(
+            f"rules must be ShardRules, as flaxgpt.shard_rules(cfg) returns them, got {rules!r}"
+        )
 
 
 def shard(params: Params, mesh: Mesh, rules: ShardRules) -> Params:
@@ -159,10 +166,7 @@ def shard(params: Params, mesh: Mesh, rules: ShardRules) -> Params:
         ValueError: the mesh has an unknown axis, or a rule does not fit a parameter.
     """
     mesh = check_mesh(mesh)
-    if not isinstance(rules, ShardRules):
-        raise ValueError(
-            f"rules must be ShardRules, as flaxgpt.shard_rules(cfg) returns them, got {rules!r}"
-        )
+    _check_kind(rules)
     return jax.tree.map(place, params, rules.shardings(params, mesh))
 
 
@@ -183,11 +187,14 @@ def place(array: Any, sharding: NamedSharding) -> jax.Array:
     return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
 
 
-def rules_of(params: Params, n_heads: int) -> ShardRules:
-    """Return the rules by which parameters on a mesh are split: one for each of them."""
+def rules_of(params: Params) -> ShardRules:
+    """Return the rules by which parameters on a mesh are split: one for each of them.
+
+    They stay as they are even if heads are split, as any number of heads divides 0.
+    """
     leaves = jax.tree.leaves_with_path(params)
     pairs = ((f"*{path_of(p)}", getattr(leaf.sharding, "spec", P())) for p, leaf in leaves)
-    return ShardRules((*pairs, ("*", P())), n_heads)
+    return ShardRules((*pairs, ("*", P())), n_heads=0)
 
 
 def constrain_tree(tree: Any, mesh: Mesh | None, rules: ShardRules | None) -> Any:

@@ -98,7 +98,7 @@ def init_state(
     else:
         params = jax.tree.map(jnp.array, to_automatic(params))
         if (mesh := mesh_of(params)) is not None:
-            rules = rules_of(params, cfg.n_heads)
+            rules = rules_of(params)
             params = jax.tree.map(place, params, rules.shardings(params, mesh))
     if mesh is not None:
         check_rows(train_cfg, mesh)

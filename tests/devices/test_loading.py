@@ -299,7 +299,10 @@ def save_random(folder, cfg, layout="huggingface"):
     return folder
 
 
-needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+needs_proc = pytest.mark.skipif(
+    not Path("/proc/self/status").exists(),
+    reason="only Linux shows the peak memory of a process, in /proc",
+)
 
 
 @needs_proc

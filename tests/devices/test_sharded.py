@@ -18,16 +18,7 @@ from flaxgpt.training import TrainConfig, init_state, loss, mean_loss, train_ste
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-CFG = flaxgpt.GPTConfig(
-    vocab_size=64,
-    context_length=16,
-    emb_dim=32,
-    n_heads=8,
-    n_layers=2,
-    drop_rate=0.0,
-    qkv_bias=True,
-    tie_embeddings=True,
-)
+CFG = flaxgpt.GPTConfig(64, 16, 32, 8, 2, 0.0, True, True)
 DROPPING = flaxgpt.GPTConfig(**CFG.to_dict() | {"drop_rate": 0.1, "tie_embeddings": False})
 # 61 is prime, and 6 heads of 8 are 48: neither is divisible by 4 or 8.
 UNEVEN = flaxgpt.GPTConfig(61, 15, 48, 6, 2, 0.1, True, True)
