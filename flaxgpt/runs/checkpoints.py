@@ -6,8 +6,9 @@
 
 `orbax.checkpoint.CheckpointManager` writes in the background and removes old checkpoints. Orbax
 0.12 does not sync a checkpoint to disk before naming it, restores a flipped bit as just another
-number, leaves a half-written folder behind when a write fails, and misreads some paths. This module
-adds the sync, the checksums, the clean-up and, for such paths, a link.
+number, leaves a half-written folder behind when a write fails, and misreads some paths.
+`flaxgpt.runs.durable_folder` adds the sync and the checksums, `flaxgpt.runs.plain_path` a link for
+such paths, and this module the clean-up.
 """
 
 from __future__ import annotations
