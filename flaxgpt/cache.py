@@ -33,7 +33,8 @@ class KVCache:
     """The keys and values that attention reads back, a pytree.
 
     Attributes:
-        keys: L float arrays, [B, N, S, H], or [B*N, S, H] if `layout` is "merged".
+        keys: L float arrays, [B, N, S, H], or [B*N, S, H] if `layout` is "merged", or [B, S, N*H]
+            if it is "joined".
         values: the same for values.
         length: int32 [], slots filled so far, shared by all rows.
         start: int32 [B], the first slot that belongs to each row. Slots before it are padding:
@@ -122,6 +123,8 @@ class KVCache:
         index = jnp.where(jnp.asarray(rows) < 0, self.batch, rows).astype(jnp.int32)
 
         def gather(buffer: jax.Array) -> jax.Array:
+            if self.layout == "joined":
+                return buffer.at[index].get(mode="fill", fill_value=jnp.nan)
             by_row = buffer.reshape(self.batch, -1, *buffer.shape[-2:])  # [B, N, S, H]
             by_row = by_row.at[index].get(mode="fill", fill_value=jnp.nan)
             return by_row.reshape(-1, *buffer.shape[-2:]) if buffer.ndim == 3 else by_row
@@ -155,10 +158,26 @@ class LayerCache(NamedTuple):
         """Return the cache with keys and values [B, N, T, H] in slots `length` to `length + T`."""
 
         def write(buffer: jax.Array, new: jax.Array) -> jax.Array:
-            new = new.reshape(*buffer.shape[:-2], *new.shape[-2:]).astype(buffer.dtype)
+            if buffer.shape[-1] != new.shape[-1]:  # heads are joined
+                new = new.swapaxes(1, 2)
+                new = new.reshape(*new.shape[:2], buffer.shape[-1])
+            else:
+                new = new.reshape(*buffer.shape[:-2], *new.shape[-2:])
+            new = new.astype(buffer.dtype)
             return lax.dynamic_update_slice_in_dim(buffer, new, self.length, axis=buffer.ndim - 2)
 
         return self._replace(keys=write(self.keys, keys), values=write(self.values, values))
+
+
+def layer_shape(cfg: GPTConfig, batch: int, length: int, layout: CacheLayout) -> tuple[int, ...]:
+    """Return the shape of the keys, and of the values, of one block."""
+    match layout:
+        case "separate":
+            return batch, cfg.n_heads, length, cfg.head_dim
+        case "merged":
+            return batch * cfg.n_heads, length, cfg.head_dim
+        case "joined":
+            return batch, length, cfg.emb_dim
 
 
 def init_cache(
@@ -178,8 +197,9 @@ def init_cache(
         length: slots (S), at most `cfg.context_length`.
         dtype: float32, bfloat16 or float16; of keys and values, and what `extend` computes in.
         layout: "separate" stores [B, N, S, H], so that batch and heads can be sharded; "merged"
-            stores [B*N, S, H], which XLA updates in place on CPU; "auto" selects what is faster on
-            JAX's default backend, and "separate" on a mesh.
+            stores [B*N, S, H], which XLA updates in place on CPU; "joined" stores [B, S, N*H],
+            which fills the tiles of a TPU; "auto" selects what is fastest on JAX's default
+            backend, and "separate" on a mesh.
         mesh: the mesh of the parameters, to split batch and heads over; None for one device.
 
     Returns:
@@ -195,8 +215,7 @@ def init_cache(
     if layout not in get_args(CacheLayout):
         raise unknown_name("cache layout", layout, (*get_args(CacheLayout), "auto"))
     dtype = check_dtype(dtype)
-    rows = (batch, cfg.n_heads) if layout == "separate" else (batch * cfg.n_heads,)
-    shape = (*rows, length, cfg.head_dim)
+    shape = layer_shape(cfg, batch, length, layout)
     device = None
     if mesh is not None:
         if layout != "separate":

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import jax
+from jax.typing import DTypeLike
 
 from flaxgpt.typing import Params
 
-CacheLayout = Literal["separate", "merged"]
-"""How a `KVCache` stores batch (B) and heads (N): `[B, N, S, H]`, or merged as `[B*N, S, H]`."""
+CacheLayout = Literal["separate", "merged", "joined"]
+"""How a `KVCache` stores batch (B), slots (S), heads (N) and their elements (H): `[B, N, S, H]`,
+merged batch and heads as `[B*N, S, H]`, or joined heads as `[B, S, N*H]`."""
+
+ByDtype = tuple[tuple[str, Any], ...]
+"""Pairs of a dtype to compute in and a choice."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,10 +23,23 @@ class Platform:
     """The choices made for one kind of device. Hashable, so it can be a static argument."""
 
     cache_layout: CacheLayout = "separate"
-    attention: str = "plain"  # what `attention="auto"` selects; see `flaxgpt.model.attend`
+    attention: ByDtype = ()  # what `attention="auto"` selects; "plain" for other dtypes
+    least_rows: ByDtype = ()  # rows that a matrix product has at least; 1 for other dtypes
+    one_pass_norms: bool = False  # mean and variance from one pass over the numbers
+    loss_positions: int | None = None  # whose logits a training step holds at once; None for all
+    cudnn: bool = False  # whether `jax.nn.dot_product_attention` may use cuDNN
+    interpreted: bool = True  # whether Pallas kernels for TPU are interpreted, not compiled
     decode_options: tuple[tuple[str, str], ...] = ()  # of XLA for the decoding loop: (name, value)
     plan_options: tuple[tuple[str, str], ...] = ()  # for programs that are only read, never run
     largest_array: int = 2**26  # elements that evaluation should allocate: 256 MiB in float32
+
+    def attention_in(self, dtype: DTypeLike) -> str:
+        """Return the attention implementation for a dtype to compute in."""
+        return dict(self.attention).get(jax.numpy.dtype(dtype).name, "plain")
+
+    def repeats(self, rows: int, dtype: DTypeLike) -> int:
+        """Return how often each of a few rows should be repeated in matrix products."""
+        return -(-dict(self.least_rows).get(jax.numpy.dtype(dtype).name, 1) // rows)
 
 
 PLATFORMS = {
@@ -29,6 +47,8 @@ PLATFORMS = {
         # XLA:CPU copies a [B, N, S, H] buffer whole each time a loop writes one slot, but updates
         # [B*N, S, H] in place: one row of GPT-2 decodes 10 to 20 % faster.
         cache_layout="merged",
+        # XLA:CPU multiplies one narrow row in a naive loop: GPT-2's head takes 128 ms instead of 8.
+        least_rows=(("bfloat16", 2), ("float16", 2)),
         # From jax 0.11 on, this pass takes the loop body for a small one, and runs one thread.
         decode_options=(("xla_disable_hlo_passes", "small-while-loop-hoisting"),),
         # The same program in a third of the time: only its machine code is not optimized.
@@ -36,20 +56,59 @@ PLATFORMS = {
         # 16 MiB. From 32 MiB on, glibc maps every array afresh: a small model is 20 to 30 % slower.
         largest_array=2**22,
     ),
+    # Reasons are estimates of XLA's compiler for v5e, GPT-2 124M; docs/tpu.md has the figures.
+    "tpu": Platform(
+        # Arrays are tiles of 8 x 128 numbers, which a head of 64 elements fills by half.
+        cache_layout="joined",
+        # Float32 stays plain, because a kernel need not follow `jax_default_matmul_precision`.
+        attention=(("bfloat16", "splash"),),
+        # Fewer rows than a tile has are multiplied by the vector unit: the head takes 18 times as
+        # long for one row as for 8.
+        least_rows=(("float32", 8), ("bfloat16", 8), ("float16", 8)),
+        # Each operation costs over a microsecond, and this form of a norm has two fewer.
+        one_pass_norms=True,
+        loss_positions=2048,
+        interpreted=False,
+    ),
+    # NVIDIA GPUs from compute capability 8.0 (Ampere) on, which cuDNN's attention requires.
+    "cuda": Platform(
+        attention=(("bfloat16", "dot_product"), ("float16", "dot_product")), cudnn=True
+    ),
 }
-"""Platforms that need other choices than the default, by JAX's name for them."""
+"""Platforms that need other choices than the default."""
 
 
 def platform_of(params: Params | None = None) -> Platform:
     """Return the choices for the devices that hold `params`, a pytree of arrays.
 
-    For no arrays, tracers or NumPy arrays, that is JAX's default backend.
+    For no arrays, tracers or NumPy arrays, that is the mesh in force or else JAX's default device.
     """
     leaf = next(iter(jax.tree.leaves(params)), None)
     if not isinstance(leaf, jax.Array) or isinstance(leaf, jax.core.Tracer):
-        return PLATFORMS.get(jax.default_backend(), Platform())
+        return PLATFORMS.get(_default(), Platform())
     devices = leaf.devices()
-    platform = PLATFORMS.get(next(iter(devices)).platform, Platform())
+    platform = PLATFORMS.get(_name(next(iter(devices))), Platform())
     if len(devices) > 1:  # which batch and heads are split over, so they stay apart
         platform = dataclasses.replace(platform, cache_layout="separate")
     return platform
+
+
+def _default() -> str:
+    # A mesh may be of devices that are not attached, for which a program is only compiled.
+    mesh: Any = jax.sharding.get_abstract_mesh()
+    kind = getattr(getattr(mesh, "abstract_device", None), "device_kind", "")
+    if kind.startswith("TPU"):
+        return "tpu"
+    config: Any = jax.config
+    device = config.jax_default_device  # a device, the name of a platform, or None
+    if device is None or isinstance(device, str):
+        device = jax.local_devices(backend=device)[0]
+    return _name(device)
+
+
+def _name(device: Any) -> str:
+    """Return the key of `PLATFORMS` for a device, or JAX's name of its platform."""
+    if device.platform != "gpu":
+        return device.platform
+    capability = getattr(device, "compute_capability", "")  # such as 9.0, or gfx942 of AMD
+    return "cuda" if capability.split(".")[0].isdecimal() and float(capability) >= 8 else "gpu"

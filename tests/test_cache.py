@@ -33,13 +33,13 @@ def extended(cfg, params, ids, sizes, layout):
     return jnp.concatenate(pieces, axis=1)
 
 
-@pytest.mark.parametrize("layout", ["separate", "merged"])
+@pytest.mark.parametrize("layout", ["separate", "merged", "joined"])
 def test_extending_at_once_equals_forward(setting, layout):
     cfg, params, ids, logits = setting
     golden.assert_logits_agree(extended(cfg, params, ids, [ids.shape[1]], layout), logits)
 
 
-@pytest.mark.parametrize("layout", ["separate", "merged"])
+@pytest.mark.parametrize("layout", ["separate", "merged", "joined"])
 def test_extending_id_by_id_equals_forward(setting, layout):
     cfg, params, ids, logits = setting
     golden.assert_logits_agree(extended(cfg, params, ids, [1] * ids.shape[1], layout), logits)
@@ -168,16 +168,16 @@ def test_a_cache_of_another_dtype_is_refused(dtype):
 
 # --- Rewinding and rearranging, against recomputation
 
-LAYOUTS = pytest.mark.parametrize("layout", ["separate", "merged"])
+LAYOUTS = pytest.mark.parametrize("layout", ["separate", "merged", "joined"])
 
 
 @pytest.fixture(scope="module")
 def filled():
-    """Caches of book-small in both layouts, holding 8 ids per row, and what they were made from."""
+    """Caches of book-small in every layout, holding 8 ids per row, and what they were made from."""
     cfg, params, expected = golden.model("book-small")
     ids = expected["input_ids"][:, :10]
     caches = {}
-    for layout in ("separate", "merged"):
+    for layout in ("separate", "merged", "joined"):
         cache = flaxgpt.init_cache(cfg, ids.shape[0], 12, layout=layout)
         caches[layout] = flaxgpt.extend(cfg, params, ids[:, :8], cache)[1]
     return cfg, params, ids, caches

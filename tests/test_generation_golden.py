@@ -66,8 +66,8 @@ def test_a_prompt_longer_than_the_context_is_cropped_as_in_the_book():
     assert out[0] == out[1]
 
 
-@pytest.mark.parametrize("layout", ["separate", pytest.param("merged", marks=SLOW)])
-def test_both_cache_layouts_give_the_same_ids(layout):
+@pytest.mark.parametrize("layout", ["separate", "joined", pytest.param("merged", marks=SLOW)])
+def test_all_cache_layouts_give_the_same_ids(layout):
     cfg, params, expected = golden.model("book-small")
     ids, full = expected["input_ids"], expected["greedy_ids"]
     new = full.shape[1] - ids.shape[1]

@@ -34,9 +34,9 @@ class Program:
         """Return the model's reading function."""
 
         def read(ids: jax.Array, last: Any, cache: KVCache) -> tuple[jax.Array, KVCache]:
-            states, cache = apply_states(self.cfg, self.platform.attention, params, ids, cache)
+            states, cache = apply_states(self.cfg, self.platform, params, ids, cache)
             final = lax.dynamic_index_in_dim(states, last, axis=1, keepdims=False)  # [B, D]
-            return apply_logits(self.cfg, params, final), cache
+            return apply_logits(self.cfg, self.platform, params, final), cache
 
         return read
 

@@ -96,7 +96,7 @@ def prepare(
     )
     program = Program(cfg, plan, platform_of(params), dtype, mesh)
     # Convert once here instead of in each step.
-    params = params if dtype == jnp.float32 else _cast_matrices(params, dtype)
+    params = params if dtype == jnp.float32 else _cast_for_products(params, dtype)
     return Prepared(program, params, request, ids, start)
 
 
@@ -107,8 +107,12 @@ def bucket(length: int) -> int:
 
 
 @partial(jax.jit, static_argnums=1)
-def _cast_matrices(params: Params, dtype: Any) -> Params:
-    return jax.tree.map(lambda p: p.astype(dtype) if p.ndim > 1 else p, params)
+def _cast_for_products(params: Params, dtype: Any) -> Params:
+    # Biases too, which would be converted in each step; norms are computed in float32.
+    def cast(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
+        return leaf.astype(dtype) if leaf.ndim > 1 or path[-1].key == "bias" else leaf
+
+    return jax.tree_util.tree_map_with_path(cast, params)
 
 
 def check_number(token: int, row: int, place: int) -> None:

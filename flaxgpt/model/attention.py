@@ -11,7 +11,9 @@ from flaxgpt.cache import LayerCache
 from flaxgpt.config import GPTConfig
 from flaxgpt.model.attend import attend
 from flaxgpt.model.layers import Linear, residual_std
+from flaxgpt.model.rows import every_row
 from flaxgpt.model.visibility import Visibility
+from flaxgpt.platform import Platform
 from flaxgpt.sharding import constrain
 
 
@@ -24,23 +26,25 @@ class MultiHeadAttention(nn.Module):
 
     cfg: GPTConfig
     dtype: DTypeLike = jnp.float32  # of the projections and the result
-    attention: str = "plain"  # the implementation in `flaxgpt.model.attend`
+    platform: Platform = Platform()
     layer: int = 0  # number of the block
 
     @nn.compact
     def __call__(
         self,
-        x: jax.Array,  # [B, T, D]
+        x: jax.Array,  # [B, T, D]; with a cache, rows may be repeated, see `flaxgpt.model.rows`
         visibility: Visibility,
         cache: LayerCache | None = None,
         deterministic: bool = True,
     ) -> tuple[jax.Array, LayerCache | None]:  # [B, T, D], the cache with T more slots filled
         batch, queries, _ = x.shape
         heads, size = self.cfg.n_heads, self.cfg.head_dim
+        # A cache has one of each row, however often it is repeated.
+        rows = batch if visibility.start is None else visibility.start.shape[0]
 
         def project(name: str) -> jax.Array:  # [B, N, T, H]
             y = Linear(self.cfg.emb_dim, self.cfg.qkv_bias, dtype=self.dtype, name=name)(x)
-            y = y.reshape(batch, queries, heads, size).swapaxes(1, 2)
+            y = every_row(y, rows).reshape(rows, queries, heads, size).swapaxes(1, 2)
             return constrain(y, "BNTH")
 
         query, keys, values = project("W_query"), project("W_key"), project("W_value")
@@ -58,11 +62,10 @@ class MultiHeadAttention(nn.Module):
         dropout = None
         if rate and not deterministic:
             dropout = lambda shape: drop(jnp.ones(shape, jnp.float32))  # noqa: E731
-        context = attend(
-            query, keys, values, visibility, dropout=dropout, implementation=self.attention
-        )
+        context = attend(query, keys, values, visibility, self.platform, dropout=dropout)
 
-        context = context.swapaxes(1, 2).reshape(batch, queries, self.cfg.emb_dim)
+        context = context.swapaxes(1, 2).reshape(rows, queries, self.cfg.emb_dim)
+        context = jnp.repeat(context, batch // rows, axis=0)
         std = residual_std(self.cfg)
         out = Linear(self.cfg.emb_dim, self.cfg.bias, std, dtype=self.dtype, name="out_proj")
         return out(context), cache

@@ -12,6 +12,7 @@ from flaxgpt.config import GPTConfig
 from flaxgpt.model.attention import MultiHeadAttention
 from flaxgpt.model.layers import FeedForward, LayerNorm
 from flaxgpt.model.visibility import Visibility
+from flaxgpt.platform import Platform
 from flaxgpt.sharding import constrain
 
 
@@ -20,14 +21,14 @@ class TransformerBlock(nn.Module):
 
     cfg: GPTConfig
     dtype: DTypeLike = jnp.float32
-    attention: str = "plain"
+    platform: Platform = Platform()
     layer: int = 0  # number of the block
 
     def setup(self) -> None:
-        cfg = self.cfg
-        self.norm1 = LayerNorm(cfg.norm_eps, cfg.bias, self.dtype)
-        self.att = MultiHeadAttention(cfg, self.dtype, self.attention, self.layer)
-        self.norm2 = LayerNorm(cfg.norm_eps, cfg.bias, self.dtype)
+        cfg, one_pass = self.cfg, self.platform.one_pass_norms
+        self.norm1 = LayerNorm(cfg.norm_eps, cfg.bias, self.dtype, one_pass)
+        self.att = MultiHeadAttention(cfg, self.dtype, self.platform, self.layer)
+        self.norm2 = LayerNorm(cfg.norm_eps, cfg.bias, self.dtype, one_pass)
         self.ff = FeedForward(cfg, self.dtype)
         self.drop_shortcut = nn.Dropout(cfg.drop_rates.shortcut)
 

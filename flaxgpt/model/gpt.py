@@ -10,7 +10,6 @@ extend    ids and a cache -> logits and the updated cache
 from __future__ import annotations
 
 import dataclasses
-import math
 from functools import lru_cache, partial
 from typing import Any
 
@@ -20,13 +19,14 @@ from flax import linen as nn
 from jax.typing import ArrayLike, DTypeLike
 
 from flaxgpt._checks import check_dtype, check_ids, check_params
-from flaxgpt.cache import KVCache, LayerCache
+from flaxgpt.cache import KVCache, LayerCache, layer_shape
 from flaxgpt.config import GPTConfig, block_name, check_config
 from flaxgpt.model.attend import resolve_attention
 from flaxgpt.model.block import TransformerBlock
 from flaxgpt.model.layers import Embedding, LayerNorm, Linear
+from flaxgpt.model.rows import every_row, repeat_rows
 from flaxgpt.model.visibility import Visibility
-from flaxgpt.platform import platform_of
+from flaxgpt.platform import Platform, platform_of
 from flaxgpt.sharding import Mesh, ShardRules, automatic, check_mesh, check_rules, constrain
 from flaxgpt.typing import Params
 
@@ -42,13 +42,13 @@ class GPT(nn.Module):
         dtype: dtype to compute in; parameters keep their own, and logits are float32.
         remat: whether the backward pass recomputes each block's activations instead of storing
             them.
-        attention: the implementation in `flaxgpt.model.attend`.
+        platform: how the devices compute it best; the default suits all of them.
     """
 
     cfg: GPTConfig
     dtype: DTypeLike = jnp.float32
     remat: bool = False
-    attention: str = "plain"
+    platform: Platform = Platform()
 
     def setup(self) -> None:
         cfg = self.cfg
@@ -58,8 +58,9 @@ class GPT(nn.Module):
         block: Any = TransformerBlock
         if self.remat:
             block = nn.remat(block, static_argnums=4)  # `deterministic`, counting `self`
-        self.trf_blocks = [block(cfg, self.dtype, self.attention, i) for i in range(cfg.n_layers)]
-        self.final_norm = LayerNorm(cfg.norm_eps, cfg.bias, self.dtype)
+        self.trf_blocks = [block(cfg, self.dtype, self.platform, i) for i in range(cfg.n_layers)]
+        one_pass = self.platform.one_pass_norms
+        self.final_norm = LayerNorm(cfg.norm_eps, cfg.bias, self.dtype, one_pass)
         if not cfg.tie_embeddings:
             self.out_head = Linear(
                 cfg.vocab_size, use_bias=False, dtype=self.dtype, out_dtype=jnp.float32
@@ -74,7 +75,7 @@ class GPT(nn.Module):
         self, ids: jax.Array, cache: KVCache | None = None, deterministic: bool = True
     ) -> tuple[jax.Array, KVCache | None]:
         """Return the final states [B, T, D], and the cache with T more slots filled."""
-        queries = ids.shape[1]
+        batch, queries = ids.shape
         positions = jnp.arange(queries)[None]  # [1, T]
         visibility = Visibility()
         layers: list[LayerCache | None] = [None] * self.cfg.n_layers
@@ -86,12 +87,13 @@ class GPT(nn.Module):
             positions = jnp.where(overflow, self.cfg.context_length, positions)
             visibility, layers = Visibility(cache.start, cache.length), [*cache.layers()]
         x = constrain(self.tok_emb(ids) + self.pos_emb(positions), "BTD")
-        x = self.drop_emb(x, deterministic=deterministic)
+        x = repeat_rows(self.drop_emb(x, deterministic=deterministic), self.platform)
         updated: list[LayerCache] = []
         for block, layer in zip(self.trf_blocks, layers, strict=True):
             x, layer = block(x, visibility, layer, deterministic)
             updated.append(layer)
-        return self.final_norm(x), None if cache is None else cache.advance(updated, queries)
+        final = every_row(self.final_norm(x), batch)
+        return final, None if cache is None else cache.advance(updated, queries)
 
     def logits(self, states: jax.Array) -> jax.Array:
         """Return the logits, float32 [..., V], for final states [..., D].
@@ -101,7 +103,10 @@ class GPT(nn.Module):
         """
         head = self.tok_emb.project if self.cfg.tie_embeddings else self.out_head
         letters = ("B" + "T" * (states.ndim - 2))[: states.ndim - 1] + "V"
-        return constrain(head(states), letters)
+        if states.ndim > 1:
+            product = head(repeat_rows(states, self.platform))
+            return constrain(every_row(product, len(states)), letters)
+        return head(states)
 
 
 def make_model(cfg: GPTConfig, dtype: DTypeLike = jnp.float32, **options: Any) -> Any:
@@ -199,8 +204,8 @@ def forward(
         dtype: dtype to compute in: float32, bfloat16 or float16.
         remat: whether the backward pass recomputes each block's activations instead of storing
             them: about a third slower, with memory for one block instead of L.
-        attention: the attention implementation, "plain" or "dot_product"; "auto" selects the best
-            one for the platform.
+        attention: the attention implementation, "plain", "dot_product" or "splash" (see
+            `flaxgpt.model.attend`); "auto" selects the best one for the platform and dtype.
 
     Returns:
         float32 [B, T, V]. Under `jit`, where ids cannot be checked, an id outside the vocabulary
@@ -244,8 +249,9 @@ def states(
         ValueError: as for `forward`.
     """
     checked = check_inputs(cfg, params, ids)
-    setting = (check_dtype(dtype), remat, resolve_attention(attention, platform_of(params)))
-    return _states(cfg, *setting, params, checked, dropout_key)
+    dtype = check_dtype(dtype)
+    platform = resolve_attention(attention, platform_of(params), dtype)
+    return _states(cfg, dtype, remat, platform, params, checked, dropout_key)
 
 
 @automatic
@@ -254,12 +260,12 @@ def _states(
     cfg: GPTConfig,
     dtype: Any,
     remat: bool,
-    attention: str,
+    platform: Platform,
     params: Params,
     ids: jax.Array,
     dropout_key: jax.Array | None,
 ) -> jax.Array:
-    model = make_model(cfg, dtype, remat=remat, attention=attention)
+    model = make_model(cfg, dtype, remat=remat, platform=platform)
     rngs = None if dropout_key is None else {"dropout": dropout_key}
     variables = {"params": params}
     final, _ = model.apply(variables, ids, None, dropout_key is None, rngs=rngs, method="states")
@@ -290,15 +296,23 @@ def logits(cfg: GPTConfig, params: Params, states: jax.Array) -> jax.Array:
             f"states of shape {states.shape} must end in emb_dim={cfg.emb_dim}, as the function "
             "`states` returns them"
         )
-    return _logits(cfg, params, states)
+    return _logits(cfg, platform_of(params), params, states)
 
 
-def apply_logits(cfg: GPTConfig, params: Params, states: jax.Array) -> jax.Array:
+def apply_logits(
+    cfg: GPTConfig, platform: Platform, params: Params, states: jax.Array
+) -> jax.Array:
     """Return the logits for final states, without checks, for use inside `jit`."""
-    return make_model(cfg, states.dtype).apply({"params": params}, states, method="logits")
+    model = make_model(cfg, states.dtype, platform=platform)
+    return model.apply({"params": params}, states, method="logits")
 
 
-_logits = automatic(jax.jit(apply_logits, static_argnums=0))
+_logits = automatic(jax.jit(apply_logits, static_argnums=(0, 1)))
+
+
+def head_weight(cfg: GPTConfig, params: Params) -> jax.Array:
+    """Return the weight of the output head, [V, D], which a tied model shares."""
+    return params["tok_emb" if cfg.tie_embeddings else "out_head"]["weight"]
 
 
 def extend(
@@ -331,8 +345,8 @@ def extend(
     if batch != cache.batch:
         raise ValueError(f"ids have {batch} rows, but the cache has {cache.batch}")
     layer = cache.keys[0].shape
-    heads = math.prod(layer[:-2]) // batch
-    if (len(cache.keys), heads, layer[-1]) != (cfg.n_layers, cfg.n_heads, cfg.head_dim):
+    fitting = layer_shape(cfg, batch, cache.size, cache.layout)
+    if (len(cache.keys), layer) != (cfg.n_layers, fitting):
         raise ValueError(
             f"the cache has {len(cache.keys)} layers of shape {layer}, but the model has "
             f"{cfg.n_layers} layers and {cfg.n_heads} heads of {cfg.head_dim}: create it with "
@@ -345,21 +359,22 @@ def extend(
             f"filled. Create a longer one with init_cache (up to context_length="
             f"{cfg.context_length}), or use `generate`, which moves the window"
         )
-    return _extend(cfg, resolve_attention(attention, platform_of(params)), params, checked, cache)
+    platform = resolve_attention(attention, platform_of(params), cache.keys[0].dtype)
+    return _extend(cfg, platform, params, checked, cache)
 
 
 def apply_states(
-    cfg: GPTConfig, attention: str, params: Params, ids: jax.Array, cache: KVCache
+    cfg: GPTConfig, platform: Platform, params: Params, ids: jax.Array, cache: KVCache
 ) -> tuple[jax.Array, KVCache]:
     """Return the final states and the updated cache, without checks, for use inside `jit`."""
-    model = make_model(cfg, cache.keys[0].dtype, attention=attention)
+    model = make_model(cfg, cache.keys[0].dtype, platform=platform)
     return model.apply({"params": params}, ids, cache, method="states")
 
 
 @automatic
 @partial(jax.jit, static_argnums=(0, 1))
 def _extend(
-    cfg: GPTConfig, attention: str, params: Params, ids: jax.Array, cache: KVCache
+    cfg: GPTConfig, platform: Platform, params: Params, ids: jax.Array, cache: KVCache
 ) -> tuple[jax.Array, KVCache]:
-    final, cache = apply_states(cfg, attention, params, ids, cache)
-    return apply_logits(cfg, params, final), cache
+    final, cache = apply_states(cfg, platform, params, ids, cache)
+    return apply_logits(cfg, platform, params, final), cache

@@ -74,13 +74,19 @@ class LayerNorm(nn.Module):
     eps: float = 1e-5  # added to the variance
     use_bias: bool = True  # whether to shift
     dtype: DTypeLike = jnp.float32  # of the result
+    one_pass: bool = False  # variance as mean(x^2) - mean(x)^2, less exact where the mean is large
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:  # [..., D] -> [..., D]
         scale = self.param("scale", nn.initializers.ones_init(), (x.shape[-1],), jnp.float32)
         x = x.astype(jnp.float32)
-        centered = x - x.mean(axis=-1, keepdims=True)
-        variance = jnp.square(centered).mean(axis=-1, keepdims=True)
+        mean = x.mean(axis=-1, keepdims=True)
+        centered = x - mean
+        if self.one_pass:
+            variance = jnp.square(x).mean(axis=-1, keepdims=True) - jnp.square(mean)
+            variance = jnp.maximum(variance, 0.0)
+        else:
+            variance = jnp.square(centered).mean(axis=-1, keepdims=True)
         y = centered * lax.rsqrt(variance + self.eps) * _expand(scale.astype(x.dtype), x.ndim)
         if self.use_bias:
             shift = self.param("shift", nn.initializers.zeros_init(), (x.shape[-1],), jnp.float32)

@@ -3,6 +3,7 @@
 mesh         the devices as a grid with three named axes
 rules        which axes split each parameter: a table, and the functions that apply it
 constrain    which axes split each activation: a table of dimension letters
+per_device   functions that each device runs on its part, such as kernels
 gather       arrays of several processes, brought together
 automatic    arrays on meshes that users make, with automatic or explicit axes
 
@@ -22,6 +23,7 @@ from flaxgpt.sharding.constrain import (
 )
 from flaxgpt.sharding.gather import gather_on_first, is_shared, wait_for_all
 from flaxgpt.sharding.mesh import Mesh, axis_names, check_mesh, make_mesh, mesh_of, parse_mesh
+from flaxgpt.sharding.per_device import per_device
 from flaxgpt.sharding.rules import (
     ShardRules,
     check_rules,
@@ -49,6 +51,7 @@ __all__ = [
     "make_mesh",
     "mesh_of",
     "parse_mesh",
+    "per_device",
     "place",
     "place_rows",
     "replicated",

@@ -33,15 +33,15 @@ def constrain(x: jax.Array, letters: str) -> jax.Array:
         x: an array.
         letters: one letter per dimension, such as "BTD".
     """
-    mesh = _mesh_in_force(x)
+    mesh = mesh_in_force(x)
     names = {name for axes in ACTIVATIONS.values() for name in axes}
     if mesh is None or names.isdisjoint(mesh.axis_names):
         return x
     return lax.with_sharding_constraint(x, activation_sharding(letters, x.shape, mesh))
 
 
-def _mesh_in_force(x: jax.Array) -> Any:
-    """Return the mesh in force while `x` is traced, or None; a concrete array stays as it is."""
+def mesh_in_force(x: jax.Array) -> Any:
+    """Return the mesh in force while `x` is traced, or None: a concrete array stays as it is."""
     mesh = jax.sharding.get_abstract_mesh()
     is_used = isinstance(x, jax.core.Tracer) and not mesh.empty
     return mesh if is_used and set(mesh.axis_types) == {AxisType.Auto} else None
@@ -61,7 +61,7 @@ def activation_sharding(letters: str, shape: tuple[int, ...], mesh: Any) -> Name
 
 def replicated(x: jax.Array) -> jax.Array:
     """Return `x`, whole on every device of the mesh in force, so that each process can read it."""
-    mesh = _mesh_in_force(x)
+    mesh = mesh_in_force(x)
     if mesh is None:
         return x
     return lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec()))

@@ -1,17 +1,21 @@
 """Attention over keys and values: one function, one file per implementation behind it.
 
     plain         products and a softmax in `jax.numpy`; leaves out blocks of invisible keys
-    dot_product   `jax.nn.dot_product_attention`
+    dot_product   `jax.nn.dot_product_attention`, on NVIDIA GPUs by cuDNN
+    splash        JAX's flash attention for TPU, a kernel
 
-To add an implementation, write a function like those two, enter it in `IMPLEMENTATIONS`, and name
-it in `flaxgpt.platform` where it should be the default.
+`plain` can do everything, also dropout on attention weights and caches of any layout. The others
+leave to it what they cannot do, so every implementation follows the same rule. `flaxgpt.platform`
+names the one that is the default.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
+from jax.typing import DTypeLike
 
 from flaxgpt._checks import unknown_name
 from flaxgpt.model.attend.dot_product import dot_product_attend
@@ -21,17 +25,18 @@ from flaxgpt.platform import Platform
 
 __all__ = ["attend", "attention_weights", "mean_of_values", "query_blocks", "resolve_attention"]
 
-IMPLEMENTATIONS = {"plain": plain_attend, "dot_product": dot_product_attend}
+IMPLEMENTATIONS = ("plain", "dot_product", "splash")
+_FEWEST_FOR_SPLASH = 128  # queries, below which the weights are small anyway
 
 
 def attend(
     query: jax.Array,  # [B, N, T, H]
-    keys: jax.Array,  # [B, N, S, H], or [B*N, S, H] from a cache of merged layout
+    keys: jax.Array,  # [B, N, S, H], or from a cache also [B*N, S, H] or [B, S, N*H]
     values: jax.Array,  # as keys
     visibility: Visibility,
+    platform: Platform,
     *,
     dropout: Callable[[tuple[int, ...]], jax.Array] | None = None,
-    implementation: str = "plain",  # a name in `IMPLEMENTATIONS`, from `resolve_attention`
 ) -> jax.Array:  # [B, N, T, H]
     """Return the mean of the values, weighted by how well keys match each query (section 3.4).
 
@@ -39,13 +44,22 @@ def attend(
     of each attention weight, 0 or 1 / (1 - rate), for a shape. A query that sees no key,
     such as padding, gets finite values of no meaning.
     """
-    return IMPLEMENTATIONS[implementation](query, keys, values, visibility, dropout)
+    implementation = platform.attention_in(query.dtype)
+    if implementation == "dot_product" and dropout is None:
+        return dot_product_attend(query, keys, values, visibility, cudnn=platform.cudnn)
+    long_enough = query.shape[2] >= _FEWEST_FOR_SPLASH
+    if implementation == "splash" and dropout is None and visibility.is_causal and long_enough:
+        # Imported where it is used: it takes a quarter of a second, which other platforms save.
+        from flaxgpt.model.attend.splash import splash_attend
+
+        return splash_attend(query, keys, values, visibility, interpret=platform.interpreted)
+    return plain_attend(query, keys, values, visibility, dropout)
 
 
-def resolve_attention(name: str, platform: Platform) -> str:
-    """Return the implementation that `name` selects on a platform; call it outside `jit`."""
+def resolve_attention(name: str, platform: Platform, dtype: DTypeLike) -> Platform:
+    """Return a platform's choices with attention by `name`; call it outside `jit`."""
     if name == "auto":
-        return platform.attention
+        return platform
     if name not in IMPLEMENTATIONS:
         raise unknown_name("attention implementation", name, (*IMPLEMENTATIONS, "auto"))
-    return name
+    return dataclasses.replace(platform, attention=((jax.numpy.dtype(dtype).name, name),))

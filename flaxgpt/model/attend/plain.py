@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from flaxgpt.model.attend.joined import MOST_QUERIES, is_joined, joined_attend, separate
 from flaxgpt.model.visibility import Visibility
 
 # Not -inf: a query that sees nothing (padding) must give a finite row, not NaN.
@@ -16,10 +17,10 @@ _HIDDEN = float(jnp.finfo(jnp.float32).min)
 
 def plain_attend(
     query: jax.Array,  # [B, N, T, H]
-    keys: jax.Array,  # [B, N, S, H] or [B*N, S, H]
+    keys: jax.Array,  # [B, N, S, H], [B*N, S, H] or [B, S, N*H]
     values: jax.Array,  # as keys
     visibility: Visibility,
-    dropout: Callable[[tuple[int, ...]], jax.Array] | None,
+    dropout: Callable[[tuple[int, ...]], jax.Array] | None = None,
 ) -> jax.Array:  # [B, N, T, H]
     """Implement `flaxgpt.model.attend.attend`.
 
@@ -27,6 +28,10 @@ def plain_attend(
     block can see. Keys are read in the layout they come in: reshaped, a cache would be copied.
     """
     batch, heads, queries, size = query.shape
+    if is_joined(query, keys):
+        if queries <= MOST_QUERIES and dropout is None:
+            return joined_attend(query, keys, values, visibility)
+        keys, values = separate(keys, heads), separate(values, heads)
     rows = keys.shape[:-2]
     query = query.reshape(*rows, queries, size)
     blocks, last_key = [(0, queries)], keys.shape[-2]

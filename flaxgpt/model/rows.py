@@ -1,0 +1,28 @@
+"""Repeated rows: a matrix product of very few rows can be slower than one of several."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from flaxgpt.platform import Platform
+from flaxgpt.sharding import batch_parts
+
+
+def repeat_rows(x: jax.Array, platform: Platform) -> jax.Array:
+    """Return `x`, [B, ...] -> [B * n, ...], each row n times if a platform wants more rows.
+
+    The layers that follow compute equal rows, and `every_row` takes one of each. `x` is [B, T, D],
+    or [B, D] with one position per row.
+    """
+    positions = x.size // x.shape[-1] // batch_parts(jax.sharding.get_abstract_mesh())
+    if (n := platform.repeats(max(positions, 1), x.dtype)) < 2:
+        return x
+    # The barrier hides from XLA that rows are equal, or it would compute one of each again.
+    return lax.optimization_barrier(jnp.repeat(x, n, axis=0))
+
+
+def every_row(x: jax.Array, rows: int) -> jax.Array:
+    """Return one of each of the repeated rows, of which there are `rows`."""
+    return x[:: len(x) // rows] if len(x) > rows else x

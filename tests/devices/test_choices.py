@@ -1,0 +1,47 @@
+"""The choices for TPU on a mesh. tests/test_sharding.py runs this file on 8 devices."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+import flaxgpt
+from flaxgpt.platform import PLATFORMS
+from flaxgpt.training import TrainConfig, init_state, train_step
+
+pytestmark = [pytest.mark.usefixtures("quick_compilation"), pytest.mark.slow]
+
+CFG = flaxgpt.GPTConfig(61, 128, 32, 2, 2, 0.0, True, True)
+IDS = np.random.default_rng(0).integers(0, 61, (8, 129))
+SHAPES = [(8, 1, 1), (1, 8, 1), (2, 2, 2)]
+
+
+@pytest.fixture(autouse=True)
+def tpu_choices(monkeypatch):
+    """Make the choices for TPU on CPU, with kernels interpreted and small pieces of the loss."""
+    choices = dataclasses.replace(
+        PLATFORMS["tpu"], attention=(("float32", "splash"),), interpreted=True, loss_positions=32
+    )
+    monkeypatch.setitem(PLATFORMS, "cpu", choices)
+
+
+def two_losses(mesh):
+    state = init_state(CFG, TrainConfig(batch_size=8), mesh=mesh)
+    state, _ = train_step(state, IDS)
+    return train_step(state, IDS)[1]["loss"]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_losses_are_those_of_one_device(shape):
+    # Sums are made in another order.
+    np.testing.assert_allclose(two_losses(flaxgpt.make_mesh(*shape)), two_losses(None), rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_ids_are_those_of_one_device(shape):
+    params = flaxgpt.init(CFG, jax.random.key(0))
+    prompts = [IDS[i, : 4 + i].tolist() for i in range(3)]
+    expected = flaxgpt.generate(CFG, params, prompts, 12)
+    split = flaxgpt.shard(params, flaxgpt.make_mesh(*shape), flaxgpt.shard_rules(CFG))
+    assert flaxgpt.generate(CFG, split, prompts, 12) == expected
