@@ -13,9 +13,11 @@ from jax.typing import ArrayLike, DTypeLike
 
 from flaxgpt._checks import check_ids
 from flaxgpt.config import GPTConfig
-from flaxgpt.model.gpt import forward
+from flaxgpt.model.gpt import head_weight, logits, states
+from flaxgpt.model.head_loss import head_loss, pieces_of
 from flaxgpt.model.log_probs import token_log_probs
-from flaxgpt.sharding import automatic
+from flaxgpt.platform import platform_of
+from flaxgpt.sharding import automatic, batch_parts
 from flaxgpt.typing import Params
 
 _NO_WEIGHT = "all weights are 0, so there is no mean loss: at least one target must count"
@@ -95,8 +97,15 @@ def token_loss(
         raise ValueError(f"ids of shape {ids.shape} have no targets: give at least 2 ids per row")
     targets = jnp.asarray(ids[:, 1:])
     weights = None if batch.weights is None else _checked_weights(batch.weights, targets.shape)
-    logits = forward(cfg, params, ids[:, :-1], dropout_key=dropout_key, dtype=dtype, remat=remat)
-    losses = -token_log_probs(logits, targets)
+    inputs = ids[:, :-1]
+    final = states(cfg, params, inputs, dropout_key=dropout_key, dtype=dtype, remat=remat)
+    if (positions := platform_of(params).loss_positions) is not None:
+        rows = max(1, ids.shape[0] // batch_parts(jax.sharding.get_abstract_mesh()))
+        pieces = pieces_of(rows, targets.shape[1], positions)
+        counted = jnp.ones(targets.shape, jnp.float32) if weights is None else weights
+        total = head_loss(pieces, final, head_weight(cfg, params), targets, counted)
+        return total, counted.sum()
+    losses = -token_log_probs(logits(cfg, params, final), targets)
     if weights is None:
         return losses.sum(), jnp.float32(losses.size)
     return (weights * losses).sum(), weights.sum()
