@@ -3,6 +3,7 @@
     python scripts/bench.py decode --preset gpt2 --batch 1 --prompt-length 32 --new-tokens 128
     python scripts/bench.py decode --batch 8 --against "peers/bin/python peers.py decode --batch 8"
     python scripts/bench.py train --recipe shakespeare-char --batch 12 --length 64 --steps 50
+    python scripts/bench.py device
 
 Weights and text are random. Decoding is greedy and never stops early. Its throughput counts only
 new tokens, but the time includes the prefill of the prompt. Training takes its batches from a text
@@ -11,27 +12,24 @@ lost, because the device works meanwhile. The first call compiles and warms up a
 separately. With --against, this command and the peer alternate, each in a new process. The peer
 must print a JSON object with "tokens_per_s" as its last line. Each ratio compares two consecutive
 runs.
+
+The task `device` measures an accelerator in under 9 minutes and prints its table before the JSON
+object; see scripts/device_table.py.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import platform
-import resource
-import shlex
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any, Literal
 
 import tyro
-
-Figures = dict[str, Any]
+from device_table import Device
+from timing import Figures, in_turn, machine, peak_memory, timed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +77,7 @@ class Decode:
                 rows = flaxgpt.generate(cfg, params, prompts, self.new_tokens, **options)
             assert [len(row) for row in rows] == [self.new_tokens] * self.batch
 
-        figures = _timed(call, self.repeats, self.batch * self.new_tokens)
+        figures = timed(call, self.repeats, self.batch * self.new_tokens)
         return figures | {"ms_per_step": 1000 * self.batch / figures["tokens_per_s"]}
 
 
@@ -151,88 +149,23 @@ class Train:
             assert np.isfinite(losses).all()
 
         tokens = self.steps * self.batch * self.length
-        figures = _timed(call, self.repeats, tokens)
+        figures = timed(call, self.repeats, tokens)
         ms = 1000 * self.batch * self.length / figures["tokens_per_s"]
         share = statistics.median(seconds) / self.steps_per_call / (ms / 1000)
-        return figures | {"ms_per_step": ms, "data_share": share, "peak_memory_mb": _peak_memory()}
-
-
-def _peak_memory() -> float:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (1e6 if sys.platform == "darwin" else 1e3)  # bytes there, kB elsewhere
-
-
-def _timed(call: Callable[[], None], repeats: int, tokens: int) -> Figures:
-    seconds = []
-    for _ in range(1 + repeats):
-        start = time.perf_counter()
-        call()  # ends with values on the host, so the device has finished
-        seconds.append(time.perf_counter() - start)
-    first, *rest = seconds
-    median = statistics.median(rest)
-    return {
-        "tokens_per_s": tokens / median,
-        "min": tokens / max(rest),
-        "max": tokens / min(rest),
-        "compile_s": first - median,
-    }
-
-
-def _machine() -> Figures:
-    import jax
-
-    device = jax.devices()[0]
-    return {
-        "device": f"{len(jax.devices())} x {device.device_kind}",
-        "processor": _processor(),
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("jax", "jaxlib", "flax", "numpy")},
-    }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    fields = dict(line.partition(":")[::2] for line in lines)
-    names = {key.strip(): value.strip() for key, value in fields.items()}
-    wanted = ("avx2", "avx512f", "amx_tile")
-    flags = [flag for flag in wanted if flag in names.get("flags", "").split()]
-    return f"{names.get('model name', '?')} ({', '.join(flags)})"
-
-
-def _in_turn(ours: list[str], peer: str, rounds: int) -> Figures:
-    runs: dict[str, list[Figures]] = {"flaxgpt": [], "peer": []}
-    for _ in range(rounds):
-        for name, command in (("flaxgpt", ours), ("peer", shlex.split(peer))):
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-            runs[name].append(json.loads(done.stdout.strip().splitlines()[-1]))
-            print(f"{name}: {runs[name][-1]['tokens_per_s']:.1f} tokens/s", file=sys.stderr)
-    rates = {name: [run["tokens_per_s"] for run in done] for name, done in runs.items()}
-    ratios = [a / b for a, b in zip(rates["flaxgpt"], rates["peer"], strict=True)]
-    return {
-        "ratio": _spread(ratios),
-        "flaxgpt": _spread(rates["flaxgpt"]),
-        "peer": _spread(rates["peer"]) | {"command": peer},
-        **{
-            name: _spread([run[name] for run in runs["flaxgpt"]])
-            for name in ("compile_s", "data_share", "peak_memory_mb")
-            if name in runs["flaxgpt"][0]
-        },
-        "rounds": rounds,
-    }
-
-
-def _spread(values: list[float]) -> Figures:
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+        return figures | {"ms_per_step": ms, "data_share": share, "peak_memory_mb": peak_memory()}
 
 
 def main() -> None:
     """Parse the command line, run the benchmark and print the result."""
-    tasks: dict[str, Callable[..., Decode | Train]] = {"decode": Decode, "train": Train}
+    tasks: dict[str, Callable[..., Decode | Train | Device]] = {
+        "decode": Decode,
+        "train": Train,
+        "device": Device,
+    }
     task = tyro.extras.subcommand_cli_from_dict(tasks, description=__doc__)
     name = type(task).__name__.lower()
+    if isinstance(task, Device):
+        return task.run()
     if task.against is None:
         figures = task.run()
     else:
@@ -243,8 +176,8 @@ def main() -> None:
                 alone.append(f"--{flag}" if value else f"--no-{flag}")
             elif option not in ("against", "rounds"):
                 alone += [f"--{flag}", str(value)]
-        figures = _in_turn(alone, task.against, task.rounds)
-    print(json.dumps({"task": name} | dataclasses.asdict(task) | _machine() | figures))
+        figures = in_turn(alone, task.against, task.rounds)
+    print(json.dumps({"task": name} | dataclasses.asdict(task) | machine() | figures))
 
 
 if __name__ == "__main__":

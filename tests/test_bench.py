@@ -1,0 +1,120 @@
+"""scripts/bench.py device: it measures, names what it could not measure, and ends in time."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from command import QUICK
+
+SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
+
+
+@pytest.fixture
+def scripts(monkeypatch):
+    """Make the modules beside bench.py importable."""
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+
+
+def bench(*arguments):
+    """Run scripts/bench.py and return what it printed and the JSON object of its last line."""
+    command = [sys.executable, SCRIPTS / "bench.py", *arguments]
+    done = subprocess.run(command, capture_output=True, env=QUICK, timeout=300, check=True)
+    *table, last = done.stdout.decode().splitlines()
+    return table, json.loads(last)
+
+
+@pytest.mark.slow
+def test_the_device_task_measures_every_row_and_compares_with_a_peer(tmp_path):
+    peer = tmp_path / "peer.py"
+    peer.write_text("""import json, sys; print(json.dumps({"tokens_per_s": 1.0, "a": sys.argv}))""")
+    table, found = bench("device", "--quick", "--against", f"{sys.executable} {peer} --fast")
+    rows = [row for section in SECTIONS for row in found[section]]
+    assert {row["status"] for row in rows} == {"measured"}
+    for row in found["decode"]:
+        assert 0 < row["ms"]["min"] <= row["ms"]["median"] <= row["ms"]["max"]
+        assert row["bytes_per_step"] > 0
+    assert all(row["mfu"] > 0 for row in found["train"] + found["prefill"])
+    assert {row["implementation"] for row in found["attention"]} >= {"plain", "dot_product"}
+    (peer_row,) = found["peer"]
+    assert peer_row["ratio"]["median"] == peer_row["flaxgpt"]["median"]
+    assert "--fast train --preset shakespeare-char" in peer_row["peer"]["command"]
+    assert found["peak"]["source"].startswith("measured here")
+    assert sum(line.startswith("| ---") for line in table) == len(SECTIONS)
+
+
+SECTIONS = ("peer", "roofline", "decode", "train", "prefill", "attention")
+
+
+@pytest.mark.slow
+def test_the_device_task_begins_no_row_after_its_budget():
+    table, found = bench("device", "--quick", "--budget", "0")
+    statuses = [row["status"] for section in SECTIONS for row in found.get(section, [])]
+    assert set(statuses) == {"not run: out of time"}
+    assert "| 1 | bfloat16 | not run: out of time |" in table
+
+
+@pytest.mark.slow
+def test_the_device_task_prints_what_it_has_when_a_row_outlasts_the_budget():
+    table, found = bench("device", "--quick", "--budget", "-44")  # one second before the deadline
+    assert found["seconds"] < 4
+    assert table[0].endswith("in total")
+
+
+def test_what_does_not_fit_in_memory_is_reported_and_the_next_row_still_runs(scripts):
+    from device_table import Row, _Table
+
+    def too_large():
+        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate")
+
+    table = _Table({}, end=float("inf"))
+    table.add(Row("decode", {"batch": 256}, too_large))
+    table.add(Row("decode", {"batch": 1}, lambda: {"tokens_per_s": 2.0}))
+    assert table.sections["decode"] == [
+        {"batch": 256, "status": "does not fit in memory"},
+        {"batch": 1, "status": "measured", "tokens_per_s": 2.0},
+    ]
+
+
+def test_a_row_that_fails_says_why(scripts):
+    from device_table import Row, _Table
+
+    def broken():
+        raise NotImplementedError("no such kernel on this device\nand more")
+
+    table = _Table({}, end=float("inf"))
+    table.add(Row("attention", {}, broken))
+    (row,) = table.sections["attention"]
+    assert row["status"] == "failed: NotImplementedError: no such kernel on this device"
+
+
+@pytest.mark.parametrize(
+    ("kind", "flops", "bandwidth"),
+    [
+        ("TPU v4", 275e12, 1228e9),
+        ("TPU v5 lite", 197e12, 819e9),
+        ("TPU v5", 459e12, 2765e9),
+        ("TPU v6 lite", 918e12, 1640e9),
+        ("NVIDIA H100 80GB HBM3", 989e12, 3350e9),
+        ("NVIDIA H200", 989e12, 4800e9),
+        ("NVIDIA A100-SXM4-80GB", 312e12, 2039e9),
+        ("NVIDIA L4", 121e12, 300e9),
+        ("Tesla T4", 65e12, 320e9),
+    ],
+)
+def test_the_peak_of_a_known_device_is_the_published_one(scripts, kind, flops, bandwidth):
+    from peaks import published_peak
+
+    peak = published_peak(kind)
+    assert (peak.bfloat16, peak.bandwidth) == (flops, bandwidth)
+
+
+@pytest.mark.parametrize(
+    "kind", ["cpu", "NVIDIA L40S", "NVIDIA GH200 480GB", "NVIDIA H100 80GB HBM3 MIG 1g.10gb"]
+)
+def test_an_unknown_device_and_a_part_of_a_device_have_no_published_peak(scripts, kind):
+    from peaks import published_peak
+
+    assert published_peak(kind) is None
