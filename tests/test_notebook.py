@@ -1,9 +1,14 @@
-"""The notebook runs from top to bottom, and its own assertions check the book's values."""
+"""The notebooks run from top to bottom.
+
+Assertions in gpt_from_scratch check the book's values. tpu_colab measures the device it runs on,
+here eight simulated ones with sizes for tests, so it is stored without outputs.
+"""
 
 import ast
 import importlib.util
 import inspect
 import itertools
+import re
 from pathlib import Path
 
 import nbformat
@@ -12,12 +17,18 @@ from nbclient import NotebookClient
 
 import flaxgpt
 
-NOTEBOOK = Path(__file__).parent.parent / "notebooks" / "gpt_from_scratch.ipynb"
+NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
+NOTEBOOK = NOTEBOOKS / "gpt_from_scratch.ipynb"
 
 
 @pytest.fixture(scope="module")
 def committed():
     return nbformat.read(NOTEBOOK, as_version=4)
+
+
+@pytest.fixture(scope="module")
+def on_tpu():
+    return nbformat.read(NOTEBOOKS / "tpu_colab.ipynb", as_version=4)
 
 
 @pytest.fixture
@@ -37,14 +48,26 @@ def execute(tmp_path, monkeypatch):
     return execute
 
 
-def code_cells(committed):
-    return [cell for cell in committed.cells if cell.cell_type == "code"]
+def code_cells(notebook):
+    return code_cells_of(notebook.cells)
+
+
+def code_cells_of(cells):
+    return [cell for cell in cells if cell.cell_type == "code"]
 
 
 def parse(cell):
     """Return the syntax tree of a code cell, without its magic commands."""
     lines = cell.source.splitlines()
     return ast.parse("\n".join(line for line in lines if not line.lstrip().startswith("%")))
+
+
+def unguarded(tree):
+    """Return the nodes of a syntax tree outside of the `try` statements that catch ImportError."""
+    yield tree
+    for node in ast.iter_child_nodes(tree):
+        if not (isinstance(node, ast.Try) and "ImportError" in ast.unparse(node)):
+            yield from unguarded(node)
 
 
 def assert_outputs_have_the_committed_kinds(executed, committed):
@@ -69,15 +92,17 @@ def test_the_cells_of_section_4_1_run_without_a_failed_assertion(committed, exec
     assert_outputs_have_the_committed_kinds(execute(committed, first), first)
 
 
-def test_every_flaxgpt_name_and_keyword_argument_in_the_notebook_exists(committed):
+@pytest.mark.parametrize("notebook", ["committed", "on_tpu"])
+def test_every_flaxgpt_name_and_keyword_argument_in_the_notebook_exists(notebook, request):
     used = 0
-    for node in (node for cell in code_cells(committed) for node in ast.walk(parse(cell))):
+    cells = code_cells(request.getfixturevalue(notebook))
+    for node in (node for cell in cells for node in unguarded(parse(cell))):
         if isinstance(node, ast.ImportFrom) and node.module.startswith("flaxgpt"):
             module = importlib.import_module(node.module)
             for name in (alias.name for alias in node.names):
-                submodule = importlib.util.find_spec(f"{node.module}.{name}")
-                assert name in module.__all__ or submodule, f"{node.module}.{name}"
-        elif isinstance(node, ast.Call) and ast.unparse(node.func).startswith("flaxgpt."):
+                path = f"{node.module}.{name}"
+                assert hasattr(module, name) or importlib.util.find_spec(path), path
+        elif isinstance(node, ast.Call) and re.fullmatch(r"flaxgpt\.\w+", ast.unparse(node.func)):
             name = ast.unparse(node.func).removeprefix("flaxgpt.")
             assert name in flaxgpt.__all__
             parameters = inspect.signature(getattr(flaxgpt, name)).parameters
@@ -135,3 +160,87 @@ def test_the_outputs_are_committed_in_order_and_contain_no_machine_paths(committ
     for path in (str(NOTEBOOK.parent.parent), "/home/", "/root/", "/tmp/", "site-packages"):
         assert path not in text
     assert len(text) < 2_000_000
+
+
+@pytest.fixture
+def reduced(monkeypatch):
+    monkeypatch.setenv("FLAXGPT_NOTEBOOK_REDUCED", "1")
+
+    def devices(count):
+        monkeypatch.setenv("XLA_FLAGS", f"--xla_force_host_platform_device_count={count}")
+
+    return devices
+
+
+def texts(cells):
+    """Return the text that cells have printed, and the Markdown they have shown."""
+    outputs = [output for cell in code_cells_of(cells) for output in cell.outputs]
+    shown = (output.get("data", {}).get("text/markdown", "") for output in outputs)
+    return "".join(output.get("text", "") for output in outputs) + "".join(shown)
+
+
+@pytest.mark.slow
+def test_the_tpu_notebook_runs_on_eight_devices(on_tpu, reduced, execute):
+    reduced(8)
+    executed = execute(on_tpu, on_tpu.cells)
+    outputs = [output for cell in code_cells_of(executed) for output in cell.outputs]
+    assert not any(output.get("name") == "stderr" for output in outputs)
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 8
+    text = texts(executed)
+    for part in (
+        "unchanged: jax",
+        "Hello, I am Featureiman Byeswickattribute argue",
+        "the models are bit-identical",
+        "mesh of 8 cpu {'data': 2, 'fsdp': 2, 'tensor': 2}",
+        "all-gather fsdp",
+        "| perplexity in bfloat16 |",
+    ):
+        assert part in text
+
+
+@pytest.mark.slow
+def test_the_tpu_notebook_simulates_eight_devices_where_there_is_one(on_tpu, reduced, execute):
+    reduced(1)
+    cells = code_cells(on_tpu)
+    imports = next(i for i, cell in enumerate(cells) if "import runpy" in cell.source)
+    mesh = next(i for i, cell in enumerate(cells) if cell.source.startswith("%%writefile"))
+    executed = execute(on_tpu, [*cells[: imports + 1], *cells[mesh : mesh + 2]])
+    assert "mesh of 8 cpu" in texts(executed)
+
+
+def installation(on_tpu):
+    """Return the program of the cell that installs flaxgpt, with pip replaced by a list."""
+    (cell,) = (cell for cell in code_cells(on_tpu) if "%pip install" in cell.source)
+    command = '%pip install --quiet "{source}[train]" {kept}'
+    assert command in cell.source
+    return cell.source.replace(command, 'installs.append(f"{source}[train] {kept}")')
+
+
+def versions(*found):
+    """Return a function that finds each of these in turn, the last one again and again."""
+    found = [*found]
+    return lambda *names: found.pop(0) if len(found) > 1 else found[0]
+
+
+def test_the_tpu_notebook_installs_flaxgpt_beside_the_jax_that_is_there(
+    on_tpu, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    installs = []
+    names = {"installs": installs, "installed": versions({"jax": "0.7.2", "numpy": "2.0.2"})}
+    with pytest.raises(ImportError, match="could not be installed"):
+        exec(installation(on_tpu), names)
+    assert installs == ["flaxgpt[train] jax==0.7.2 numpy==2.0.2"]
+
+
+def test_the_tpu_notebook_stops_if_the_installation_changes_jax(on_tpu):
+    names = {"installed": versions({"jax": "0.7.2"}, {"jax": "0.8.0"})}
+    with pytest.raises(AssertionError, match=r"changed .*0\.7\.2.* to .*0\.8\.0"):
+        exec(installation(on_tpu), names)
+
+
+def test_the_tpu_notebook_is_stored_without_outputs_for_a_tpu_runtime(on_tpu):
+    assert all(cell.outputs == [] for cell in code_cells(on_tpu))
+    assert all(cell.execution_count is None for cell in code_cells(on_tpu))
+    assert on_tpu.metadata["accelerator"] == "TPU"
