@@ -184,7 +184,8 @@ def test_the_tpu_notebook_runs_on_eight_devices(on_tpu, reduced, execute):
     reduced(8)
     executed = execute(on_tpu, on_tpu.cells)
     outputs = [output for cell in code_cells_of(executed) for output in cell.outputs]
-    assert not any(output.get("name") == "stderr" for output in outputs)
+    errors = [output.text for output in outputs if output.get("name") == "stderr"]
+    assert all("Can't import tensorflow" in text for text in errors)  # jax 0.7 when it profiles
     assert sum("image/png" in output.get("data", {}) for output in outputs) == 8
     text = texts(executed)
     for part in (
