@@ -32,19 +32,25 @@ from flaxgpt.typing import Params
 REPEATS = 5
 
 
-def matmul(size: int, dtype: str, times: int) -> Figures:
-    """Measure products of square matrices, `times` of them per call."""
+def matmul(rows: int, size: int, dtype: str, times: int) -> Figures:
+    """Measure products of [rows, size] and [size, size], `times` of them per call, an even number.
+
+    With few rows, as in decoding, they take as long as reading the matrix.
+    """
 
     def run(x: jax.Array, weight: jax.Array) -> jax.Array:
-        return lax.fori_loop(0, times, lambda _, x: x @ weight, x)
+        # Two per turn, or else the result would be copied to where the loop expects it.
+        return lax.fori_loop(0, times // 2, lambda _, x: (x @ weight) @ weight, x)
 
-    x, weight = (
-        (jax.random.normal(key, (size, size)) * size**-0.5).astype(dtype)
-        for key in jax.random.split(jax.random.key(0))
-    )
+    keys = jax.random.split(jax.random.key(0))
+    x = jax.random.normal(keys[0], (rows, size)).astype(dtype)
+    weight = (jax.random.normal(keys[1], (size, size)) * size**-0.5).astype(dtype)
     compiled, figures = _compile(run, x, weight)
     seconds = _seconds(lambda: compiled(x, weight), times)
-    return figures | {"ms": _ms(seconds), "flops_per_s": 2 * size**3 / seconds["median"]}
+    figures |= {"ms": _ms(seconds), "flops_per_s": 2 * rows * size**2 / seconds["median"]}
+    if rows < size:
+        figures["bytes_per_s"] = _bytes(weight) / seconds["median"]
+    return figures
 
 
 def memory_traffic(kind: str, size: int, times: int) -> Figures:

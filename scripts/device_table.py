@@ -58,6 +58,7 @@ class Sizes:
     preset: str | None = "gpt2"
     matrices: tuple[int, ...] = (2048, 4096, 8192)
     matrix_products: int = 16
+    read_matrix: int = 16384  # 512 MiB in bfloat16, more than any cache
     traffic_bytes: int = 2**30
     traffic_passes: int = 8
     batches: tuple[int, ...] = (1, 8, 64, 2, 4, 16, 32, 128, 256)  # the most telling ones first
@@ -88,6 +89,7 @@ class Sizes:
 QUICK = Sizes(
     preset=None,
     matrices=(256,),
+    read_matrix=512,
     traffic_bytes=2**22,
     batches=(1, 2),
     batches_float32=(1,),
@@ -208,9 +210,9 @@ def _rows(sizes: Sizes) -> Iterator[Row]:
     def roofline(program: str, dtype: str, measure: Callable[[], Figures]) -> Row:
         return Row("roofline", {"program": program, "dtype": dtype}, measure)
 
-    def product(size: int, dtype: str) -> Row:
-        measure = partial(programs.matmul, size, dtype, sizes.matrix_products)
-        return roofline(f"product {size} x {size}", dtype, measure)
+    def product(rows: int, size: int, dtype: str) -> Row:
+        measure = partial(programs.matmul, rows, size, dtype, sizes.matrix_products)
+        return roofline(f"[{rows}, {size}] @ [{size}, {size}]", dtype, measure)
 
     def traffic(kind: str) -> Row:
         size, passes = sizes.traffic_bytes, sizes.traffic_passes
@@ -236,8 +238,9 @@ def _rows(sizes: Sizes) -> Iterator[Row]:
         shape = (batch, cfg.n_heads, length, cfg.head_dim)
         return Row("attention", labels, partial(programs.attention, name, shape, dtype))
 
-    yield from (product(size, "bfloat16") for size in sizes.matrices)
-    yield product(sizes.matrices[-1], "float32")
+    yield from (product(size, size, "bfloat16") for size in sizes.matrices)
+    yield product(sizes.matrices[-1], sizes.matrices[-1], "float32")
+    yield product(8, sizes.read_matrix, "bfloat16")
     yield from (traffic("read"), traffic("update"))
     yield from (decode(batch, "bfloat16") for batch in sizes.batches[:3])
     smallest, *larger = sizes.train_batches
