@@ -24,8 +24,9 @@ import flaxgpt
 from flaxgpt.generation import programs
 from flaxgpt.generation.prompts import Prepared, prepare
 from flaxgpt.generation.sampling import Sampling
-from flaxgpt.model.attend import attend
+from flaxgpt.model.attend import attend, resolve_attention
 from flaxgpt.model.visibility import Visibility
+from flaxgpt.platform import platform_of
 from flaxgpt.training import TrainConfig, init_state, train_step
 from flaxgpt.typing import Params
 
@@ -157,7 +158,9 @@ def attention(name: str, shape: tuple[int, ...], dtype: str) -> Figures:
     arrays = jax.random.normal(jax.random.key(0), (3, *shape)).astype(dtype)
 
     def run(query: jax.Array, keys: jax.Array, values: jax.Array) -> jax.Array:
-        return attend(query, keys, values, Visibility(), implementation=name)
+        return attend(
+            query, keys, values, Visibility(), resolve_attention(name, platform_of(), query.dtype)
+        )
 
     def total(*arrays: jax.Array) -> jax.Array:
         return run(*arrays).astype(jnp.float32).sum()
