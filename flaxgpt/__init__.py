@@ -20,6 +20,7 @@ from flaxgpt.inspection import (
     patch,
 )
 from flaxgpt.model import GPT, extend, forward, init, logits, states
+from flaxgpt.planning import GenerateTask, TrainTask, plan
 from flaxgpt.sharding import ShardRules, make_mesh, shard, shard_rules
 from flaxgpt.tokenizer import load_tokenizer
 from flaxgpt.weights import book_params, load, save
@@ -53,6 +54,9 @@ __all__ = [  # in the order in which data flows
     "activations",
     "patch",
     "logit_lens",
+    "GenerateTask",
+    "TrainTask",
+    "plan",
     "make_mesh",
     "ShardRules",
     "shard_rules",

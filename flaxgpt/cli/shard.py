@@ -15,7 +15,7 @@ from flaxgpt._checks import check_context, check_size
 from flaxgpt.cli import tables
 from flaxgpt.cli.common import progress, say
 from flaxgpt.config import PRESETS, GPTConfig
-from flaxgpt.plan import step_cost
+from flaxgpt.planning import step_cost
 from flaxgpt.sharding import make_mesh, parse_mesh
 from flaxgpt.training.config import TrainConfig
 from flaxgpt.weights import read_config
@@ -68,7 +68,7 @@ class ShardCommand:
     """Size of the vocabulary, instead of the model's, such as 50304 for tensor=2 to 128."""
 
     json: bool = False
-    """Print JSON with the keys model, config, step and those of `flaxgpt.plan.StepCost`; sizes are
+    """Print JSON with the keys model, config, step and those of `flaxgpt.planning.StepCost`; sizes are
     bytes on each device."""
 
     def run(self) -> None:

@@ -13,7 +13,7 @@ from rich.text import Text
 from flaxgpt.cli.common import say
 from flaxgpt.config import block_index, block_name
 from flaxgpt.inspection import Difference, FlopCount, LargestBatch, MemoryUse, ParamCount, TreeRow
-from flaxgpt.plan import StepCost
+from flaxgpt.planning import StepCost
 
 _PURPOSES = ("generation", "training", "training, remat")
 _NO_REMAT = "remat saves no memory on CPU, where XLA undoes it"

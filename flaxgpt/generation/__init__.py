@@ -4,6 +4,7 @@ sampling     logits to ids
 decoding     the loop, with the model injected
 programs     the loop with the GPT put in, compiled
 prompts      prompts and options to arrays
+abstract     the same without arrays, to compile for other devices
 batch        `generate`
 streaming    `stream`
 text         `generate_text`

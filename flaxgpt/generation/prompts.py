@@ -67,16 +67,8 @@ def prepare(
         rows += copies * rows[-1:]
         key = key[np.minimum(np.arange(len(rows)), count - 1)] if key.ndim else key
     longest = max(map(len, rows))
-    prompt_width = min(bucket(longest), cfg.context_length)
-    # From the bucket, not the length, so that all lengths in it share one plan.
-    most = prompt_width + max_new_tokens
-    plan = Plan(
-        prompt_width=prompt_width,
-        width=bucket(most),
-        context_length=cfg.context_length,
-        exceeds_context=most > cfg.context_length + 1,  # the last id is never read
-    )
-    ids = np.zeros((len(rows), prompt_width), np.int32)
+    plan = loop_sizes(cfg, longest, max_new_tokens)
+    ids = np.zeros((len(rows), plan.prompt_width), np.int32)
     start = np.array([longest - len(row) for row in rows], np.int32)
     for i, row in enumerate(rows):
         ids[i, start[i] : longest] = row
@@ -98,6 +90,19 @@ def prepare(
     # Convert once here instead of in each step.
     params = params if dtype == jnp.float32 else _cast_for_products(params, dtype)
     return Prepared(program, params, request, ids, start)
+
+
+def loop_sizes(cfg: GPTConfig, longest: int, max_new_tokens: int) -> Plan:
+    """Return the sizes of the loop for prompts of at most `longest` ids."""
+    prompt_width = min(bucket(longest), cfg.context_length)
+    # From the bucket, not the length, so that all lengths in it share one plan.
+    most = prompt_width + max_new_tokens
+    return Plan(
+        prompt_width=prompt_width,
+        width=bucket(most),
+        context_length=cfg.context_length,
+        exceeds_context=most > cfg.context_length + 1,  # the last id is never read
+    )
 
 
 def bucket(length: int) -> int:

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 
 from flaxgpt._checks import check_context
 from flaxgpt.config import GPTConfig, check_config
-from flaxgpt.plan.collectives import Collective, collectives
+from flaxgpt.planning.collectives import Collective, collectives
 from flaxgpt.platform import PLATFORMS, Platform
 from flaxgpt.sharding import ShardRules, activation_sharding, axis_names, check_mesh, shard_rules
 from flaxgpt.sharding.rules import path_of

@@ -1,12 +1,12 @@
-"""Collectives read from the text of compiled programs. tests/devices/test_plan.py compiles some."""
+"""Collectives read from the text of compiled programs. tests/devices/test_step_cost.py compiles some."""
 
 import jax
 import numpy as np
 import pytest
 from jax.sharding import AbstractMesh
 
-from flaxgpt.plan import Collective, collectives
-from flaxgpt.plan.collectives import _groups
+from flaxgpt.planning import Collective, collectives
+from flaxgpt.planning.collectives import _groups
 
 MESH = AbstractMesh((2, 2, 2), ("data", "fsdp", "tensor"))
 

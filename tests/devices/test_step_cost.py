@@ -7,7 +7,7 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 import flaxgpt
-from flaxgpt.plan import Collective, Unsplit, collectives, step_cost
+from flaxgpt.planning import Collective, Unsplit, collectives, step_cost
 from flaxgpt.training import TrainConfig, abstract_state, init_state
 
 CFG = flaxgpt.GPTConfig(

@@ -1,0 +1,193 @@
+"""`plan`: compile a program for TPU chips that are not attached, and report what that says."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from jax.errors import JaxRuntimeError
+
+from flaxgpt.config import GPTConfig, check_config
+from flaxgpt.planning.chips import Chip, chip_of
+from flaxgpt.planning.collectives import Collective, collectives
+from flaxgpt.planning.operations import Operation, StepTime, loops, operations, step_time
+from flaxgpt.planning.program_text import parse
+from flaxgpt.planning.tasks import GenerateTask, TrainTask
+from flaxgpt.planning.topology import topology_devices
+from flaxgpt.sharding import Mesh, make_mesh
+
+_MOST_OPERATIONS = 10
+_SIZE = r"([\d.]+)([KMGT]?)i?B?\b"
+
+
+@dataclasses.dataclass(frozen=True)
+class HbmUse:
+    """Main memory of each chip, in bytes.
+
+    Attributes:
+        arguments: what the program takes: weights, optimizer state, batch.
+        temporaries: the most that it allocates besides. If it does not fit, what the compiler's
+            message says, or None if it says nothing.
+        limit: what a program can use.
+        fits: whether the compiler could place everything.
+    """
+
+    arguments: int | None
+    temporaries: int | None
+    limit: int
+    fits: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What the TPU compiler says of a program, from `plan`. Times are estimated, not measured.
+
+    Attributes:
+        topology: the chips it was compiled for.
+        mesh: pairs of an axis and its size.
+        task: what was planned.
+        compile_s: seconds that compiling took on this machine.
+        hbm: main memory of each chip.
+        step: estimated time of a step; None if the program does not fit.
+        prefill: the same for what `generate` does once, before and after its loop; None for
+            training.
+        tokens_per_s: new ids per second without prefill, or ids trained on per second, on all
+            chips; None if the program does not fit.
+        mfu: share of the chips' peak operations per second that the model's products use.
+        bandwidth_share: share of the time in which HBM is busy.
+        collectives: what chips send each other in the program, those that receive most first.
+        operations: all operations of a step, the longest first.
+    """
+
+    topology: str
+    mesh: tuple[tuple[str, int], ...]
+    task: GenerateTask | TrainTask
+    compile_s: float
+    hbm: HbmUse
+    step: StepTime | None = None
+    prefill: StepTime | None = None
+    tokens_per_s: float | None = None
+    mfu: float | None = None
+    bandwidth_share: float | None = None
+    collectives: tuple[Collective, ...] = ()
+    operations: tuple[Operation, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values, ready for JSON, with the ten longest operations."""
+        is_train = isinstance(self.task, TrainTask)
+        values = dataclasses.asdict(self) | {
+            "task": "train" if is_train else "generate",
+            "operations": [dataclasses.asdict(one) for one in self.operations[:_MOST_OPERATIONS]],
+            "mesh": dict(self.mesh),
+            "settings": dataclasses.asdict(self.task),
+        }
+        if is_train:
+            del values["prefill"]
+        return values
+
+
+def plan(
+    cfg: GPTConfig,
+    task: GenerateTask | TrainTask,
+    *,
+    topology: str = "v5e:1x1",
+    mesh: Mapping[str, int] | None = None,
+) -> Plan:
+    """Compile a task for TPU chips that need not be there, and return what the compiler says.
+
+    The program is the one that would run. Nothing is allocated or run, and `jax.devices()` stays
+    what it is. Needs the extra `tpu-compiler`. Compiling 12 blocks takes from half a minute for
+    generation to several minutes for a training step.
+
+    Args:
+        cfg: the architecture.
+        task: a `GenerateTask` or a `TrainTask`.
+        topology: the chips, such as "v5e:1x1", "v6e:2x4" or "v5p:2x2x1".
+        mesh: sizes of the axes `data`, `fsdp` and `tensor`, such as `{"fsdp": 8}`; by default,
+            `data` has all chips. Chips that the sizes leave out are not used.
+
+    Returns:
+        The plan. If the program does not fit into memory, `hbm.fits` is False and there are no
+        times.
+
+    Raises:
+        ValueError: an argument is out of range, libtpu is not installed, or the mesh does not fit
+            the topology.
+    """
+    check_config(cfg)
+    if not isinstance(task, GenerateTask | TrainTask):
+        raise ValueError(f"task={task!r} must be a flaxgpt.GenerateTask or a flaxgpt.TrainTask")
+    chip = chip_of(topology)
+    sizes = {"data": 1} | dict(mesh) if mesh else {}
+    grid = make_mesh(**sizes, devices=topology_devices(topology))
+    task.check(cfg, grid)
+    lowered = task.lower(cfg, grid)
+    start = time.perf_counter()
+    try:
+        compiled = lowered.compile()
+    except JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        seconds = time.perf_counter() - start
+        return Plan(topology, _shape(grid), task, seconds, _exhausted(str(error), chip))
+    seconds = time.perf_counter() - start
+    memory: Any = compiled.memory_analysis()
+    arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+    hbm = HbmUse(arguments, temporaries, chip.usable, True)
+    text = compiled.as_text() or ""
+    timed = _timed(text, task, chip)
+    step = step_time(timed[0], chip)
+    rate = task.tokens(cfg) / step.seconds
+    return Plan(
+        topology=topology,
+        mesh=_shape(grid),
+        task=task,
+        compile_s=seconds,
+        hbm=hbm,
+        step=step,
+        prefill=step_time(timed[1], chip) if timed[1] else None,
+        tokens_per_s=rate,
+        mfu=task.flops(cfg) / step.seconds / (grid.size * chip.peak_flops),
+        bandwidth_share=step.hbm_seconds / step.seconds,
+        collectives=collectives(text, grid),
+        operations=timed[0],
+    )
+
+
+def _timed(
+    text: str, task: GenerateTask | TrainTask, chip: Chip
+) -> tuple[tuple[Operation, ...], tuple[Operation, ...]]:
+    """Return the operations of a step, and those that are outside of the loop of `generate`."""
+    program = parse(text)
+    if isinstance(task, TrainTask):
+        return operations(program, program.entry, chip), ()
+    # Where prompts and new ids can outgrow the context, a second loop has the longer steps.
+    found = loops(program)
+    if not found:
+        raise RuntimeError("the compiled program has no decoding loop")
+    outside = operations(program, program.entry, chip, frozenset(loop.name for loop in found))
+    return operations(program, found[0].called("body")[0], chip), outside
+
+
+def _shape(mesh: Mesh) -> tuple[tuple[str, int], ...]:
+    return tuple(mesh.shape.items())
+
+
+def _exhausted(message: str, chip: Chip) -> HbmUse:
+    """Return what the compiler's message says of a program that does not fit."""
+
+    def size(*patterns: str) -> int | None:
+        found = next(filter(None, (re.search(one + _SIZE, message) for one in patterns)), None)
+        return int(float(found[1]) * 1024 ** " KMGT".index(found[2] or " ")) if found else None
+
+    return HbmUse(
+        arguments=size(r"\barguments +"),
+        temporaries=size(
+            r"HLO temporaries \(", r"\bprogram +", r"Used ", r"total memory required[^(]*\("
+        ),
+        limit=chip.usable,
+        fits=False,
+    )

@@ -1,0 +1,152 @@
+"""What to plan: generation or a training step, and its sizes."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from flaxgpt._checks import check_context, check_dtype, check_size
+from flaxgpt.config import GPTConfig
+from flaxgpt.generation.abstract import abstract_arguments
+from flaxgpt.generation.programs import compiled_decode
+from flaxgpt.inspection import flops
+from flaxgpt.platform import PLATFORMS, Platform
+from flaxgpt.sharding import activation_sharding, batch_parts, shard_rules
+from flaxgpt.training import TrainConfig, abstract_state, train_step
+
+Dtype = Literal["float32", "bfloat16"]
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerateTask:
+    """A call of `flaxgpt.generate`. A step is one new id for each row.
+
+    Attributes:
+        batch: number of prompts (B).
+        prompt_length: ids per prompt.
+        new_tokens: new ids per prompt.
+        dtype: dtype to compute in and of the cache.
+
+    Raises:
+        ValueError: a value is out of range.
+    """
+
+    batch: int = 1
+    prompt_length: int = 128
+    new_tokens: int = 128
+    dtype: Dtype = "float32"
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "prompt_length", "new_tokens"):
+            object.__setattr__(self, name, check_size(name, getattr(self, name)))
+        object.__setattr__(self, "dtype", check_dtype(self.dtype).name)
+
+    def check(self, cfg: GPTConfig, mesh: Mesh) -> None:
+        """Raise ValueError if the ids do not fit the context of a model."""
+        total = self.prompt_length + self.new_tokens
+        if total > cfg.context_length + 1:  # the last id is never read
+            raise ValueError(
+                f"prompt_length={self.prompt_length} and new_tokens={self.new_tokens} exceed "
+                f"context_length={cfg.context_length}, beyond which each id costs a full pass: "
+                f"use new_tokens={max(1, cfg.context_length + 1 - self.prompt_length)}, or shorter "
+                "prompts"
+            )
+
+    def unit(self, mesh: Mesh) -> int:
+        """Return the number of rows that the batch must be a multiple of."""
+        return batch_parts(mesh)
+
+    def tokens(self, cfg: GPTConfig) -> int:
+        """Return the number of new ids in a step."""
+        return self.batch
+
+    def flops(self, cfg: GPTConfig) -> float:
+        """Return the operations of the model's products in a step, halfway through generation."""
+        count = flops(cfg, self.batch, 1)
+        read = self.prompt_length + self.new_tokens / 2
+        return count.forward_without_scores + count.scores * read
+
+    def lower(self, cfg: GPTConfig, mesh: Mesh) -> Any:
+        """Return the program of `generate`, lowered for the devices of a mesh."""
+        platform = PLATFORMS.get("tpu", Platform())
+        arguments = abstract_arguments(
+            *(cfg, self.batch, self.prompt_length, self.new_tokens, self.dtype),
+            platform=platform,
+            mesh=mesh,
+        )
+        return compiled_decode(platform.decode_options).lower(*arguments)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainTask:
+    """A step of training, `flaxgpt.training.train_step`.
+
+    Attributes:
+        batch: sequences per step, on all chips together (B).
+        length: ids per sequence (T); None for the context length.
+        dtype: dtype to compute in; weights and optimizer state are float32.
+        remat: whether to recompute each block's activations in the backward pass.
+        accumulate: pieces into which the batch is split to save memory.
+        optimizer: "adamw" or "muon".
+
+    Raises:
+        ValueError: a value is out of range.
+    """
+
+    batch: int = 8
+    length: int | None = None
+    dtype: Dtype = "float32"
+    remat: bool = False
+    accumulate: int = 1
+    optimizer: Literal["adamw", "muon"] = "adamw"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "batch", check_size("batch", self.batch))
+        object.__setattr__(self, "accumulate", check_size("accumulate", self.accumulate))
+        if self.length is not None:
+            object.__setattr__(self, "length", check_size("length", self.length))
+        object.__setattr__(self, "dtype", check_dtype(self.dtype).name)
+
+    def check(self, cfg: GPTConfig, mesh: Mesh) -> None:
+        """Raise ValueError if the length does not fit a model, or the batch a mesh."""
+        check_context(cfg.context_length, self._length(cfg))
+        if self.batch % self.unit(mesh):
+            raise ValueError(
+                f"batch={self.batch} must be a multiple of {self.unit(mesh)}, the number of parts "
+                "into which data, fsdp and accumulate split it: use "
+                f"batch={self.unit(mesh) * math.ceil(self.batch / self.unit(mesh))}"
+            )
+
+    def unit(self, mesh: Mesh) -> int:
+        """Return the number of rows that the batch must be a multiple of."""
+        return batch_parts(mesh) * self.accumulate
+
+    def tokens(self, cfg: GPTConfig) -> int:
+        """Return the number of ids in a step."""
+        return self.batch * self._length(cfg)
+
+    def flops(self, cfg: GPTConfig) -> float:
+        """Return the operations of the model's products in a step; recomputed ones do not count."""
+        return flops(cfg, self.batch, self._length(cfg)).training
+
+    def lower(self, cfg: GPTConfig, mesh: Mesh) -> Any:
+        """Return the step, lowered for the devices of a mesh."""
+        train_cfg = TrainConfig(
+            batch_size=self.batch,
+            accumulate=self.accumulate,
+            optimizer=self.optimizer,
+            dtype=self.dtype,
+            remat=self.remat,
+        )
+        state = abstract_state(cfg, train_cfg, mesh=mesh, rules=shard_rules(cfg))
+        shape = (self.batch, self._length(cfg) + 1)
+        sharding = activation_sharding("BT", shape, mesh)
+        return train_step.lower(state, jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding))
+
+    def _length(self, cfg: GPTConfig) -> int:
+        return cfg.context_length if self.length is None else self.length

@@ -1,0 +1,89 @@
+"""TPU chips that are not attached, for which libtpu compiles programs that cannot run here."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import glob
+import importlib.util
+import os
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from jax.errors import JaxRuntimeError
+
+from flaxgpt.planning.chips import chip_of
+
+# Without them, libtpu asks a metadata server what machine it runs on, and refuses to be loaded by
+# two processes. They matter only while it starts.
+_ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+# Where Linux shows TPU chips. With a TPU, libtpu must start as that machine needs it.
+_ATTACHED = ("/dev/accel[0-9]*", "/dev/vfio/[0-9]*")
+
+
+@functools.cache
+def topology_devices(topology: str) -> tuple[Any, ...]:
+    """Return devices that describe the chips of a topology. Nothing can run on them.
+
+    `jax.devices()` stays what it is.
+
+    Args:
+        topology: a chip and how many of them are arranged how, such as "v5e:1x1", "v5e:2x4" or
+            "v5p:2x2x1".
+
+    Returns:
+        The devices, for `flaxgpt.make_mesh(devices=...)`.
+
+    Raises:
+        ValueError: the topology is unknown, or libtpu, which has the compiler, is not installed.
+    """
+    chip = chip_of(topology)
+    sizes = re.fullmatch(r"[^:]+:([1-9]\d*(?:x[1-9]\d*)*)", topology)
+    lengths = [int(size) for size in sizes[1].split("x")] if sizes else []
+    example = "x".join(["2"] * 2 + ["1"] * (chip.dimensions - 2))
+    if len(lengths) != chip.dimensions:
+        raise ValueError(
+            f"the topology {topology!r} must have {chip.dimensions} dimensions, as in "
+            f"{chip.name}:{example}"
+        )
+    if importlib.util.find_spec("libtpu") is None:
+        raise ValueError(
+            "libtpu, which has the compiler for TPUs, is not installed: "
+            "pip install 'flaxgpt[tpu-compiler]', on Linux (it needs no TPU)"
+        )
+    from jax.experimental import topologies
+
+    options: dict[str, Any] = dict(chip.options)
+    if set(lengths) == {1}:  # by default, a host has four chips
+        options["chips_per_host_bounds"] = [1, 1, 1]
+    try:
+        with _libtpu_environment():
+            found = topologies.get_topology_desc(topology, "tpu", **options)
+    except JaxRuntimeError as error:
+        reason = str(error).removeprefix("INVALID_ARGUMENT: ").splitlines()[0]
+        raise ValueError(
+            f"libtpu does not know the topology {topology!r} ({reason}): use one that exists, "
+            f"such as {chip.name}:{example}"
+        ) from error
+    except RuntimeError as error:
+        raise ValueError(f"libtpu cannot be loaded: {str(error).splitlines()[0]}") from error
+    return tuple(found.devices)
+
+
+@contextlib.contextmanager
+def _libtpu_environment() -> Iterator[None]:
+    """Set the environment variables that are missing to start libtpu without a TPU."""
+    attached = any(glob.glob(pattern) for pattern in _ATTACHED)
+    added = {} if attached else {k: v for k, v in _ENVIRONMENT.items() if k not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)
