@@ -1,4 +1,4 @@
-"""Collectives read from the text of compiled programs. tests/devices/test_step_cost.py compiles some."""
+"""Collectives read from the text of compiled programs; tests/devices/ compiles some."""
 
 import jax
 import numpy as np

@@ -25,6 +25,7 @@ from flaxgpt.cli.compilation_cache import enable_compilation_cache
 from flaxgpt.cli.evaluate import EvalCommand
 from flaxgpt.cli.generate import GenerateCommand
 from flaxgpt.cli.params import ParamsCommand
+from flaxgpt.cli.plan import PlanCommand
 from flaxgpt.cli.plot import PlotCommand
 from flaxgpt.cli.shard import ShardCommand
 from flaxgpt.cli.streams import plain_warnings, prepare_streams
@@ -36,6 +37,7 @@ _COMMANDS: dict[str, type] = {
     "eval": EvalCommand,
     "params": ParamsCommand,
     "shard": ShardCommand,
+    "plan": PlanCommand,
     "plot": PlotCommand,
 }
 
@@ -102,7 +104,8 @@ def _run(argv: list[str]) -> None:
         return
     try:
         command = _parse(argv)
-        enable_compilation_cache()
+        if not isinstance(command, PlanCommand):  # what is compiled for others cannot be read again
+            enable_compilation_cache()
         command.run()
     except SystemExit:  # of tyro, after --help
         sys.stdout.flush()

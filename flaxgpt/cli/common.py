@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import warnings
 from collections.abc import Iterator
 
@@ -11,10 +12,11 @@ from rich.console import Console
 from rich.markup import escape
 
 import flaxgpt
-from flaxgpt.config import GPTConfig
+from flaxgpt.config import PRESETS, GPTConfig
 from flaxgpt.tokenizer import Tokenizer
 from flaxgpt.tokenizer.folder import UnreadableTokenizerWarning
 from flaxgpt.typing import Params, Progress
+from flaxgpt.weights import read_config
 
 
 def load_with_tokenizer(model: str) -> tuple[GPTConfig, Params, Tokenizer]:
@@ -31,6 +33,16 @@ def load_with_tokenizer(model: str) -> tuple[GPTConfig, Params, Tokenizer]:
             "merges.txt, tokenizer.json or flaxgpt_tokenizer.json to its folder"
         )
     return cfg, params, tokenizer
+
+
+def read_architecture(model: str, n_layers: int | None, vocab_size: int | None) -> GPTConfig:
+    """Return the configuration of a preset or model, with another size where one is given."""
+    cfg = GPTConfig.preset(model) if model in PRESETS else read_config(model)
+    return dataclasses.replace(
+        cfg,
+        n_layers=cfg.n_layers if n_layers is None else n_layers,
+        vocab_size=cfg.vocab_size if vocab_size is None else vocab_size,
+    )
 
 
 @contextlib.contextmanager

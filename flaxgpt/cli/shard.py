@@ -13,12 +13,10 @@ import tyro
 
 from flaxgpt._checks import check_context, check_size
 from flaxgpt.cli import tables
-from flaxgpt.cli.common import progress, say
-from flaxgpt.config import PRESETS, GPTConfig
+from flaxgpt.cli.common import progress, read_architecture, say
 from flaxgpt.planning import step_cost
 from flaxgpt.sharding import make_mesh, parse_mesh
 from flaxgpt.training.config import TrainConfig
-from flaxgpt.weights import read_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,12 +66,13 @@ class ShardCommand:
     """Size of the vocabulary, instead of the model's, such as 50304 for tensor=2 to 128."""
 
     json: bool = False
-    """Print JSON with the keys model, config, step and those of `flaxgpt.planning.StepCost`; sizes are
-    bytes on each device."""
+    """Print JSON with the keys model, config, step and those of `flaxgpt.planning.StepCost`; sizes
+    are bytes on each device."""
 
     def run(self) -> None:
         """Print to standard output."""
-        cfg, sizes = self._config(), _sizes(self.mesh)
+        cfg = read_architecture(self.model, self.n_layers, self.vocab_size)
+        sizes = _sizes(self.mesh)
         length = cfg.context_length if self.length is None else self.length
         check_context(cfg.context_length, length)
         parts = sizes["data"] * sizes.get("fsdp", 1) * check_size("--accumulate", self.accumulate)
@@ -99,13 +98,6 @@ class ShardCommand:
             say(json.dumps(values, indent=2, allow_nan=False) + "\n")
         else:
             tables.print_step_cost(cost, self.batch, length)
-
-    def _config(self) -> GPTConfig:
-        is_preset = self.model in PRESETS
-        cfg = GPTConfig.preset(self.model) if is_preset else read_config(self.model)
-        n_layers = cfg.n_layers if self.n_layers is None else self.n_layers
-        vocab_size = cfg.vocab_size if self.vocab_size is None else self.vocab_size
-        return dataclasses.replace(cfg, n_layers=n_layers, vocab_size=vocab_size)
 
 
 def _sizes(text: str) -> dict[str, int]:

@@ -13,7 +13,7 @@ from rich.text import Text
 from flaxgpt.cli.common import say
 from flaxgpt.config import block_index, block_name
 from flaxgpt.inspection import Difference, FlopCount, LargestBatch, MemoryUse, ParamCount, TreeRow
-from flaxgpt.planning import StepCost
+from flaxgpt.planning import Collective, StepCost
 
 _PURPOSES = ("generation", "training", "training, remat")
 _NO_REMAT = "remat saves no memory on CPU, where XLA undoes it"
@@ -36,16 +36,16 @@ def print_parameters(rows: list[TreeRow], count: ParamCount, stored: dict[str, i
             row.dtype,
             f"{row.count:,}",
             f"{100 * row.count / count.total:.2f} %",
-            _bytes(row.bytes),
+            format_bytes(row.bytes),
         ]
         if s := row.statistics:
             cells += [f"{s.mean:.3g}", f"{s.std:.3g}", f"{s.norm:.4g}", ", ".join(s.faults)]
         is_part = row.shape is None and len(row.path) == 1
         lines.append([Text(cell, "bold" if is_part else "") for cell in cells])
-    _print_table(columns, lines, left=(0, 2, 9))
+    print_table(columns, lines, left=(0, 2, 9))
 
     def by_dtype(sizes: dict[str, int]) -> str:
-        return ", ".join(f"{_bytes(n)} {dtype}" for dtype, n in sizes.items())
+        return ", ".join(f"{format_bytes(n)} {dtype}" for dtype, n in sizes.items())
 
     in_file = "" if list(stored) in ([], ["float32"]) else f" ({by_dtype(stored)} in the file)"
     say(
@@ -65,7 +65,7 @@ def print_flops(flops: FlopCount, batch: int, length: int) -> None:
         "total (as in nanoGPT)": flops.forward,
     }
     rows = [(name, f"{value:.4g}", f"{3 * value:.4g}") for name, value in parts.items()]
-    _print_table([f"FLOPs, {batch} x {length} ids", "forward", "forward and backward"], rows)
+    print_table([f"FLOPs, {batch} x {length} ids", "forward", "forward and backward"], rows)
 
 
 def print_memory(used: MemoryUse, batch: int, length: int) -> None:
@@ -78,8 +78,10 @@ def print_memory(used: MemoryUse, batch: int, length: int) -> None:
         ("or gradients, later", None, used.gradients, used.gradients),
         ("peak", used.generating, used.training, used.training_with_remat),
     )
-    lines = [(name, *("" if n is None else _bytes(n) for n in sizes)) for name, *sizes in rows]
-    _print_table([f"memory, {batch} x {length} ids", *_PURPOSES], lines, caption=_NO_REMAT)
+    lines = [
+        (name, *("" if n is None else format_bytes(n) for n in sizes)) for name, *sizes in rows
+    ]
+    print_table([f"memory, {batch} x {length} ids", *_PURPOSES], lines, caption=_NO_REMAT)
 
 
 def print_differences(differences: list[Difference]) -> None:
@@ -89,7 +91,7 @@ def print_differences(differences: list[Difference]) -> None:
     for row, item in zip(rows, differences, strict=True):
         if item.kind == "values":
             row += [f"{item.changed:,}", f"{item.largest:.3g}", f"{item.relative:.3g}"]
-    _print_table(columns, rows, left=(0, 1, 2, 3))
+    print_table(columns, rows, left=(0, 1, 2, 3))
 
 
 def print_largest_batches(
@@ -100,8 +102,8 @@ def print_largest_batches(
     for name, found in batches.items():
         sizes = (found.generating, found.training, found.training_with_remat)
         rows.append([name, str(lengths[name]), *(f"{n:,}" if n else "-" for n in sizes)])
-    columns = [f"largest batch in {_bytes(size)}", "length", *_PURPOSES]
-    _print_table(columns, rows, caption=_NO_REMAT)
+    columns = [f"largest batch in {format_bytes(size)}", "length", *_PURPOSES]
+    print_table(columns, rows, caption=_NO_REMAT)
 
 
 def print_step_cost(cost: StepCost, batch: int, length: int) -> None:
@@ -114,31 +116,37 @@ def print_step_cost(cost: StepCost, batch: int, length: int) -> None:
         "  gradients among them": cost.gradients,
         "peak": cost.peak,
     }
-    lines = [(name, _bytes(size)) for name, size in sizes.items()]
-    _print_table([f"memory per device, {mesh}, {batch} x {length} ids", "size"], lines)
+    lines = [(name, format_bytes(size)) for name, size in sizes.items()]
+    print_table([f"memory per device, {mesh}, {batch} x {length} ids", "size"], lines)
     say("\n")
-    columns = ["collectives of a step", "axes", "operations", "arrays", "result", "received"]
-    rows = [
-        (
-            found.kind,
-            " ".join(found.axes),
-            f"{found.operations:,}",
-            f"{found.arrays:,}",
-            _bytes(found.bytes),
-            _bytes(found.received),
-        )
-        for found in cost.collectives
-    ]
-    rows.append(("total per device", "", "", "", "", _bytes(cost.received)))
-    _print_table(columns, rows, left=(0, 1))
+    print_collectives(cost.collectives, "step")
     if cost.unsplit:
         say("\n")
         reasons = _by_block([(item.path, item.axis, item.reason) for item in cost.unsplit])
-        _print_table(["not split", "by axis", "because"], reasons, left=(0, 1, 2))
+        print_table(["not split", "by axis", "because"], reasons, left=(0, 1, 2))
     is_simulated = cost.platform == "cpu"
     kind = "simulated CPU" if is_simulated else cost.platform
     count = math.prod(size for _, size in cost.mesh)
     say(f"\ncompiled for {count} {kind} device{'s' * (count > 1)}\n{_ON_CPU * is_simulated}")
+
+
+def print_collectives(found: Sequence[Collective], of: str) -> None:
+    """Print what each device of a mesh receives from others in one run of a program."""
+    total = sum(item.received for item in found)
+    columns = [f"collectives of a {of}", "axes", "operations", "arrays", "result", "received"]
+    rows = [
+        (
+            item.kind,
+            " ".join(item.axes),
+            f"{item.operations:,}",
+            f"{item.arrays:,}",
+            format_bytes(item.bytes),
+            format_bytes(item.received),
+        )
+        for item in found
+    ]
+    rows.append(("total per device", "", "", "", "", format_bytes(total)))
+    print_table(columns, rows, left=(0, 1))
 
 
 def _by_block(rows: list[tuple[str, str, str]]) -> list[tuple[str, str, str]]:
@@ -153,7 +161,7 @@ def _by_block(rows: list[tuple[str, str, str]]) -> list[tuple[str, str, str]]:
     ]
 
 
-def _bytes(count: int) -> str:
+def format_bytes(count: int) -> str:
     """Return a size with a binary unit."""
     for size, unit in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
         if count >= size:
@@ -161,7 +169,7 @@ def _bytes(count: int) -> str:
     return f"{count} B"
 
 
-def _print_table(
+def print_table(
     columns: list[str],
     rows: Iterable[Sequence[str | Text]],
     left: Collection[int] = (0,),

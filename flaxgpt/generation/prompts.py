@@ -31,8 +31,8 @@ class Prepared(NamedTuple):
     program: Program
     params: Params
     request: Request
-    ids: np.ndarray  # int32 [B, prompt_width], padded on the left
-    start: np.ndarray  # int32 [B]
+    ids: Any  # int32 [B, prompt_width], padded on the left
+    start: Any  # int32 [B]
 
 
 def prepare(

@@ -24,6 +24,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jax.sharding import Mesh
 
+from flaxgpt.planning.program_text import Instruction, Program, parse, read_arrays
+
 _KINDS = (
     "all-reduce",
     "all-gather",
@@ -33,19 +35,10 @@ _KINDS = (
     "collective-permute",
     "collective-broadcast",
 )
-# Results precede the name of the operation; asynchronous ones end in -start, and later -done.
-_COLLECTIVE = re.compile(rf"\s+(?:ROOT )?\S+ = ([^=]+?) ({'|'.join(_KINDS)})(-start)?\(")
-_COMPUTATION = re.compile(r"(ENTRY )?%?(\S+) .*\{\s*$")
-_CALL = re.compile(
-    r"\b(calls|to_apply|body|condition|true_computation|false_computation|branch_computations"
-    r"|called_computations)=(?:\{([^}]*)\}|(%?[\w.\-]+))"
-)
 # XLA for TPU spreads an operation over the fusions that run meanwhile, where it appears again.
 _CHAINED = re.compile(r'channel_id=(\d+),.*\bchain_id="')
 # It also writes a reduce-scatter as a fusion of this name, with an all-reduce in it.
 _REDUCE_SCATTER = "all-reduce-scatter"
-_TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
-_ARRAY = re.compile(r"\b([a-z]+(\d*)[a-z0-9]*)\[([\d,]*)\]")
 _EXPLICIT = re.compile(r"(?:replica_groups|source_target_pairs)=\{((?:\{[\d,]*\},?)*)\}")
 _IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)")
 _OF_MESH = re.compile(
@@ -98,7 +91,8 @@ def collectives(text: str, mesh: Mesh) -> tuple[Collective, ...]:
         text: the program, from `compiled.as_text()`.
         mesh: the mesh that its arguments are on.
     """
-    entry, calls, operations = _read(text, mesh)
+    program = parse(text)
+    calls, operations = _read(program, mesh)
 
     @functools.cache
     def run(computation: str) -> collections.Counter[_Operation]:
@@ -109,57 +103,48 @@ def collectives(text: str, mesh: Mesh) -> tuple[Collective, ...]:
         return total
 
     found = []
-    by_kind = sorted(run(entry).items())
+    by_kind = sorted(run(program.entry).items())
     for (kind, axes), group in itertools.groupby(by_kind, key=lambda item: item[0][:2]):
         rows = [(runs, *(runs * size for size in operation[2:])) for operation, runs in group]
         found.append(Collective(kind, axes, *map(sum, zip(*rows, strict=True))))
     return tuple(sorted(found, key=lambda item: -item.received))
 
 
-def _read(text: str, mesh: Mesh) -> tuple[str, dict[str, Any], dict[str, list[_Operation]]]:
-    """Return the entry, and by computation what it calls how often, and its collectives."""
-    entry = computation = ""
+def _read(program: Program, mesh: Mesh) -> tuple[dict[str, Any], dict[str, list[_Operation]]]:
+    """Return by computation what it calls how often, and its collectives."""
     chains = set[str]()
     calls: dict[str, Any] = collections.defaultdict(collections.Counter)
     operations: dict[str, list[_Operation]] = collections.defaultdict(list)
-    for line in text.splitlines():
-        if not line.startswith(" "):
-            if (start := _COMPUTATION.match(line)) and not line.startswith("HloModule"):
-                computation = start[2]
-                entry = computation if start[1] else entry
-            continue
-        for field, several, one in _CALL.findall(line):
-            stated = _TRIP_COUNT.search(line) if field in ("body", "condition") else None
-            times = int(stated[1]) if stated else 1
-            for name in re.findall(r"[\w.\-]+", several or one):
-                calls[computation][name, times] += 1
-        chained = _CHAINED.search(line)
-        if chained and chained[1] in chains:
-            continue
-        is_scattered = computation.startswith(_REDUCE_SCATTER)
-        if (operation := _operation(line, mesh, is_scattered)) is not None:
-            operations[computation].append(operation)
-            chains |= {chained[1]} if chained else set()
-    return entry, calls, operations
+    for computation in program.computations.values():
+        is_scattered = computation.name.startswith(_REDUCE_SCATTER)
+        for one in computation.instructions:
+            for field, called in one.calls:
+                times = one.trip_count if field in ("body", "condition") else 1
+                calls[computation.name][called, times] += 1
+            chained = _CHAINED.search(one.attributes)
+            if chained and chained[1] in chains:
+                continue
+            if (operation := _operation(one, mesh, is_scattered)) is not None:
+                operations[computation.name].append(operation)
+                chains |= {chained[1]} if chained else set()
+    return calls, operations
 
 
-def _operation(line: str, mesh: Mesh, is_scattered: bool) -> _Operation | None:
-    """Return the collective on a line, or None if there is none or it moves nothing.
+def _operation(one: Instruction, mesh: Mesh, is_scattered: bool) -> _Operation | None:
+    """Return the collective of an instruction, or None if it is none or moves nothing.
 
     An all-reduce whose result `is_scattered` is a reduce-scatter.
     """
-    if not any(kind in line for kind in _KINDS):
+    kind = one.opcode.removesuffix("-start")
+    if kind not in _KINDS:
         return None
-    line = re.sub(r"/\*.*?\*/", "", line)
-    if (match := _COLLECTIVE.match(line)) is None:
-        return None
-    result, kind, is_start = match.groups()
-    if is_start and kind != "all-reduce":  # whose results are operands, results and contexts
-        result = _elements(result)[1]
-    groups = [group for group in _groups(line, mesh) if len(set(group)) > 1]
+    shape = one.shape
+    if kind not in (one.opcode, "all-reduce"):  # the results are operands, results and contexts
+        shape = _elements(shape)[1]
+    groups = [group for group in _groups(one.attributes, mesh) if len(set(group)) > 1]
     if not groups:
         return None
-    sizes = [_bytes(*array) for array in _ARRAY.findall(result)]
+    sizes = [array.size for array in read_arrays(shape)]
     total, n = sum(sizes), max(map(len, groups))
     if is_scattered and kind == "all-reduce":
         kind, total = "reduce-scatter", total // n
@@ -183,12 +168,6 @@ def _elements(shape: str) -> list[str]:
         else:
             parts[-1] += letter
     return parts
-
-
-def _bytes(dtype: str, bits: str, dims: str) -> int:
-    """Return the size of an array such as bf16[8,1024]; types without bits are bool or tokens."""
-    size = int(bits) if bits else 8 * (dtype == "pred")
-    return -(-size * math.prod(_integers(dims)) // 8)
 
 
 def _axes(groups: list[list[int]], mesh: Mesh) -> tuple[str, ...]:

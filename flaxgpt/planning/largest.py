@@ -8,8 +8,7 @@ from collections.abc import Callable, Mapping
 from flaxgpt.config import GPTConfig
 from flaxgpt.planning.plan import Plan, plan
 from flaxgpt.planning.tasks import GenerateTask, TrainTask
-from flaxgpt.planning.topology import topology_devices
-from flaxgpt.sharding import make_mesh
+from flaxgpt.planning.topology import topology_mesh
 
 _STEPS_PER_OCTAVE = 8
 _MOST = 2**20
@@ -40,8 +39,7 @@ def largest_batch_plan(
     Raises:
         ValueError: as for `plan`.
     """
-    devices = topology_devices(topology)
-    unit = task.unit(make_mesh(**({"data": 1} | dict(mesh) if mesh else {}), devices=devices))
+    unit = task.unit(topology_mesh(topology, mesh))
     plans: dict[int, Plan] = {}
 
     def compiled(place: int) -> Plan:
@@ -115,4 +113,4 @@ def _guess(plans: Mapping[int, Plan], unit: int) -> int | None:
 
 
 def _used(one: Plan) -> int:
-    return (one.hbm.arguments or 0) + (one.hbm.temporaries or 0)
+    return one.hbm.arguments + (one.hbm.temporaries or 0)

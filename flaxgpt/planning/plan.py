@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import math
 import re
 import time
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+import jax
 from jax.errors import JaxRuntimeError
 
 from flaxgpt.config import GPTConfig, check_config
@@ -16,8 +20,8 @@ from flaxgpt.planning.collectives import Collective, collectives
 from flaxgpt.planning.operations import Operation, StepTime, loops, operations, step_time
 from flaxgpt.planning.program_text import parse
 from flaxgpt.planning.tasks import GenerateTask, TrainTask
-from flaxgpt.planning.topology import topology_devices
-from flaxgpt.sharding import Mesh, make_mesh
+from flaxgpt.planning.topology import topology_mesh
+from flaxgpt.sharding import Mesh
 
 _MOST_OPERATIONS = 10
 _SIZE = r"([\d.]+)([KMGT]?)i?B?\b"
@@ -30,12 +34,12 @@ class HbmUse:
     Attributes:
         arguments: what the program takes: weights, optimizer state, batch.
         temporaries: the most that it allocates besides. If it does not fit, what the compiler's
-            message says, or None if it says nothing.
+            message says, which may be less than all, or None if it says nothing.
         limit: what a program can use.
         fits: whether the compiler could place everything.
     """
 
-    arguments: int | None
+    arguments: int
     temporaries: int | None
     limit: int
     fits: bool
@@ -121,22 +125,25 @@ def plan(
     if not isinstance(task, GenerateTask | TrainTask):
         raise ValueError(f"task={task!r} must be a flaxgpt.GenerateTask or a flaxgpt.TrainTask")
     chip = chip_of(topology)
-    sizes = {"data": 1} | dict(mesh) if mesh else {}
-    grid = make_mesh(**sizes, devices=topology_devices(topology))
+    grid = topology_mesh(topology, mesh)
     task.check(cfg, grid)
-    lowered = task.lower(cfg, grid)
+    function, arguments = task.program(cfg, grid)
+    lowered = function.lower(*arguments)
     start = time.perf_counter()
     try:
-        compiled = lowered.compile()
+        with _without_cache():
+            compiled = lowered.compile()
     except JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
+            reason = " ".join(str(error).split())[:300]
+            raise ValueError(f"the TPU compiler cannot compile this program: {reason}") from error
         seconds = time.perf_counter() - start
-        return Plan(topology, _shape(grid), task, seconds, _exhausted(str(error), chip))
+        hbm = HbmUse(_size_of(arguments), read_temporaries(str(error)), chip.usable, False)
+        return Plan(topology, _shape(grid), task, seconds, hbm)
     seconds = time.perf_counter() - start
     memory: Any = compiled.memory_analysis()
-    arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
-    hbm = HbmUse(arguments, temporaries, chip.usable, True)
+    used = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+    hbm = HbmUse(*used, chip.usable, fits=True)
     text = compiled.as_text() or ""
     timed = _timed(text, task, chip)
     step = step_time(timed[0], chip)
@@ -155,6 +162,20 @@ def plan(
         collectives=collectives(text, grid),
         operations=timed[0],
     )
+
+
+@contextlib.contextmanager
+def _without_cache() -> Iterator[None]:
+    """Keep JAX from writing to its compilation cache: without a TPU, it cannot read that again."""
+    name = "jax_persistent_cache_min_compile_time_secs"
+    before = jax.config.values[name]
+    jax.config.update(name, float("inf"))
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Error reading persistent compilation cache")
+            yield
+    finally:
+        jax.config.update(name, before)
 
 
 def _timed(
@@ -176,18 +197,22 @@ def _shape(mesh: Mesh) -> tuple[tuple[str, int], ...]:
     return tuple(mesh.shape.items())
 
 
-def _exhausted(message: str, chip: Chip) -> HbmUse:
-    """Return what the compiler's message says of a program that does not fit."""
+def _size_of(arguments: Any) -> int:
+    """Return the bytes of abstract arrays on each device, without padding."""
+    leaves = [leaf for leaf in jax.tree.leaves(arguments) if isinstance(leaf, jax.ShapeDtypeStruct)]
+    shapes = [(leaf.sharding.shard_shape(leaf.shape), leaf.dtype) for leaf in leaves]
+    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in shapes)
 
-    def size(*patterns: str) -> int | None:
-        found = next(filter(None, (re.search(one + _SIZE, message) for one in patterns)), None)
-        return int(float(found[1]) * 1024 ** " KMGT".index(found[2] or " ")) if found else None
 
-    return HbmUse(
-        arguments=size(r"\barguments +"),
-        temporaries=size(
-            r"HLO temporaries \(", r"\bprogram +", r"Used ", r"total memory required[^(]*\("
-        ),
-        limit=chip.usable,
-        fits=False,
-    )
+def read_temporaries(message: str) -> int | None:
+    """Return the bytes of temporaries that a program needs, if the compiler's message says so.
+
+    >>> read_temporaries("the total memory required for HLO temporaries (104.92G) exceeds ...")
+    112656992174
+    >>> read_temporaries("Total hbm usage >= 20.0G: reserved 258.00M, program 16.75G, arguments 3G")
+    17985175552
+    """
+    for pattern in (r"HLO temporaries \(", r"\bprogram +", r"\bUsed +"):
+        if found := re.search(pattern + _SIZE, message):
+            return int(float(found[1]) * 1024 ** " KMGT".index(found[2] or " "))
+    return None

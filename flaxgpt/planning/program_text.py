@@ -123,16 +123,12 @@ class Computation:
     @property
     def root(self) -> Instruction:
         """The instruction whose value the computation returns."""
-        return next(
-            (one for one in self.instructions if one.is_root), self.instructions[-1]
-        )
+        return next((one for one in self.instructions if one.is_root), self.instructions[-1])
 
     @functools.cached_property
     def parameters(self) -> Mapping[int, Instruction]:
         """The parameters by number."""
-        return {
-            int(one.operands[0]): one for one in self.instructions if one.opcode == "parameter"
-        }
+        return {int(one.operands[0]): one for one in self.instructions if one.opcode == "parameter"}
 
 
 @dataclasses.dataclass(frozen=True)

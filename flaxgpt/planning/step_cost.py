@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,9 @@ from flaxgpt.planning.collectives import Collective, collectives
 from flaxgpt.platform import PLATFORMS, Platform
 from flaxgpt.sharding import ShardRules, activation_sharding, axis_names, check_mesh, shard_rules
 from flaxgpt.sharding.rules import path_of
-from flaxgpt.training import TrainConfig, abstract_state, train_step
+
+if TYPE_CHECKING:
+    from flaxgpt.training import TrainConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +100,7 @@ def step_cost(
     """Compile a training step, and return its memory per device and its communication.
 
     >>> import flaxgpt
+    >>> from flaxgpt.training import TrainConfig
     >>> cfg = flaxgpt.GPTConfig(vocab_size=64, context_length=8, emb_dim=16, n_heads=2, n_layers=1)
     >>> cost = step_cost(cfg, TrainConfig(batch_size=4), flaxgpt.make_mesh())  # with one device
     >>> cost.weights == cost.gradients == 4 * flaxgpt.count_params(cfg).total, cost.collectives
@@ -120,6 +123,8 @@ def step_cost(
         ValueError: `length` is out of range, the mesh has an unknown axis, or it does not divide
             the rows of a batch.
     """
+    from flaxgpt.training import abstract_state, train_step  # slow to import
+
     check_config(cfg)
     mesh, rules = check_mesh(mesh), shard_rules(cfg) if rules is None else rules
     length = check_context(cfg.context_length, cfg.context_length if length is None else length)

@@ -17,7 +17,6 @@ from flaxgpt.generation.programs import compiled_decode
 from flaxgpt.inspection import flops
 from flaxgpt.platform import PLATFORMS, Platform
 from flaxgpt.sharding import activation_sharding, batch_parts, shard_rules
-from flaxgpt.training import TrainConfig, abstract_state, train_step
 
 Dtype = Literal["float32", "bfloat16"]
 
@@ -71,15 +70,15 @@ class GenerateTask:
         read = self.prompt_length + self.new_tokens / 2
         return count.forward_without_scores + count.scores * read
 
-    def lower(self, cfg: GPTConfig, mesh: Mesh) -> Any:
-        """Return the program of `generate`, lowered for the devices of a mesh."""
+    def program(self, cfg: GPTConfig, mesh: Mesh) -> tuple[Any, tuple[Any, ...]]:
+        """Return the program of `generate`, and its arguments on the devices of a mesh."""
         platform = PLATFORMS.get("tpu", Platform())
         arguments = abstract_arguments(
             *(cfg, self.batch, self.prompt_length, self.new_tokens, self.dtype),
             platform=platform,
             mesh=mesh,
         )
-        return compiled_decode(platform.decode_options).lower(*arguments)
+        return compiled_decode(platform.decode_options), arguments
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,8 +133,10 @@ class TrainTask:
         """Return the operations of the model's products in a step; recomputed ones do not count."""
         return flops(cfg, self.batch, self._length(cfg)).training
 
-    def lower(self, cfg: GPTConfig, mesh: Mesh) -> Any:
-        """Return the step, lowered for the devices of a mesh."""
+    def program(self, cfg: GPTConfig, mesh: Mesh) -> tuple[Any, tuple[Any, ...]]:
+        """Return the step, and its arguments on the devices of a mesh."""
+        from flaxgpt.training import TrainConfig, abstract_state, train_step  # slow to import
+
         train_cfg = TrainConfig(
             batch_size=self.batch,
             accumulate=self.accumulate,
@@ -146,7 +147,7 @@ class TrainTask:
         state = abstract_state(cfg, train_cfg, mesh=mesh, rules=shard_rules(cfg))
         shape = (self.batch, self._length(cfg) + 1)
         sharding = activation_sharding("BT", shape, mesh)
-        return train_step.lower(state, jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding))
+        return train_step, (state, jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding))
 
     def _length(self, cfg: GPTConfig) -> int:
         return cfg.context_length if self.length is None else self.length

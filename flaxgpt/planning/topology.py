@@ -6,14 +6,16 @@ import contextlib
 import functools
 import glob
 import importlib.util
+import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from jax.errors import JaxRuntimeError
 
 from flaxgpt.planning.chips import chip_of
+from flaxgpt.sharding import Mesh, make_mesh
 
 # Without them, libtpu asks a metadata server what machine it runs on, and refuses to be loaded by
 # two processes. They matter only while it starts.
@@ -74,6 +76,28 @@ def topology_devices(topology: str) -> tuple[Any, ...]:
     except RuntimeError as error:
         raise ValueError(f"libtpu cannot be loaded: {str(error).splitlines()[0]}") from error
     return tuple(found.devices)
+
+
+def topology_mesh(topology: str, sizes: Mapping[str, int] | None) -> Mesh:
+    """Return a mesh of the chips of a topology.
+
+    Args:
+        topology: the chips, as for `topology_devices`.
+        sizes: sizes of the axes, 1 for those that are left out; None means that `data` has all
+            chips.
+
+    Raises:
+        ValueError: as for `topology_devices` and `flaxgpt.make_mesh`, or there are too few chips.
+    """
+    devices = topology_devices(topology)
+    given = {"data": 1} | dict(sizes) if sizes else {}
+    if (count := math.prod(given.values())) > len(devices):
+        asked = ", ".join(f"{name}={size}" for name, size in given.items())
+        raise ValueError(
+            f"the mesh {asked} needs {count} chips, but {topology} has {len(devices)}: use a "
+            "smaller mesh or a larger topology"
+        )
+    return make_mesh(**given, devices=devices)
 
 
 @contextlib.contextmanager

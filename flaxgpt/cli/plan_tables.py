@@ -1,0 +1,102 @@
+"""The tables that `flaxgpt plan` prints."""
+
+from __future__ import annotations
+
+import collections
+
+from flaxgpt.cli.common import say
+from flaxgpt.cli.tables import format_bytes, print_collectives, print_table
+from flaxgpt.planning import CHIPS, Operation, Plan, TrainTask
+
+_ROWS = 10
+_METHOD = """\
+Estimated, not measured: the time of an operation is the larger of the compiler's compute cycles and
+its HBM traffic; waiting for other chips is not included.
+"""
+
+
+def print_plan(found: Plan) -> None:
+    """Print what the TPU compiler says of a program."""
+    task = found.task
+    is_train = isinstance(task, TrainTask)
+    mesh = " x ".join(f"{name}={size}" for name, size in found.mesh if size > 1)
+    place = f"{found.topology}, {mesh}" if mesh else found.topology
+    kind = "train" if is_train else "generate"
+    hbm = found.hbm
+    unknown = "unknown"
+    rows = [
+        ("batch", f"{task.batch:,}"),
+        ("compiling, here", f"{found.compile_s:.1f} s"),
+        ("HBM, arguments", format_bytes(hbm.arguments)),
+        ("HBM, temporaries", unknown if hbm.temporaries is None else format_bytes(hbm.temporaries)),
+        ("HBM, usable", format_bytes(hbm.limit)),
+        ("fits", "yes" if hbm.fits else "no"),
+    ]
+    if found.step is not None:
+        chip = CHIPS[found.topology.partition(":")[0]]
+        cycles = found.step.cycles
+        what = "ids trained on" if is_train else "new ids"
+        rows += [
+            ("estimated step", _seconds(found.step.seconds)),
+            (
+                "  compute",
+                f"{found.step.cycles:,} cycles, {_seconds(found.step.cycles / chip.clock)}",
+            ),
+            ("  HBM traffic", _seconds(found.step.hbm_seconds)),
+            (f"estimated {what} per second", f"{found.tokens_per_s:,.0f}"),
+            ("estimated share of peak FLOPs (MFU)", f"{found.mfu:.1%}"),
+            ("estimated share of HBM bandwidth", f"{found.bandwidth_share:.1%}"),
+        ]
+    if found.prefill is not None:
+        rows.append(("estimated prefill, once", _seconds(found.prefill.seconds)))
+    print_table([f"{kind} on {place}, {task.dtype}", "per chip"], rows)
+    if found.operations:
+        say("\n")
+        _print_parts(found.operations)
+        say("\n")
+        _print_operations(found.operations[:_ROWS])
+    if found.collectives:
+        say("\n")
+        print_collectives(found.collectives, "step" if is_train else "program")
+    if found.step is not None:
+        say(f"\n{_METHOD}")
+    else:
+        advice = "--remat, --accumulate, fsdp" if is_train else "--dtype bfloat16"
+        say(f"\nDoes not fit: a smaller batch ({advice} or more chips) would need less memory.\n")
+
+
+def _print_parts(operations: tuple[Operation, ...]) -> None:
+    parts: dict[str, list[float]] = collections.defaultdict(lambda: [0.0, 0.0, 0.0])
+    for one in operations:
+        for place, value in enumerate((one.seconds, one.cycles, one.bytes)):
+            parts[one.part][place] += value
+    total = sum(seconds for seconds, _, _ in parts.values())
+    rows = [
+        (part, _seconds(seconds), f"{seconds / total:.1%}", f"{cycles:,.0f}", format_bytes(int(n)))
+        for part, (seconds, cycles, n) in sorted(parts.items(), key=lambda item: -item[1][0])
+    ]
+    columns = ["part of the model", "estimated time", "share", "cycles", "HBM traffic"]
+    print_table(columns, rows)
+
+
+def _print_operations(operations: tuple[Operation, ...]) -> None:
+    rows = [
+        (
+            one.part,
+            one.name,
+            f"{one.count:,}",
+            _seconds(one.seconds),
+            f"{one.cycles:,}",
+            format_bytes(one.bytes),
+        )
+        for one in operations
+    ]
+    columns = ["longest operations", "", "count", "estimated time", "cycles", "HBM traffic"]
+    print_table(columns, rows, left=(0, 1))
+
+
+def _seconds(seconds: float) -> str:
+    """Return a time with a unit."""
+    if seconds < 1e-3:
+        return f"{seconds * 1e6:.1f} µs"
+    return f"{seconds * 1e3:.2f} ms" if seconds < 1 else f"{seconds:.2f} s"
