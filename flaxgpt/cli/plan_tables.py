@@ -38,10 +38,7 @@ def print_plan(found: Plan) -> None:
         what = "ids trained on" if is_train else "new ids"
         rows += [
             ("estimated step", _seconds(found.step.seconds)),
-            (
-                "  compute",
-                f"{found.step.cycles:,} cycles, {_seconds(found.step.cycles / chip.clock)}",
-            ),
+            ("  compute", f"{cycles:,} cycles, {_seconds(cycles / chip.clock)}"),
             ("  HBM traffic", _seconds(found.step.hbm_seconds)),
             (f"estimated {what} per second", f"{found.tokens_per_s:,.0f}"),
             ("estimated share of peak FLOPs (MFU)", f"{found.mfu:.1%}"),

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from flaxgpt._checks import check_context, check_dtype, check_size
+from flaxgpt._checks import check_context, check_dtype, check_size, unknown_name
 from flaxgpt.config import GPTConfig
 from flaxgpt.generation.abstract import abstract_arguments
 from flaxgpt.generation.programs import compiled_decode
@@ -19,6 +19,7 @@ from flaxgpt.platform import PLATFORMS, Platform
 from flaxgpt.sharding import activation_sharding, batch_parts, shard_rules
 
 Dtype = Literal["float32", "bfloat16"]
+Optimizer = Literal["adamw", "muon"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,11 +103,13 @@ class TrainTask:
     dtype: Dtype = "float32"
     remat: bool = False
     accumulate: int = 1
-    optimizer: Literal["adamw", "muon"] = "adamw"
+    optimizer: Optimizer = "adamw"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "batch", check_size("batch", self.batch))
         object.__setattr__(self, "accumulate", check_size("accumulate", self.accumulate))
+        if self.optimizer not in get_args(Optimizer):
+            raise unknown_name("optimizer", self.optimizer, get_args(Optimizer))
         if self.length is not None:
             object.__setattr__(self, "length", check_size("length", self.length))
         object.__setattr__(self, "dtype", check_dtype(self.dtype).name)
