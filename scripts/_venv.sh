@@ -36,19 +36,21 @@ print(os.path.realpath(sys.executable))" 2>/dev/null </dev/null; then
     return 1
 }
 
-# prepare LIST... installs the packages pinned in those lists in scripts/ into .venv. A stamp file
-# records what .venv contains: its Python, then the checksum of each list. It is written last, so an
-# interrupted run leaves none and the next run starts over.
+# prepare LIST... installs the packages pinned in those lists in scripts/ into .venv, or into the
+# folder of the repository that $folder names. A stamp file records what it contains: its Python, then
+# the checksum of each list. It is written last, so an interrupted run leaves none and the next run
+# starts over.
 prepare() (
     cd "$root/scripts"
+    folder=${folder:-.venv}
     # Two simultaneous first runs take turns. macOS has no flock, so there they must not overlap.
     if command -v flock >/dev/null && ! flock -n 9; then
-        say "waiting for another run, which is setting up .venv"
+        say "waiting for another run, which is setting up an environment"
         flock 9
     fi
 
     if uv --version >/dev/null 2>&1; then installer=uv; else installer=pip; fi
-    venv=$root/.venv
+    venv=$root/$folder
     stamp=$venv/flaxgpt-stamp
     held=$(cat "$stamp" 2>/dev/null || true)
     python=$(printf '%s\n' "$held" | head -n 1)
@@ -59,10 +61,10 @@ prepare() (
     # A .venv with further lists serves too, so scripts/flaxgpt keeps what scripts/docs installed.
     case $held in "$wanted"*) exit ;; esac
 
-    say "setting up .venv from $* with $installer and $python" \
-        "(about 180 MB to download, about a minute)"
+    say "setting up $folder from $* with $installer and $python" \
+        "(about ${download:-180} MB to download, about a minute)"
     rm -f "$stamp"
-    # Lists can only be added; anything else rebuilds .venv.
+    # Lists can only be added; anything else rebuilds it.
     case $wanted in "${held:-nothing}"*) ;; *) rm -rf "$venv" ;; esac
     for list in "$@"; do
         shift

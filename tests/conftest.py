@@ -21,6 +21,8 @@ import pytest
 
 # These need 8 devices; test_sharding.py runs them in a process that simulates them.
 collect_ignore = [] if "FLAXGPT_DEVICES" in os.environ else ["devices"]
+# These need the TPU compiler; scripts/test_tpu runs them.
+collect_ignore += [] if "FLAXGPT_TPU" in os.environ else ["tpu"]
 
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
