@@ -5,6 +5,7 @@ import importlib.util
 import json
 import textwrap
 
+import jax
 import pytest
 
 import flaxgpt
@@ -20,6 +21,12 @@ from flaxgpt.planning.traffic import hbm_bytes
 V5E = CHIPS["v5e"]
 HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
 without_libtpu = pytest.mark.skipif(HAS_LIBTPU, reason="libtpu is installed")
+with_libtpu = pytest.mark.skipif(
+    not HAS_LIBTPU, reason="libtpu, which has the TPU compiler, is not installed"
+)
+CFG = flaxgpt.GPTConfig(
+    vocab_size=512, context_length=64, emb_dim=128, n_heads=2, n_layers=2, tie_embeddings=True
+)
 
 
 def program(*lines, before="", name="main"):
@@ -307,6 +314,81 @@ def test_without_libtpu_an_error_says_what_to_install():
 @pytest.mark.slow
 def test_without_libtpu_the_command_prints_one_line():
     assert_refused(run("plan", "gpt2"), "pip install 'flaxgpt[tpu-compiler]'")
+
+
+@with_libtpu
+@pytest.mark.slow
+def test_generation_is_planned_without_a_tpu():
+    devices = jax.devices()
+    task = flaxgpt.GenerateTask(batch=2, prompt_length=16, new_tokens=16, dtype="bfloat16")
+    found = flaxgpt.plan(CFG, task, topology="v5e:1x1")
+    assert jax.devices() == devices
+    values = json.loads(json.dumps(found.to_dict(), allow_nan=False))
+    assert set(values) == {
+        *("topology", "mesh", "task", "settings", "compile_s", "hbm", "step", "prefill"),
+        *("tokens_per_s", "mfu", "bandwidth_share", "collectives", "operations"),
+    }
+    assert (values["task"], values["settings"]["new_tokens"]) == ("generate", 16)
+    assert values["hbm"]["fits"] and values["hbm"]["limit"] == V5E.usable
+    # Matrices in bfloat16, and the rest.
+    assert 2 * flaxgpt.count_params(CFG).total < values["hbm"]["arguments"] < 2**20
+    assert set(values["step"]) == set(values["prefill"]) == {"cycles", "seconds", "hbm_seconds"}
+    assert values["tokens_per_s"] == pytest.approx(2 / values["step"]["seconds"])
+    assert values["step"]["seconds"] >= values["step"]["cycles"] / V5E.clock
+    assert 0 < values["mfu"] < 1 and 0 < values["bandwidth_share"] <= 1
+    assert len(values["operations"]) == 10
+    assert {"attention", "feed-forward", "norms", "head", "sampling"} <= {
+        one.part for one in found.operations
+    }
+
+
+@with_libtpu
+@pytest.mark.slow
+def test_a_training_step_is_planned_for_several_chips(capsys):
+    task = flaxgpt.TrainTask(batch=4, length=32, dtype="bfloat16")
+    found = flaxgpt.plan(CFG, task, topology="v5e:2x2", mesh={"fsdp": 4})
+    assert "prefill" not in found.to_dict()
+    assert found.tokens_per_s == pytest.approx(4 * 32 / found.step.seconds)
+    assert {"attention, backward", "loss", "optimizer"} <= {one.part for one in found.operations}
+    assert {one.axes for one in found.collectives} == {("fsdp",)}
+    # A quarter of weights and optimizer state, unless padded.
+    assert found.hbm.arguments < 2 * 3 * 4 * flaxgpt.count_params(CFG).total / 4
+    print_plan(found)
+    text = capsys.readouterr().out
+    assert "train on v5e:2x2, fsdp=4, bfloat16" in text
+    assert "Estimated, not measured" in text
+
+
+@with_libtpu
+@pytest.mark.slow
+def test_a_program_that_is_too_large_does_not_fit():
+    cfg = dataclasses.replace(flaxgpt.GPTConfig.preset("gpt2"), n_layers=2)
+    found = flaxgpt.plan(cfg, flaxgpt.GenerateTask(batch=20_000, dtype="bfloat16"))
+    assert not found.hbm.fits
+    assert found.hbm.temporaries > V5E.usable
+    # The parameters, in bfloat16, and a few more.
+    assert found.hbm.arguments == pytest.approx(2 * flaxgpt.count_params(cfg).total, rel=0.2)
+
+
+@with_libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"topology": "v5e:3x3"}, "libtpu does not know the topology 'v5e:3x3'"),
+        ({"mesh": {"data": 2}}, "needs 2 chips, but v5e:1x1 has 1"),
+        ({"task": flaxgpt.GenerateTask(prompt_length=60)}, "exceed context_length=64"),
+        ({"task": flaxgpt.TrainTask(length=65)}, "length=65 exceeds context_length=64"),
+        (
+            {"task": flaxgpt.TrainTask(batch=6), "topology": "v5e:2x2"},
+            "batch=6 must be a multiple of 4",
+        ),
+    ],
+)
+def test_what_cannot_be_planned_is_refused(options, message):
+    task = options.pop("task", flaxgpt.GenerateTask(prompt_length=16, new_tokens=16))
+    with pytest.raises(ValueError, match=message):
+        flaxgpt.plan(CFG, task, **options)
 
 
 @pytest.mark.parametrize(

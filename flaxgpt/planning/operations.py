@@ -22,6 +22,8 @@ from flaxgpt.planning.model_parts import OTHER, part_of
 from flaxgpt.planning.program_text import Computation, Instruction, Program
 from flaxgpt.planning.traffic import hbm_bytes, is_asynchronous
 
+_DEPTH = 4  # users of users to ask which part of the model an instruction belongs to
+
 
 @dataclasses.dataclass(frozen=True)
 class Operation:
@@ -144,20 +146,18 @@ def _cost(branch: list[tuple[Computation, Instruction, int]]) -> int:
 
 
 def _part(program: Program, owner: Computation, one: Instruction) -> tuple[str, str]:
-    """Return the part and name of an instruction; a transfer belongs to what it is for."""
+    """Return the part and name of an instruction; one without a path belongs to what it is for."""
     path = one.op_name
     if not path and one.opcode == "fusion":
         inner = program.computations[one.called("calls")[0]]
         path = inner.root.op_name or next(
             (each.op_name for each in reversed(inner.instructions) if each.op_name), ""
         )
-    if not path and is_asynchronous(one):
-        path = _path_of_user(owner, one, 4)
-        part = part_of(path)[0] if path else OTHER
-        return part, "transfers to the core"
-    if not path:
-        return OTHER, one.opcode
-    return part_of(path)
+    if path:
+        return part_of(path)
+    path = _path_of_user(owner, one, _DEPTH)
+    name = "transfers to the core" if is_asynchronous(one) else one.opcode
+    return part_of(path)[0] if path else OTHER, name
 
 
 def _path_of_user(owner: Computation, one: Instruction, depth: int) -> str:
