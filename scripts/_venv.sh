@@ -55,7 +55,7 @@ prepare() (
     held=$(cat "$stamp" 2>/dev/null || true)
     python=$(printf '%s\n' "$held" | head -n 1)
     if [ -n "${FLAXGPT_PYTHON:-}" ] || [ ! -x "$python" ]; then
-        python=$(find_python)
+        python=$(find_python) || exit 1 # also where the caller looks at the result
     fi
     wanted=$(printf '%s\n' "$python" && cksum "$@")
     # A .venv with further lists serves too, so scripts/flaxgpt keeps what scripts/docs installed.

@@ -122,6 +122,19 @@ def test_every_dependency_is_pinned_to_a_version_it_allows(python: str) -> None:
     assert len(run | test | docs) == len(run) + len(test) + len(docs), "a package is pinned twice"
 
 
+@pytest.mark.parametrize("python", PYTHONS)
+def test_the_pinned_tpu_compiler_is_the_one_that_jax_asks_for(python: str) -> None:
+    run, test, tpu = (pins(name, python) for name in (*INSTALLED[:2], "requirements-tpu.txt"))
+    assert len(run | test | tpu) == len(run) + len(test) + len(tpu), "a package is pinned twice"
+    (extra,) = map(Requirement, PROJECT["optional-dependencies"]["tpu-compiler"])
+    assert tpu["libtpu"] in extra.specifier
+    metadata = importlib.metadata.metadata("jax")
+    if run["jax"] == Version(metadata["Version"]):  # else it says nothing of that version
+        asked = [Requirement(line) for line in metadata.get_all("Requires-Dist")]
+        (libtpu,) = [one for one in asked if one.name == "libtpu"]
+        assert tpu["libtpu"] in libtpu.specifier
+
+
 @pytest.mark.parametrize(
     ("shell", "name"),
     [
@@ -130,6 +143,7 @@ def test_every_dependency_is_pinned_to_a_version_it_allows(python: str) -> None:
         ("sh", "scripts/docs"),
         ("sh", "scripts/test"),
         ("sh", "scripts/test_matrix"),
+        ("sh", "scripts/test_tpu"),
         ("bash", ".ci/run"),
     ],
 )
@@ -154,7 +168,7 @@ case "$*" in
         shift 3
         printf '%s|' "$PWD" "$PYTHONPATH" "$@"
         exit 7 ;;
-    "-m pytest"*)
+    *"-m pytest"*)
         pwd
         shift 2
         printf "%s\\n" "$*" ;;
@@ -289,6 +303,33 @@ def test_the_tests_run_on_all_cores_unless_told_otherwise(
     clone: Clone, arguments: list[str], expected: str
 ) -> None:
     assert clone.run("test", *arguments).stdout.splitlines() == [str(clone.root), expected]
+
+
+TPU_LISTS = [*INSTALLED[:2], "requirements-tpu.txt"]
+
+
+def test_tests_for_tpu_have_an_environment_of_their_own(clone: Clone) -> None:
+    clone.run("test")
+    clone.calls()
+    result = clone.run("test_tpu", "--all", "-k", "decode")
+    assert clone.calls() == ["venv", *TPU_LISTS]
+    assert result.stdout.splitlines() == [str(clone.root), "-p no:xdist tests/tpu -k decode"]
+    clone.run("test")
+    clone.run("test_tpu")
+    assert clone.calls() == []
+
+
+def test_tests_for_tpu_fail_without_a_python(clone: Clone) -> None:
+    result = clone.run("test_tpu", FLAXGPT_PYTHON="/no/such/python")
+    assert (result.returncode, result.stdout) == (1, "")
+    assert re.fullmatch(r"flaxgpt: FLAXGPT_PYTHON is '/no/such/python', .*\n", result.stderr)
+
+
+def test_tests_for_tpu_are_skipped_where_the_compiler_cannot_be_installed(clone: Clone) -> None:
+    clone.log.with_suffix(".offline").touch()
+    result = clone.run("test_tpu")
+    assert (result.returncode, result.stdout) == (0, "")
+    assert "flaxgpt: skipped: libtpu" in result.stderr.splitlines()[-1]
 
 
 def test_the_documentation_is_built_strictly(clone: Clone) -> None:

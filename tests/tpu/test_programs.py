@@ -13,11 +13,13 @@ from flaxgpt.model.attend import IMPLEMENTATIONS
 from flaxgpt.planning.chips import chip_of
 from flaxgpt.planning.operations import loops, operations, step_time
 from flaxgpt.planning.program_text import parse
+from flaxgpt.planning.tasks import GenerateTask
 from tpu.programs import CFG, IS_RECORDING, programs
 
 TOLERANCE = 0.1
 SLACK = 2**20  # bytes and cycles, for small programs
-DECODING = [program for program in programs() if program.name.startswith("decode")]
+PROGRAMS = programs()
+DECODING = [program for program in PROGRAMS if isinstance(program.task, GenerateTask)]
 _compiled = {}
 
 
@@ -46,7 +48,7 @@ def read_figures(program):
     return found | {"prefill_cycles" if program in DECODING else "cycles": outside}
 
 
-@pytest.mark.parametrize("program", programs(), ids=lambda program: program.id)
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.id)
 def test_memory_and_cycles_are_those_recorded(program, figures):
     found = read_figures(program)
     if IS_RECORDING:
