@@ -397,6 +397,7 @@ def test_what_cannot_be_planned_is_refused(options, message):
         (("--topology", "v7:2x2"), "unknown TPU 'v7'"),
         (("--task", "train", "--new-tokens", 8), "--new-tokens is for --task generate"),
         (("--remat",), "--remat is for --task train"),
+        (("--task", "train", "--drop-rate", 1), "drop_rate=1.0 must be a probability"),
         (("--batch", 0), "batch=0 must be a whole number"),
         (("--mesh", "model=2"), "unknown mesh axis 'model'"),
         (("--task", "sample"), "--task"),

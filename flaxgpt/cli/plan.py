@@ -15,7 +15,7 @@ from flaxgpt.planning import GenerateTask, Plan, TrainTask, largest_batch_plan, 
 from flaxgpt.sharding import parse_mesh
 
 _FOR_GENERATE = ("prompt_length", "new_tokens")
-_FOR_TRAIN = ("length", "remat", "accumulate", "optimizer")
+_FOR_TRAIN = ("length", "remat", "accumulate", "optimizer", "drop_rate")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +73,10 @@ class PlanCommand:
     """Sizes of the axes data, fsdp and tensor, such as data=2,fsdp=4; by default, all chips are
     data."""
 
+    drop_rate: float = 0.0
+    """Dropout rate, instead of the model's, as training recipes set it; for train. With dropout,
+    compiling takes several times as long."""
+
     n_layers: int | None = None
     """Number of blocks, instead of the model's."""
 
@@ -91,6 +95,13 @@ class PlanCommand:
         task = self._task()
         mesh = None if self.mesh is None else parse_mesh(self.mesh)
         cfg = read_architecture(self.model, self.n_layers, self.vocab_size)
+        cfg = dataclasses.replace(
+            cfg,
+            drop_rate=self.drop_rate,
+            drop_rate_emb=None,
+            drop_rate_attn=None,
+            drop_rate_shortcut=None,
+        )
         with progress(f"compiling {cfg.n_layers} blocks for {self.topology}"):
             found = self._plan(cfg, task, mesh)
         if self.json:
