@@ -11,7 +11,7 @@ import pytest
 import flaxgpt
 from command import assert_refused, call, run
 from flaxgpt.cli.plan_tables import print_plan
-from flaxgpt.planning import CHIPS, HbmUse, Plan, topology_devices
+from flaxgpt.planning import CHIPS, HbmUse, Plan, largest_batch_plan, topology_devices
 from flaxgpt.planning.largest import batch_at, place_of, search
 from flaxgpt.planning.model_parts import part_of
 from flaxgpt.planning.operations import loops, operations, step_time
@@ -273,6 +273,30 @@ def test_a_good_guess_needs_few_compilations():
 
 
 @pytest.mark.parametrize(
+    ("room", "per_row", "largest", "most_compiled"),
+    [(1000, 10, 100, 5), (1000, 9, 104, 5), (95, 10, 9, 5), (5, 10, 1, 2)],
+)
+def test_the_largest_batch_is_found_by_few_compilations(
+    monkeypatch, room, per_row, largest, most_compiled
+):
+    """With a compiler that gives each row `per_row` bytes of `room`."""
+
+    def compiled(cfg, task, **options):
+        used = per_row * task.batch
+        hbm = HbmUse(arguments=0, temporaries=used, limit=room, fits=used <= room)
+        return Plan("v5e:1x1", (), task, 0.0, hbm)
+
+    monkeypatch.setattr(flaxgpt.planning.largest, "plan", compiled)
+    monkeypatch.setattr(flaxgpt.planning.largest, "topology_mesh", lambda *_: flaxgpt.make_mesh(1))
+    tried = []
+    found = largest_batch_plan(CFG, flaxgpt.GenerateTask(batch=8), tried=tried.append)
+    assert found in tried
+    assert found.task.batch == batch_at(place_of(largest))
+    assert found.hbm.fits == (per_row <= room)
+    assert len(tried) <= most_compiled
+
+
+@pytest.mark.parametrize(
     ("task", "message"),
     [
         (lambda: flaxgpt.GenerateTask(batch=0), "batch=0 must be a whole number"),
@@ -357,6 +381,15 @@ def test_a_training_step_is_planned_for_several_chips(capsys):
     text = capsys.readouterr().out
     assert "train on v5e:2x2, fsdp=4, bfloat16" in text
     assert "Estimated, not measured" in text
+
+
+@with_libtpu
+@pytest.mark.slow
+def test_generation_is_planned_for_several_chips():
+    task = flaxgpt.GenerateTask(batch=3, prompt_length=16, new_tokens=16)
+    found = flaxgpt.plan(CFG, task, topology="v5e:2x2", mesh={"data": 2, "tensor": 2})
+    assert found.tokens_per_s == pytest.approx(3 / found.step.seconds)
+    assert {axis for one in found.collectives for axis in one.axes} >= {"tensor"}
 
 
 @with_libtpu

@@ -108,7 +108,7 @@ class PlanCommand:
             values = {"model": self.model, "config": cfg.to_dict()} | found.to_dict()
             say(json.dumps(values, indent=2, allow_nan=False) + "\n")
         else:
-            print_plan(found)
+            print_plan(found, "largest batch" if self.largest_batch else "batch")
 
     def _plan(
         self, cfg: GPTConfig, task: GenerateTask | TrainTask, mesh: dict[str, int] | None

@@ -15,8 +15,8 @@ its HBM traffic; waiting for other chips is not included.
 """
 
 
-def print_plan(found: Plan) -> None:
-    """Print what the TPU compiler says of a program."""
+def print_plan(found: Plan, batch: str = "batch") -> None:
+    """Print what the TPU compiler says of a program; `batch` is the label of the batch size."""
     task = found.task
     is_train = isinstance(task, TrainTask)
     mesh = " x ".join(f"{name}={size}" for name, size in found.mesh if size > 1)
@@ -25,7 +25,7 @@ def print_plan(found: Plan) -> None:
     hbm = found.hbm
     unknown = "unknown"
     rows = [
-        ("batch", f"{task.batch:,}"),
+        (batch, f"{task.batch:,}"),
         ("compiling, here", f"{found.compile_s:.1f} s"),
         ("HBM, arguments", format_bytes(hbm.arguments)),
         ("HBM, temporaries", unknown if hbm.temporaries is None else format_bytes(hbm.temporaries)),

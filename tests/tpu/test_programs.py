@@ -53,7 +53,7 @@ def test_memory_and_cycles_are_those_recorded(program, figures):
     found = read_figures(program)
     if IS_RECORDING:
         figures[program.id] = found
-    assert program.id in figures, "not recorded for these versions: scripts/test_tpu --record"
+    assert program.id in figures, "not recorded: run scripts/test_tpu --record"
     for name, value in figures[program.id].items():
         slack = TOLERANCE * value + (SLACK if name.endswith("bytes") else 0)
         assert found[name] == pytest.approx(value, abs=slack), name
