@@ -162,6 +162,7 @@ def test_a_fusion_that_updates_in_place_writes_only_the_update():
             ("residual stream", "add"),
         ),
         ("jit(train_step)/transpose(jvp())/add_any", ("loss, backward", "add_any")),
+        ("jit(train_step)/jvp()/btd,vd->btv/dot_general", ("head", "btd,vd->btv/dot_general")),
         ("jit(train_step)/sqrt", ("optimizer", "sqrt")),
         ("", ("other", "other")),
     ],

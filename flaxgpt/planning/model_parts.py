@@ -22,6 +22,8 @@ _WRAPPER = re.compile(
     r"jit\(.*?\)+|jvp\(.*?\)+|transpose\(.*?\)+|vmap\(.*?\)+|while|body|cond|closed_call|remat\w*"
     r"|checkpoint|rematted_computation|GPT\.\w+|trf_blocks_\d+|shard_map"
 )
+# Products over the vocabulary (v), which the loss computes itself.
+_HEAD_PRODUCT = re.compile(r"[a-z.]*v[a-z.]*,[a-z.]+->[a-z.]+|[a-z.]+,[a-z.]*v[a-z.]*->[a-z.]+")
 OTHER = "other"
 """The part of operations that are not of the model, such as copies that the compiler adds."""
 
@@ -44,7 +46,7 @@ def part_of(path: str) -> tuple[str, str]:
     name = "/".join(piece for piece in pieces if piece and not _WRAPPER.fullmatch(piece))
     name = name or pieces[-1]
     part = next((_PARTS[piece] for piece in pieces if piece in _PARTS), "")
-    if "GPT.logits" in pieces:
+    if "GPT.logits" in pieces or any(map(_HEAD_PRODUCT.fullmatch, pieces)):
         part = "head"
     if part:
         name = name.partition("/")[2] or name if name.split("/")[0] in _PARTS else name

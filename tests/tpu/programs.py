@@ -14,6 +14,7 @@ import flaxgpt
 from flaxgpt.model import param_shapes
 from flaxgpt.planning.tasks import GenerateTask, TrainTask
 from flaxgpt.planning.topology import topology_mesh
+from flaxgpt.sharding import in_force
 
 IS_RECORDING = "FLAXGPT_TPU_RECORD" in os.environ
 BLOCKS = int(os.environ.get("FLAXGPT_TPU_BLOCKS", "2"))
@@ -56,12 +57,14 @@ def lower_task(task: GenerateTask | TrainTask, sizes: dict[str, int] | None, top
 
 def lower_forward(attention: str, with_gradient: bool, topology: str) -> Any:
     """Return `flaxgpt.forward`, or the gradient of the sum of its logits."""
-    whole = NamedSharding(topology_mesh(topology, None), PartitionSpec())
+    mesh = topology_mesh(topology, None)
+    whole = NamedSharding(mesh, PartitionSpec())
     params = jax.tree.map(lambda leaf: leaf.update(sharding=whole), param_shapes(CFG))
     ids = jax.ShapeDtypeStruct((TRAIN.batch, TRAIN.length), jnp.int32, sharding=whole)
 
     def forward(params: Any, ids: jax.Array) -> jax.Array:
-        return flaxgpt.forward(CFG, params, ids, dtype=jnp.bfloat16, attention=attention)
+        with in_force(mesh):  # from which the model knows that it is traced for TPU
+            return flaxgpt.forward(CFG, params, ids, dtype=jnp.bfloat16, attention=attention)
 
     def total(params: Any, ids: jax.Array) -> jax.Array:
         return forward(params, ids).sum()
