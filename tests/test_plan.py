@@ -203,6 +203,44 @@ def test_transfers_take_no_time_until_they_are_all_there_is():
     assert time.seconds == time.hbm_seconds == pytest.approx(2**25 / 819e9)
 
 
+def test_the_products_of_splash_attention_count_at_the_peak():
+    kernel = (
+        "%splash_mha_fwd_residuals.1 = (f32[8,512,128]{2,1,0}, bf16[8,12,1024,64]{3,2,1,0:S(1)}) "
+        'custom-call(%p), custom_call_target="tpu_custom_call", frontend_attributes={kernel={\n'
+        '"xprof_metadata":"{\\"block_q\\": 512}"\n'
+        '}}, metadata={op_name="jit(train_step)/GPT.states/trf_blocks_0/att/pallas_call"}'
+    )
+    (found,) = operations(program("%p = f32[] parameter(0)", kernel), "main", V5E)
+    # Two products with 3 of 4 blocks of 512 x 512, of heads that fill half of the 128 lanes.
+    products = 2 * 2 * 8 * 12 * 1024 * 1024 * 128 * 3 / 4
+    assert found.cycles == pytest.approx(products / 197e12 * 1.5e9, abs=1)
+    assert found.part == "attention"
+
+
+def test_the_iterations_of_a_scan_are_read_from_its_condition():
+    before = f"""
+    %body (a: (s32[], f32[])) -> (s32[], f32[]) {{
+      %a = (s32[], f32[]) parameter(0)
+      ROOT %r = (s32[], f32[]) negate(%a), {cost(10, "jit(decode)/mul")}
+    }}
+    %condition (a: (s32[], f32[])) -> pred[] {{
+      %n = s32[] constant(6)
+      %a = (s32[], f32[]) parameter(0)
+      %i = s32[] get-tuple-element(%a), index=0
+      ROOT %l = pred[] compare(%i, %n), direction=LT
+    }}
+    """
+    lines = [
+        "%c = s32[] constant(2)",
+        "%d = s32[] copy(%c)",
+        "%x = f32[] parameter(0)",
+        "%t = (s32[], f32[]) tuple(%d, %x)",
+        "%w = (s32[], f32[]) while(%t), condition=%condition, body=%body",
+    ]
+    found = {one.name: one for one in operations(program(*lines, before=before), "main", V5E)}
+    assert (found["mul"].cycles, found["mul"].count) == (40, 4)
+
+
 def test_loops_and_branches_count_as_often_as_they_run():
     before = f"""
     %cheap (a: f32[]) -> f32[] {{

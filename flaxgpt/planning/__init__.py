@@ -9,6 +9,7 @@ plan           `plan`: memory, estimated times and communication of a task
 largest        the largest batch that fits
 operations     estimated time of each operation
 traffic        HBM traffic of each operation
+kernels        compute cycles of Pallas kernels
 model_parts    operations to parts of the model
 
 For any devices:

@@ -119,7 +119,9 @@ def _read(program: Program, mesh: Mesh) -> tuple[dict[str, Any], dict[str, list[
         is_scattered = computation.name.startswith(_REDUCE_SCATTER)
         for one in computation.instructions:
             for field, called in one.calls:
-                times = one.trip_count if field in ("body", "condition") else 1
+                times = (
+                    program.trip_count(computation, one) if field in ("body", "condition") else 1
+                )
                 calls[computation.name][called, times] += 1
             chained = _CHAINED.search(one.attributes)
             if chained and chained[1] in chains:

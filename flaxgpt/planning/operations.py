@@ -7,8 +7,10 @@ that the compiler starts early (`copy-start`, `slice-start`) run beside other op
 time of their own. The time of a step is the larger of the sum over its operations, and all of its
 traffic over the bandwidth.
 
-A loop counts as often as the compiler states, or once. A conditional counts as its cheapest branch;
-in `generate` that is greedy decoding. Waiting for other chips is not included.
+The compiler states no cycles for Pallas kernels; see `flaxgpt.planning.kernels`.
+
+A loop counts as often as it runs, if that is known, or once. A conditional counts as its cheapest
+branch; in `generate` that is greedy decoding. Waiting for other chips is not included.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import dataclasses
 from collections.abc import Iterator
 
 from flaxgpt.planning.chips import Chip
+from flaxgpt.planning.kernels import kernel_cycles
 from flaxgpt.planning.model_parts import OTHER, part_of
 from flaxgpt.planning.program_text import Computation, Instruction, Program
 from flaxgpt.planning.traffic import hbm_bytes, is_asynchronous
@@ -74,7 +77,8 @@ def operations(
     """
     sums: dict[tuple[str, str], list[float]] = collections.defaultdict(lambda: [0, 0, 0.0, 0])
     for owner, one, times in _executed(program, computation, without):
-        cycles, moved = one.cycles, hbm_bytes(program, owner, one)
+        cycles = one.cycles or kernel_cycles(one, chip)
+        moved = hbm_bytes(program, owner, one)
         if not cycles and not moved:
             continue
         total = sums[_part(program, owner, one)]
@@ -127,7 +131,7 @@ def _executed(
         yield owner, one, times
         if one.opcode == "while":
             for body in one.called("body"):
-                yield from _executed(program, body, without, times * one.trip_count)
+                yield from _executed(program, body, without, times * program.trip_count(owner, one))
         elif one.opcode == "call":
             for body in one.called("to_apply", "calls"):
                 yield from _executed(program, body, without, times)

@@ -17,6 +17,7 @@ import re
 from collections.abc import Mapping
 
 _COMPUTATION = re.compile(r"(ENTRY )?%?(\S+) .*\{\s*$")
+_START = re.compile(r"\s+(?:ROOT )?%?\S+ = ")
 # Operation names precede "(", as do letters of layouts, but only these follow a blank.
 _INSTRUCTION = re.compile(r"\s+(ROOT )?%?(\S+) = (.*?) ([a-z][\w\-]*)\((.*)$")
 _COMMENT = re.compile(r"/\*.*?\*/")
@@ -72,11 +73,6 @@ class Instruction:
             for field, several, one in _CALL.findall(self.attributes)
             for name in re.findall(r"[\w.\-]+", several or one)
         )
-
-    @property
-    def trip_count(self) -> int:
-        """Iterations of a loop, 1 where the compiler does not state them."""
-        return _number(_TRIP_COUNT, self.attributes, 1)
 
     @property
     def cycles(self) -> int:
@@ -138,23 +134,56 @@ class Program:
     entry: str
     computations: Mapping[str, Computation]
 
+    def trip_count(self, owner: Computation, loop: Instruction) -> int:
+        """Return how often a loop in a computation runs, 1 where that is not known.
+
+        XLA for CPU and GPU states it. For TPU it is read from the condition, if that compares a
+        counter with a constant, as that of `lax.scan` does.
+        """
+        if stated := _number(_TRIP_COUNT, loop.attributes, 0):
+            return stated
+        condition = self.computations.get("".join(loop.called("condition")), Computation("", ()))
+        test = condition.root if condition.instructions else loop
+        if test.opcode != "compare" or "direction=LT" not in test.attributes:
+            return 1
+        counter, limit = (condition.by_name.get(name) for name in test.operands)
+        last = _constant(condition, limit)
+        if counter is None or counter.opcode != "get-tuple-element" or last is None:
+            return 1
+        carry = owner.by_name.get(loop.operands[0])
+        first = None
+        if carry is not None and carry.opcode == "tuple":
+            first = _constant(owner, owner.by_name.get(carry.operands[counter.index]))
+        return max(1, last - (first or 0))
+
 
 def parse(text: str) -> Program:
     """Parse the text of a compiled program, from `compiled.as_text()`."""
     entry = name = ""
-    found: dict[str, list[Instruction]] = {}
+    found: dict[str, list[str]] = {}
     for line in text.splitlines():
-        if not line.startswith(" "):
+        if not name:
             if (start := _COMPUTATION.match(line)) and not line.startswith("HloModule"):
                 name = start[2]
                 found[name] = []
                 entry = name if start[1] else entry
-        elif name and (match := _INSTRUCTION.match(_COMMENT.sub("", line))):
-            root, own, shape, opcode, rest = match.groups()
-            operands, attributes = _operands(rest)
-            one = Instruction(own, opcode, shape, operands, attributes, root is not None)
-            found[name].append(one)
-    return Program(entry, {name: Computation(name, tuple(rows)) for name, rows in found.items()})
+        elif line == "}":
+            name = ""
+        elif _START.match(line) or not found[name]:
+            found[name].append(line)
+        else:  # attributes of kernels contain line breaks
+            found[name][-1] += f" {line}"
+    computations = {name: tuple(map(_instruction, lines)) for name, lines in found.items()}
+    return Program(entry, {name: Computation(name, rows) for name, rows in computations.items()})
+
+
+def _instruction(line: str) -> Instruction:
+    match = _INSTRUCTION.match(_COMMENT.sub("", line))
+    if match is None:
+        raise ValueError(f"not an instruction of XLA: {line[:100]!r}")
+    root, name, shape, opcode, rest = match.groups()
+    operands, attributes = _operands(rest)
+    return Instruction(name, opcode, shape, operands, attributes, root is not None)
 
 
 def read_arrays(shape: str) -> tuple[Array, ...]:
@@ -194,6 +223,15 @@ def _operands(rest: str) -> tuple[tuple[str, ...], str]:
         else:
             parts[-1] += letter
     return (), rest
+
+
+def _constant(owner: Computation, value: Instruction | None) -> int | None:
+    """Return the whole number that a value is a constant or a copy of, or None."""
+    while value is not None and value.opcode in ("copy", "bitcast"):
+        value = owner.by_name.get(value.operands[0])
+    if value is None or value.opcode != "constant" or not value.operands:
+        return None
+    return int(value.operands[0]) if value.operands[0].lstrip("-").isdigit() else None
 
 
 def _number(pattern: re.Pattern[str], text: str, default: int) -> int:
