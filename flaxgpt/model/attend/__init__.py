@@ -4,9 +4,8 @@
     dot_product   `jax.nn.dot_product_attention`, on NVIDIA GPUs by cuDNN
     splash        JAX's flash attention for TPU, a kernel
 
-`plain` can do everything, also dropout on attention weights and caches of any layout. The others
-leave to it what they cannot do, so every implementation follows the same rule. `flaxgpt.platform`
-names the one that is the default.
+`plain` can do everything. The others leave dropout on attention weights and caches to it, so every
+implementation follows the same rule. `flaxgpt.platform` names the one that is the default.
 """
 
 from __future__ import annotations
@@ -45,10 +44,11 @@ def attend(
     such as padding, gets finite values of no meaning.
     """
     implementation = platform.attention_in(query.dtype)
-    if implementation == "dot_product" and dropout is None:
+    if dropout is not None or not visibility.is_causal:
+        implementation = "plain"
+    if implementation == "dot_product":
         return dot_product_attend(query, keys, values, visibility, cudnn=platform.cudnn)
-    long_enough = query.shape[2] >= _FEWEST_FOR_SPLASH
-    if implementation == "splash" and dropout is None and visibility.is_causal and long_enough:
+    if implementation == "splash" and query.shape[2] >= _FEWEST_FOR_SPLASH:
         # Imported where it is used: it takes a quarter of a second, which other platforms save.
         from flaxgpt.model.attend.splash import splash_attend
 

@@ -12,33 +12,21 @@ _LARGEST_HEAD = 128  # of cuDNN before Hopper
 
 def dot_product_attend(
     query: jax.Array,  # [B, N, T, H]
-    keys: jax.Array,  # [B, N, S, H], [B*N, S, H] or [B, S, N*H]
+    keys: jax.Array,  # [B, N, T, H]
     values: jax.Array,  # as keys
-    visibility: Visibility,
+    visibility: Visibility,  # without `start` and `offset`
     *,
     cudnn: bool,  # whether cuDNN may be used
 ) -> jax.Array:  # [B, N, T, H]
     """Return the mean of the values, weighted by how well keys match each query."""
-    batch, heads, queries, size = query.shape
-
-    def by_slot(x: jax.Array) -> jax.Array:  # [B, S, N, H]
-        if x.shape[-1] != size:
-            return x.reshape(*x.shape[:2], heads, size)
-        return x.reshape(batch, heads, -1, size).swapaxes(1, 2)
-
-    query, keys, values = query.swapaxes(1, 2), by_slot(keys), by_slot(values)
-    narrow = query.dtype in (jnp.bfloat16, jnp.float16)
-    if cudnn and narrow and size % 8 == 0 and size <= _LARGEST_HEAD and visibility.is_causal:
-        before = None if visibility.window is None else (visibility.window - 1, 0)
+    size = query.shape[-1]
+    is_narrow = query.dtype in (jnp.bfloat16, jnp.float16)
+    cudnn = cudnn and is_narrow and size % 8 == 0 and size <= _LARGEST_HEAD
+    with jax.numpy_dtype_promotion("standard"):  # JAX's function mixes dtypes
         context = jax.nn.dot_product_attention(
-            query,
-            keys,
-            values,
+            *(x.swapaxes(1, 2) for x in (query, keys, values)),  # [B, T, N, H]
             is_causal=True,
-            local_window_size=before,
-            implementation="cudnn",
+            local_window_size=None if visibility.window is None else (visibility.window - 1, 0),
+            implementation="cudnn" if cudnn else None,
         )
-    else:
-        mask = visibility.mask(range(queries), range(keys.shape[1]))
-        context = jax.nn.dot_product_attention(query, keys, values, mask=mask)
     return context.swapaxes(1, 2)
