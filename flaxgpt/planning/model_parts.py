@@ -3,6 +3,7 @@ the part of the model that it belongs to."""
 
 from __future__ import annotations
 
+import itertools
 import re
 
 _PARTS = {
@@ -43,7 +44,8 @@ def part_of(path: str) -> tuple[str, str]:
         path: the operation's `op_name` in the compiled program.
     """
     pieces = path.split("/")
-    name = "/".join(piece for piece in pieces if piece and not _WRAPPER.fullmatch(piece))
+    kept = [piece for piece in pieces if piece and not _WRAPPER.fullmatch(piece)]
+    name = "/".join(piece for piece, _ in itertools.groupby(kept))  # kernels are named twice
     name = name or pieces[-1]
     part = next((_PARTS[piece] for piece in pieces if piece in _PARTS), "")
     if "GPT.logits" in pieces or any(map(_HEAD_PRODUCT.fullmatch, pieces)):
