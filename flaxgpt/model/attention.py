@@ -11,7 +11,7 @@ from flaxgpt.cache import LayerCache
 from flaxgpt.config import GPTConfig
 from flaxgpt.model.attend import attend
 from flaxgpt.model.layers import Linear, residual_std
-from flaxgpt.model.rows import every_row
+from flaxgpt.model.rows import every_row, repeat_again
 from flaxgpt.model.visibility import Visibility
 from flaxgpt.platform import Platform
 from flaxgpt.sharding import constrain
@@ -65,7 +65,7 @@ class MultiHeadAttention(nn.Module):
         context = attend(query, keys, values, visibility, self.platform, dropout=dropout)
 
         context = context.swapaxes(1, 2).reshape(rows, queries, self.cfg.emb_dim)
-        context = jnp.repeat(context, batch // rows, axis=0)
+        context = repeat_again(context, batch)
         std = residual_std(self.cfg)
         out = Linear(self.cfg.emb_dim, self.cfg.bias, std, dtype=self.dtype, name="out_proj")
         return out(context), cache

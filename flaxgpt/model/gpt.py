@@ -105,7 +105,7 @@ class GPT(nn.Module):
         letters = ("B" + "T" * (states.ndim - 2))[: states.ndim - 1] + "V"
         if states.ndim > 1:
             product = head(repeat_rows(states, self.platform))
-            return constrain(every_row(product, len(states)), letters)
+            return constrain(every_row(product, states.shape[0]), letters)
         return head(states)
 
 

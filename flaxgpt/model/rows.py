@@ -16,8 +16,11 @@ def repeat_rows(x: jax.Array, platform: Platform) -> jax.Array:
     The layers that follow compute equal rows, and `every_row` takes one of each. `x` is [B, T, D],
     or [B, D] with one position per row.
     """
-    positions = x.size // x.shape[-1] // batch_parts(jax.sharding.get_abstract_mesh())
-    if (n := platform.repeats(max(positions, 1), x.dtype)) < 2:
+    positions = x.size // x.shape[-1]
+    if not isinstance(positions, int):  # a symbolic batch, of any size
+        return x
+    per_device = max(1, positions // batch_parts(jax.sharding.get_abstract_mesh()))
+    if (n := platform.repeats(per_device, x.dtype)) < 2:
         return x
     # The barrier hides from XLA that rows are equal, or it would compute one of each again.
     return lax.optimization_barrier(jnp.repeat(x, n, axis=0))
@@ -25,4 +28,9 @@ def repeat_rows(x: jax.Array, platform: Platform) -> jax.Array:
 
 def every_row(x: jax.Array, rows: int) -> jax.Array:
     """Return one of each of the repeated rows, of which there are `rows`."""
-    return x[:: len(x) // rows] if len(x) > rows else x
+    return x if x.shape[0] == rows else x[:: x.shape[0] // rows]
+
+
+def repeat_again(x: jax.Array, rows: int) -> jax.Array:
+    """Return as many rows as before `every_row`, which were `rows`."""
+    return x if x.shape[0] == rows else jnp.repeat(x, rows // x.shape[0], axis=0)
