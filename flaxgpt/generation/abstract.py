@@ -15,7 +15,7 @@ from flaxgpt._checks import check_context, check_dtype, check_size
 from flaxgpt.config import GPTConfig
 from flaxgpt.generation.decoding import Request
 from flaxgpt.generation.programs import Program
-from flaxgpt.generation.prompts import Prepared, _cast_for_products, loop_sizes
+from flaxgpt.generation.prompts import Prepared, cast_for_products, loop_sizes
 from flaxgpt.model import param_shapes
 from flaxgpt.platform import Platform
 from flaxgpt.sharding import Mesh, ShardRules, batch_parts, shard_rules
@@ -70,7 +70,7 @@ def abstract_arguments(
     )
     params = param_shapes(cfg)
     if dtype != jnp.float32:
-        params = jax.eval_shape(lambda tree: _cast_for_products(tree, dtype), params)
+        params = jax.eval_shape(lambda tree: cast_for_products(tree, dtype), params)
     shardings = (rules or shard_rules(cfg)).shardings(params, mesh)
     params = jax.tree.map(lambda leaf, s: leaf.update(sharding=s), params, shardings)
     if mesh.size > 1:  # batch and heads are split over them, so they stay apart

@@ -88,7 +88,7 @@ def prepare(
     )
     program = Program(cfg, plan, platform_of(params), dtype, mesh)
     # Convert once here instead of in each step.
-    params = params if dtype == jnp.float32 else _cast_for_products(params, dtype)
+    params = params if dtype == jnp.float32 else cast_for_products(params, dtype)
     return Prepared(program, params, request, ids, start)
 
 
@@ -111,13 +111,24 @@ def bucket(length: int) -> int:
     return power * 3 // 4 if length <= power * 3 // 4 and power > 16 else power
 
 
-@partial(jax.jit, static_argnums=1)
-def _cast_for_products(params: Params, dtype: Any) -> Params:
-    # Biases too, which would be converted in each step; norms are computed in float32.
-    def cast(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
-        return leaf.astype(dtype) if leaf.ndim > 1 or path[-1].key == "bias" else leaf
+def cast_for_products(params: Params, dtype: Any) -> Params:
+    """Return the parameters with weights and biases in `dtype`; what has it is not copied."""
+    # Biases would be converted in each step otherwise. Norms are computed in float32.
+    paths, tree = jax.tree_util.tree_flatten_with_path(params)
+    leaves = [leaf for _, leaf in paths]
+    chosen = [
+        i
+        for i, (path, leaf) in enumerate(paths)
+        if leaf.dtype != dtype and (leaf.ndim > 1 or path[-1].key == "bias")
+    ]
+    for i, leaf in zip(chosen, _cast([leaves[i] for i in chosen], dtype), strict=True):
+        leaves[i] = leaf
+    return jax.tree.unflatten(tree, leaves)
 
-    return jax.tree_util.tree_map_with_path(cast, params)
+
+@partial(jax.jit, static_argnums=1)
+def _cast(leaves: list[jax.Array], dtype: Any) -> list[jax.Array]:
+    return [leaf.astype(dtype) for leaf in leaves]
 
 
 def check_number(token: int, row: int, place: int) -> None:

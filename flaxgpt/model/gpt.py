@@ -52,8 +52,10 @@ class GPT(nn.Module):
 
     def setup(self) -> None:
         cfg = self.cfg
-        self.tok_emb = Embedding(cfg.vocab_size, cfg.emb_dim, self.dtype)
-        self.pos_emb = Embedding(cfg.context_length, cfg.emb_dim, self.dtype, letters="SD")
+        table = partial(Embedding, features=cfg.emb_dim, dtype=self.dtype)
+        table = partial(table, by_bits=self.platform.lookup_by_bits)
+        self.tok_emb = table(cfg.vocab_size)
+        self.pos_emb = table(cfg.context_length, letters="SD")
         self.drop_emb = nn.Dropout(cfg.drop_rates.emb)
         block: Any = TransformerBlock
         if self.remat:

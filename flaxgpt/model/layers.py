@@ -1,7 +1,10 @@
 """Layers that act on each position separately: Linear, Embedding, LayerNorm, FeedForward."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax import lax
 from jax.typing import DTypeLike
@@ -44,6 +47,7 @@ class Embedding(nn.Module):
     features: int  # size of a row
     dtype: DTypeLike = jnp.float32  # of the result; the table keeps the dtype it is stored in
     letters: str = "VD"  # of the dimensions
+    by_bits: bool = False  # whether rows of 16-bit numbers are looked up as integers
 
     def setup(self) -> None:
         shape = (self.rows, self.features)
@@ -56,7 +60,8 @@ class Embedding(nn.Module):
         index = jnp.where(index < 0, self.rows, index)
         # On a mesh, a table that is split by columns is gathered, not the rows of other devices.
         weight, index = constrain(self.weight, self.letters), constrain(index, "BT")
-        rows = weight.at[index].get(mode="fill", fill_value=jnp.nan)
+        by_bits = self.by_bits and weight.dtype.itemsize == 2
+        rows = (_rows_by_bits if by_bits else _rows)(weight, index)
         return rows.astype(self.dtype)
 
     def project(self, x: jax.Array) -> jax.Array:  # [..., features] -> [..., rows]
@@ -124,13 +129,55 @@ def residual_std(cfg: GPTConfig) -> float:
 
 def _product(x: jax.Array, weight: jax.Array, dtype: DTypeLike | None) -> jax.Array:
     """Return `x @ weight.T` without a transpose: [..., in], [out, in] -> [..., out]."""
-    rows = x
-    if dtype is not None and dtype != x.dtype:
-        # XLA:CPU of jax 0.7 multiplies bfloat16 into float32 only if rows are one dimension.
-        rows = x.reshape(-1, x.shape[-1])
-    axes = (((rows.ndim - 1,), (1,)), ((), ()))
-    product = lax.dot_general(rows, weight, axes, preferred_element_type=dtype)
+    if x.dtype == jnp.float32:
+        return _dot(x, weight, dtype)
+    # XLA:CPU of jax 0.7 multiplies bfloat16 into float32 only if rows are one dimension.
+    rows = x.reshape(-1, x.shape[-1])
+    product = _rounded_dot(rows, weight) if dtype is None else _dot(rows, weight, dtype)
     return product.reshape(*x.shape[:-1], -1)
+
+
+def _dot(x: jax.Array, weight: jax.Array, dtype: DTypeLike | None = None) -> jax.Array:
+    return lax.dot_general(
+        x, weight, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=dtype
+    )
+
+
+@jax.custom_jvp
+def _rounded_dot(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """Return a product in the dtype of narrow arguments, rounded once.
+
+    XLA:CPU would convert the arguments of a product with a narrow result to float32, and in a loop
+    keep such copies of all weights.
+    """
+    return _dot(x, weight, jnp.float32).astype(x.dtype)
+
+
+@_rounded_dot.defjvp
+def _rounded_dot_jvp(
+    primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    # Not the derivative of the float32 product, which would multiply float32 by narrow numbers.
+    (x, weight), (d_x, d_weight) = primals, tangents
+    return _rounded_dot(x, weight), _dot(d_x, weight) + _dot(x, d_weight)
+
+
+def _rows(table: jax.Array, index: jax.Array) -> jax.Array:
+    return table.at[index].get(mode="fill", fill_value=jnp.nan)
+
+
+@jax.custom_jvp
+def _rows_by_bits(table: jax.Array, index: jax.Array) -> jax.Array:
+    bits = lax.bitcast_convert_type(table, jnp.uint16)
+    missing = int(np.array(np.nan, table.dtype).view(np.uint16))
+    rows = bits.at[index].get(mode="fill", fill_value=missing)
+    return lax.bitcast_convert_type(rows, table.dtype)
+
+
+@_rows_by_bits.defjvp
+def _rows_by_bits_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    (table, index), (d_table, _) = primals, tangents
+    return _rows_by_bits(table, index), d_table.at[index].get(mode="fill", fill_value=0)
 
 
 def _expand(vector: jax.Array, ndim: int) -> jax.Array:  # [D] -> [1, ..., 1, D]

@@ -22,8 +22,13 @@ def repeat_rows(x: jax.Array, platform: Platform) -> jax.Array:
     per_device = max(1, positions // batch_parts(jax.sharding.get_abstract_mesh()))
     if (n := platform.repeats(per_device, x.dtype)) < 2:
         return x
-    # The barrier hides from XLA that rows are equal, or it would compute one of each again.
-    return lax.optimization_barrier(jnp.repeat(x, n, axis=0))
+    return repeat_hidden(x, n, axis=0)
+
+
+def repeat_hidden(x: jax.Array, n: int, axis: int) -> jax.Array:
+    """Return `x` with each element of an axis n times, of which XLA does not know."""
+    # Without the barrier, XLA would compute one of each again.
+    return lax.optimization_barrier(jnp.repeat(x, n, axis=axis))
 
 
 def every_row(x: jax.Array, rows: int) -> jax.Array:

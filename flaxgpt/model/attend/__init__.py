@@ -53,7 +53,8 @@ def attend(
         from flaxgpt.model.attend.splash import splash_attend
 
         return splash_attend(query, keys, values, visibility, interpret=platform.interpreted)
-    return plain_attend(query, keys, values, visibility, dropout)
+    repeats = platform.repeats(1, query.dtype)
+    return plain_attend(query, keys, values, visibility, dropout, repeats)
 
 
 def resolve_attention(name: str, platform: Platform, dtype: DTypeLike) -> Platform:

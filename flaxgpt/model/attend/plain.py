@@ -7,8 +7,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from flaxgpt.model.attend.joined import MOST_QUERIES, is_joined, joined_attend, separate
+from flaxgpt.model.rows import repeat_hidden
 from flaxgpt.model.visibility import Visibility
 
 # Not -inf: a query that sees nothing (padding) must give a finite row, not NaN.
@@ -21,6 +23,7 @@ def plain_attend(
     values: jax.Array,  # as keys
     visibility: Visibility,
     dropout: Callable[[tuple[int, ...]], jax.Array] | None = None,
+    repeats: int = 1,  # how often a single query should be computed; see `flaxgpt.model.rows`
 ) -> jax.Array:  # [B, N, T, H]
     """Implement `flaxgpt.model.attend.attend`.
 
@@ -48,8 +51,10 @@ def plain_attend(
         mask = jnp.broadcast_to(mask, (batch, heads, *extent)).reshape(*rows, *extent)
         kept = None if dropout is None else dropout(mask.shape)
         block = query[..., start:stop, :]
+        if queries == 1 and repeats > 1:
+            block = repeat_hidden(block, repeats, axis=-2)
         within = keys[..., seen.start : seen.stop, :], values[..., seen.start : seen.stop, :]
-        contexts.append(_attend(block, *within, mask, kept))
+        contexts.append(_attend(block, *within, mask, kept)[..., : stop - start, :])
     context = jnp.concatenate(contexts, axis=-2) if len(contexts) > 1 else contexts[0]
     return context.reshape(batch, heads, queries, size)
 
@@ -89,9 +94,9 @@ def _attend_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[ja
     context = mean_of_values(dropped, values)
     moved = weights * (_scores(d_query, keys) + _scores(query, d_keys))
     change = (
-        mean_of_values(_dropped(moved, kept), values).astype(jnp.float32)
+        _mean(_dropped(moved, kept), values).astype(jnp.float32)
         - moved.sum(axis=-1, keepdims=True) * context.astype(jnp.float32)
-        + mean_of_values(dropped, d_values).astype(jnp.float32)
+        + _mean(dropped, d_values).astype(jnp.float32)
     )
     return context, change.astype(context.dtype)
 
@@ -116,4 +121,10 @@ def _dropped(weights: jax.Array, kept: jax.Array | None) -> jax.Array:
 
 def mean_of_values(weights: jax.Array, values: jax.Array) -> jax.Array:  # [..., T, H]
     """Return the mean of values [..., S, H], weighted by [..., T, S]."""
-    return jnp.einsum("...ts,...sh->...th", weights.astype(values.dtype), values)
+    # Rounded once, because XLA:CPU would convert values to float32 for a narrow result.
+    return _mean(weights, values, jnp.float32).astype(values.dtype)
+
+
+def _mean(weights: jax.Array, values: jax.Array, dtype: DTypeLike | None = None) -> jax.Array:
+    weights = weights.astype(values.dtype)
+    return jnp.einsum("...ts,...sh->...th", weights, values, preferred_element_type=dtype)
