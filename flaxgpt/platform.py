@@ -25,6 +25,7 @@ class Platform:
     cache_layout: CacheLayout = "separate"
     attention: ByDtype = ()  # what `attention="auto"` selects; "plain" for other dtypes
     least_rows: ByDtype = ()  # rows that a matrix product has at least; 1 for other dtypes
+    round_products: bool = False  # whether narrow products are computed in float32, then rounded
     lookup_by_bits: bool = False  # whether rows of a narrow table are looked up as integers
     one_pass_norms: bool = False  # mean and variance from one pass over the numbers
     loss_positions: int | None = None  # whose logits a training step holds at once; None for all
@@ -50,6 +51,9 @@ PLATFORMS = {
         cache_layout="merged",
         # XLA:CPU multiplies one narrow row in a naive loop: GPT-2's head takes 128 ms instead of 8.
         least_rows=(("bfloat16", 2), ("float16", 2)),
+        # For a narrow result it converts the factors to float32, and keeps such copies of all
+        # weights beside a loop.
+        round_products=True,
         # It also converts a narrow table whole to float32 before it looks up rows.
         lookup_by_bits=True,
         # From jax 0.11 on, this pass takes the loop body for a small one, and runs one thread.

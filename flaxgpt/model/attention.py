@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -42,8 +44,10 @@ class MultiHeadAttention(nn.Module):
         # A cache has one of each row, however often it is repeated.
         rows = batch if visibility.start is None else visibility.start.shape[0]
 
+        linear = partial(Linear, dtype=self.dtype, rounded=self.platform.round_products)
+
         def project(name: str) -> jax.Array:  # [B, N, T, H]
-            y = Linear(self.cfg.emb_dim, self.cfg.qkv_bias, dtype=self.dtype, name=name)(x)
+            y = linear(self.cfg.emb_dim, self.cfg.qkv_bias, name=name)(x)
             y = every_row(y, rows).reshape(rows, queries, heads, size).swapaxes(1, 2)
             return constrain(y, "BNTH")
 
@@ -67,8 +71,7 @@ class MultiHeadAttention(nn.Module):
         context = context.swapaxes(1, 2).reshape(rows, queries, self.cfg.emb_dim)
         context = repeat_again(context, batch)
         std = residual_std(self.cfg)
-        out = Linear(self.cfg.emb_dim, self.cfg.bias, std, dtype=self.dtype, name="out_proj")
-        return out(context), cache
+        return linear(self.cfg.emb_dim, self.cfg.bias, std, name="out_proj")(context), cache
 
 
 def scale_query(cfg: GPTConfig, layer: int, query: jax.Array) -> jax.Array:

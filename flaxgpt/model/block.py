@@ -29,7 +29,7 @@ class TransformerBlock(nn.Module):
         self.norm1 = LayerNorm(cfg.norm_eps, cfg.bias, self.dtype, one_pass)
         self.att = MultiHeadAttention(cfg, self.dtype, self.platform, self.layer)
         self.norm2 = LayerNorm(cfg.norm_eps, cfg.bias, self.dtype, one_pass)
-        self.ff = FeedForward(cfg, self.dtype)
+        self.ff = FeedForward(cfg, self.dtype, self.platform)
         self.drop_shortcut = nn.Dropout(cfg.drop_rates.shortcut)
 
     def __call__(

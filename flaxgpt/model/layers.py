@@ -1,5 +1,6 @@
 """Layers that act on each position separately: Linear, Embedding, LayerNorm, FeedForward."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from flaxgpt.config import GPTConfig
+from flaxgpt.platform import Platform
 from flaxgpt.sharding import constrain
 
 INIT_STD = 0.02  # of every weight matrix (Radford et al. 2018, section 4.1, and GPT-2's code)
@@ -28,12 +30,14 @@ class Linear(nn.Module):
     std: float = INIT_STD  # standard deviation of the initial weight; the initial bias is zero
     dtype: DTypeLike = jnp.float32  # to compute in; parameters keep the dtype they are stored in
     out_dtype: DTypeLike | None = None  # of the result, if more precise than `dtype`
+    rounded: bool = False  # whether a narrow product is computed in float32, then rounded
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:  # [..., in] -> [..., out]
         shape = (self.features, x.shape[-1])
         weight = self.param("weight", nn.initializers.normal(self.std), shape, jnp.float32)
-        y = _product(x.astype(self.dtype), weight.astype(self.dtype), self.out_dtype)
+        x, weight = x.astype(self.dtype), weight.astype(self.dtype)
+        y = _product(x, weight, self.out_dtype, self.rounded)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros_init(), (self.features,), jnp.float32)
             y = y + _expand(bias.astype(y.dtype), y.ndim)
@@ -109,15 +113,17 @@ class FeedForward(nn.Module):
 
     cfg: GPTConfig
     dtype: DTypeLike = jnp.float32
+    platform: Platform = Platform()
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:  # [B, T, D] -> [B, T, D]
-        cfg, dtype = self.cfg, self.dtype
-        wide = Linear(cfg.ff_dim, cfg.bias, dtype=dtype, name="layers_0")(x)  # [B, T, F]
+        cfg = self.cfg
+        linear = partial(Linear, dtype=self.dtype, rounded=self.platform.round_products)
+        wide = linear(cfg.ff_dim, cfg.bias, name="layers_0")(x)  # [B, T, F]
         wide = constrain(wide, "BTF")
         active = nn.gelu(wide, approximate=cfg.activation == "gelu_tanh")
         std = residual_std(cfg)
-        return Linear(cfg.emb_dim, cfg.bias, std, dtype=dtype, name="layers_2")(active)
+        return linear(cfg.emb_dim, cfg.bias, std, name="layers_2")(active)
 
 
 def residual_std(cfg: GPTConfig) -> float:
@@ -127,13 +133,16 @@ def residual_std(cfg: GPTConfig) -> float:
     return INIT_STD / (2 * cfg.n_layers) ** 0.5
 
 
-def _product(x: jax.Array, weight: jax.Array, dtype: DTypeLike | None) -> jax.Array:
+def _product(
+    x: jax.Array, weight: jax.Array, dtype: DTypeLike | None, rounded: bool = False
+) -> jax.Array:
     """Return `x @ weight.T` without a transpose: [..., in], [out, in] -> [..., out]."""
-    if x.dtype == jnp.float32:
+    rounded = rounded and dtype is None and x.dtype != jnp.float32
+    if not rounded and dtype in (None, x.dtype):
         return _dot(x, weight, dtype)
     # XLA:CPU of jax 0.7 multiplies bfloat16 into float32 only if rows are one dimension.
     rows = x.reshape(-1, x.shape[-1])
-    product = _rounded_dot(rows, weight) if dtype is None else _dot(rows, weight, dtype)
+    product = _rounded_dot(rows, weight) if rounded else _dot(rows, weight, dtype)
     return product.reshape(*x.shape[:-1], -1)
 
 
@@ -145,11 +154,7 @@ def _dot(x: jax.Array, weight: jax.Array, dtype: DTypeLike | None = None) -> jax
 
 @jax.custom_jvp
 def _rounded_dot(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """Return a product in the dtype of narrow arguments, rounded once.
-
-    XLA:CPU would convert the arguments of a product with a narrow result to float32, and in a loop
-    keep such copies of all weights.
-    """
+    """Return a product in the dtype of its narrow factors, computed in float32."""
     return _dot(x, weight, jnp.float32).astype(x.dtype)
 
 
