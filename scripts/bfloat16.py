@@ -1,7 +1,7 @@
 """Compare bfloat16 with float32, and print the tables of docs/precision.md in Markdown.
 
-    python scripts/bfloat16.py models --text ../shared/data/tales/val.txt
-    python scripts/bfloat16.py training --text ../shared/data/shakespeare/input.txt --steps 2000
+    python scripts/bfloat16.py models --text val.txt
+    python scripts/bfloat16.py training --text shakespeare.txt --steps 1000
 
 `models` measures `tales` and the small golden models of the tests. The reference is float32, with
 matrix products at the highest precision. `training` trains `shakespeare-char` in both dtypes from

@@ -24,6 +24,10 @@ CFG = flaxgpt.GPTConfig(
 )
 
 
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 @pytest.fixture
 def tpu_choices(monkeypatch):
     """Make the choices for TPU on CPU, with kernels interpreted and small pieces of the loss."""
@@ -51,14 +55,14 @@ def ids_of(*shape):
 # --- All choices for TPU together
 
 
-@pytest.mark.parametrize("name", ["hf-small", "book-small"])
+@pytest.mark.parametrize("name", ["hf-small", slow("book-small")])
 def test_logits_are_pytorchs_with_the_choices_for_tpu(name, tpu_choices):
     cfg, params, expected = golden.model(name)
     logits = flaxgpt.forward(cfg, params, expected["input_ids"])
     golden.assert_logits_agree(logits, expected["logits"])
 
 
-@pytest.mark.parametrize("shape", [(1, 160), (2, 1), (1, 9)])
+@pytest.mark.parametrize("shape", [(1, 160), (2, 1), slow((1, 9))])
 def test_logits_are_the_default_ones(shape, params, tpu_choices):
     ids = ids_of(*shape)
     golden.assert_logits_agree(
@@ -66,7 +70,7 @@ def test_logits_are_the_default_ones(shape, params, tpu_choices):
     )
 
 
-@pytest.mark.parametrize(("rows", "queries"), [(1, 1), (3, 1), (8, 1), (1, 3), (2, 9)])
+@pytest.mark.parametrize(("rows", "queries"), [(1, 1), slow(3, 1), slow(8, 1), (1, 3), slow(2, 9)])
 def test_a_cache_is_extended_by_repeated_rows(rows, queries, params, tpu_choices):
     ids = ids_of(rows, 12 + queries)
     cache = flaxgpt.init_cache(CFG, rows, 32)
@@ -77,7 +81,7 @@ def test_a_cache_is_extended_by_repeated_rows(rows, queries, params, tpu_choices
     golden.assert_logits_agree(logits, flaxgpt.forward(CFG, params, ids)[:, 12:])
 
 
-@pytest.mark.parametrize("rows", [1, 3, 9])
+@pytest.mark.parametrize("rows", [1, slow(3), slow(9)])
 def test_generated_ids_are_the_default_ones(rows, params, tpu_choices, monkeypatch):
     prompts = [row[: 5 + 2 * i] for i, row in enumerate(ids_of(rows, 32))]
     found = flaxgpt.generate(CFG, params, prompts, 12)
@@ -85,7 +89,7 @@ def test_generated_ids_are_the_default_ones(rows, params, tpu_choices, monkeypat
     assert found == flaxgpt.generate(CFG, params, prompts, 12)
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tied", [slow(False), True])
 def test_a_training_step_is_the_default_one(tied, tpu_choices, monkeypatch):
     cfg = dataclasses.replace(CFG, tie_embeddings=tied)
     train_cfg = TrainConfig(batch_size=2)
