@@ -62,7 +62,7 @@ def test_logits_are_pytorchs_with_the_choices_for_tpu(name, tpu_choices):
     golden.assert_logits_agree(logits, expected["logits"])
 
 
-@pytest.mark.parametrize("shape", [(1, 160), (2, 1), slow((1, 9))])
+@pytest.mark.parametrize("shape", [(1, 160), slow((2, 1)), slow((1, 9))])
 def test_logits_are_the_default_ones(shape, params, tpu_choices):
     ids = ids_of(*shape)
     golden.assert_logits_agree(
@@ -89,7 +89,8 @@ def test_generated_ids_are_the_default_ones(rows, params, tpu_choices, monkeypat
     assert found == flaxgpt.generate(CFG, params, prompts, 12)
 
 
-@pytest.mark.parametrize("tied", [slow(False), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("tied", [False, True])
 def test_a_training_step_is_the_default_one(tied, tpu_choices, monkeypatch):
     cfg = dataclasses.replace(CFG, tie_embeddings=tied)
     train_cfg = TrainConfig(batch_size=2)
