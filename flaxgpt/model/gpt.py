@@ -51,9 +51,8 @@ class GPT(nn.Module):
     platform: Platform = Platform()
 
     def setup(self) -> None:
-        cfg = self.cfg
-        table = partial(Embedding, features=cfg.emb_dim, dtype=self.dtype)
-        table = partial(table, by_bits=self.platform.lookup_by_bits)
+        cfg, by_bits = self.cfg, self.platform.lookup_by_bits
+        table = partial(Embedding, features=cfg.emb_dim, dtype=self.dtype, by_bits=by_bits)
         self.tok_emb = table(cfg.vocab_size)
         self.pos_emb = table(cfg.context_length, letters="SD")
         self.drop_emb = nn.Dropout(cfg.drop_rates.emb)
