@@ -20,7 +20,9 @@ from flaxgpt.planning.traffic import hbm_bytes
 
 V5E = CHIPS["v5e"]
 HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
-without_libtpu = pytest.mark.skipif(HAS_LIBTPU, reason="libtpu is installed")
+without_libtpu = pytest.mark.skipif(
+    HAS_LIBTPU, reason="libtpu is installed, and this is about its absence"
+)
 with_libtpu = pytest.mark.skipif(
     not HAS_LIBTPU, reason="libtpu, which has the TPU compiler, is not installed"
 )

@@ -14,9 +14,8 @@ import tyro
 from flaxgpt._checks import check_context, check_size
 from flaxgpt.cli import tables
 from flaxgpt.cli.common import progress, read_architecture, say
-from flaxgpt.planning import step_cost
+from flaxgpt.planning import TrainTask, step_cost
 from flaxgpt.sharding import make_mesh, parse_mesh
-from flaxgpt.training.config import TrainConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,16 +80,12 @@ class ShardCommand:
                 f"--batch {self.batch} must be a multiple of {parts}, the number of parts into "
                 f"which data, fsdp and --accumulate split it: use --batch {parts}, for example"
             )
-        train_cfg = TrainConfig(
-            batch_size=self.batch,
-            accumulate=self.accumulate,
-            optimizer=self.optimizer,
-            dtype=self.dtype,
-            remat=self.remat,
+        task = TrainTask(
+            self.batch, length, self.dtype, self.remat, self.accumulate, self.optimizer
         )
         mesh = make_mesh(**sizes, devices=_devices(math.prod(sizes.values())))
         with progress(f"compiling {cfg.n_layers} blocks for {mesh.size} devices"):
-            cost = step_cost(cfg, train_cfg, mesh, length)
+            cost = step_cost(cfg, task.train_config(), mesh, length)
         if self.json:
             names = ("batch", "accumulate", "optimizer", "dtype", "remat")
             step = {name: getattr(self, name) for name in names} | {"length": length}

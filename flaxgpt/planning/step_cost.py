@@ -26,7 +26,7 @@ from flaxgpt.sharding import ShardRules, activation_sharding, axis_names, check_
 from flaxgpt.sharding.rules import path_of
 
 if TYPE_CHECKING:
-    from flaxgpt.training import TrainConfig
+    from flaxgpt.training import TrainConfig, TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,14 +123,12 @@ def step_cost(
         ValueError: `length` is out of range, the mesh has an unknown axis, or it does not divide
             the rows of a batch.
     """
-    from flaxgpt.training import abstract_state, train_step  # slow to import
+    from flaxgpt.training import train_step  # slow to import
 
     check_config(cfg)
     mesh, rules = check_mesh(mesh), shard_rules(cfg) if rules is None else rules
     length = check_context(cfg.context_length, cfg.context_length if length is None else length)
-    state = abstract_state(cfg, train_cfg, mesh=mesh, rules=rules)
-    shape = (train_cfg.batch_size, length + 1)
-    ids = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=activation_sharding("BT", shape, mesh))
+    state, ids = abstract_step(cfg, train_cfg, mesh, rules, length)
     platform = mesh.devices.flat[0].platform
     options: dict[str, str | bool] = dict(PLATFORMS.get(platform, Platform()).plan_options)
     compiled = train_step.lower(state, ids).compile(compiler_options=options)
@@ -147,6 +145,18 @@ def step_cost(
         unsplit=tuple(_unsplit(cfg, rules, state.params, mesh)),
         collectives=collectives(compiled.as_text() or "", mesh),
     )
+
+
+def abstract_step(
+    cfg: GPTConfig, train_cfg: TrainConfig, mesh: Mesh, rules: ShardRules, length: int
+) -> tuple[TrainState, jax.ShapeDtypeStruct]:
+    """Return the arguments of `train_step` on a mesh, which have no data."""
+    from flaxgpt.training import abstract_state  # slow to import
+
+    state = abstract_state(cfg, train_cfg, mesh=mesh, rules=rules)
+    shape = (train_cfg.batch_size, length + 1)
+    sharding = activation_sharding("BT", shape, mesh)
+    return state, jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
 
 
 def _bytes_per_device(tree: Any) -> int:

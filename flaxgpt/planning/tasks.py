@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from flaxgpt._checks import check_context, check_dtype, check_size, unknown_name
@@ -15,8 +13,12 @@ from flaxgpt.config import GPTConfig
 from flaxgpt.generation.abstract import abstract_arguments
 from flaxgpt.generation.programs import compiled_decode
 from flaxgpt.inspection import flops
+from flaxgpt.planning.step_cost import abstract_step
 from flaxgpt.platform import PLATFORMS, Platform
-from flaxgpt.sharding import activation_sharding, batch_parts, shard_rules
+from flaxgpt.sharding import batch_parts, shard_rules
+
+if TYPE_CHECKING:
+    from flaxgpt.training import TrainConfig
 
 Dtype = Literal["float32", "bfloat16"]
 Optimizer = Literal["adamw", "muon"]
@@ -138,19 +140,22 @@ class TrainTask:
 
     def program(self, cfg: GPTConfig, mesh: Mesh) -> tuple[Any, tuple[Any, ...]]:
         """Return the step, and its arguments on the devices of a mesh."""
-        from flaxgpt.training import TrainConfig, abstract_state, train_step  # slow to import
+        from flaxgpt.training import train_step  # slow to import
 
-        train_cfg = TrainConfig(
+        rules, length = shard_rules(cfg), self._length(cfg)
+        return train_step, abstract_step(cfg, self.train_config(), mesh, rules, length)
+
+    def train_config(self) -> TrainConfig:
+        """Return the training configuration of the step."""
+        from flaxgpt.training import TrainConfig  # slow to import
+
+        return TrainConfig(
             batch_size=self.batch,
             accumulate=self.accumulate,
             optimizer=self.optimizer,
             dtype=self.dtype,
             remat=self.remat,
         )
-        state = abstract_state(cfg, train_cfg, mesh=mesh, rules=shard_rules(cfg))
-        shape = (self.batch, self._length(cfg) + 1)
-        sharding = activation_sharding("BT", shape, mesh)
-        return train_step, (state, jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding))
 
     def _length(self, cfg: GPTConfig) -> int:
         return cfg.context_length if self.length is None else self.length

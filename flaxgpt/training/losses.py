@@ -86,7 +86,9 @@ def token_loss(
 
     Returns:
         Two float32 []: the weighted sum in nats, and the sum of the weights, or the number of
-        targets without weights. Under `jit`, an id outside the vocabulary makes the first NaN.
+        targets without weights. Under `jit`, an id outside the vocabulary makes the first NaN. On
+        TPU, the head and the cross-entropy are computed in pieces, which `jax.jvp` cannot
+        differentiate; `jax.grad` can.
 
     Raises:
         ValueError: the ids are invalid (see `forward`) or fewer than 2 per row, or the weights are
