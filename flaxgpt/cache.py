@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from functools import partial
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -58,6 +58,11 @@ class KVCache:
         """Slots in total (S)."""
         return self.keys[0].shape[-2]
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether no slot is filled, as far as is known while a program is traced."""
+        return not isinstance(self.length, jax.core.Tracer) and int(self.length) == 0
+
     def layers(self) -> list[LayerCache]:
         """Return the part of the cache that each block reads and writes."""
         pairs = zip(self.keys, self.values, strict=True)
@@ -76,7 +81,7 @@ class KVCache:
         """Return the cache as it was when `length` slots were filled.
 
         Pure and jittable; no array is copied. Use it to drop draft ids that were rejected, or the
-        padding after a prompt.
+        padding after a prompt. `rewind(0)` is known to be empty also under `jit`.
 
         Args:
             length: int [], at least 0 and at most `self.length`. Under `jit`, where it cannot be
@@ -92,6 +97,9 @@ class KVCache:
                     f"length={length} is out of range: {filled} slots are filled, so the cache can "
                     f"rewind to any length from 0 to {filled}"
                 )
+        if isinstance(length, int) and length == 0:
+            known: Any = np.zeros((), np.int32)  # not traced
+            return dataclasses.replace(self, length=known)
         new = jnp.asarray(length, jnp.int32)
         valid = (new >= 0) & (new <= self.length)
         return dataclasses.replace(self, length=jnp.where(valid, new, self.size))

@@ -7,7 +7,7 @@ import pytest
 
 import flaxgpt
 import golden
-from flaxgpt.generation.prompts import cast_for_products
+from flaxgpt.generation.loop_params import cast_for_products
 from flaxgpt.model import Embedding
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

@@ -88,6 +88,16 @@ def test_the_cache_given_is_left_as_it_was(setting):
     assert all((keys == 0).all() for keys in cache.keys)
 
 
+def test_a_cache_rewound_to_0_is_known_to_be_empty_in_a_jitted_function():
+    cfg = golden.model("book-small")[0]
+
+    @jax.jit
+    def known(cache):
+        return cache.is_empty, cache.rewind(0).is_empty, cache.rewind(jnp.int32(0)).is_empty
+
+    assert [bool(x) for x in known(flaxgpt.init_cache(cfg, 1, 8))] == [False, True, False]
+
+
 def test_a_jitted_step_may_donate_its_cache(setting):
     cfg, params, ids, logits = setting
     step = jax.jit(partial(flaxgpt.extend, cfg), donate_argnums=2)

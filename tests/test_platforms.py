@@ -12,6 +12,9 @@ from numpy.testing import assert_allclose, assert_array_equal
 import flaxgpt
 import golden
 from flaxgpt import platform
+from flaxgpt.generation import Sampling, programs
+from flaxgpt.generation.loop_params import loop_params
+from flaxgpt.generation.prompts import prepare
 from flaxgpt.model.head_loss import head_loss, pieces_of
 from flaxgpt.model.rows import every_row, repeat_rows
 from flaxgpt.platform import PLATFORMS, Platform, platform_of
@@ -68,6 +71,33 @@ def test_logits_are_the_default_ones(shape, params, tpu_choices):
     golden.assert_logits_agree(
         flaxgpt.forward(CFG, params, ids), flaxgpt.GPT(CFG).apply({"params": params}, ids)
     )
+
+
+def test_one_product_gives_query_key_and_value(params):
+    fused = loop_params(PLATFORMS["tpu"], jnp.float32, params)
+    attention = fused["trf_blocks_1"]["att"]
+    assert attention.keys() == {"W_qkv", "out_proj"}
+    assert attention["W_qkv"]["weight"].shape == (3 * CFG.emb_dim, CFG.emb_dim)
+    ids = ids_of(2, 9)
+    found = flaxgpt.GPT(CFG).apply({"params": fused}, ids)
+    golden.assert_logits_agree(found, flaxgpt.GPT(CFG).apply({"params": params}, ids))
+
+
+def test_projections_stay_apart_over_several_devices_and_on_cpu(params):
+    for choices in (PLATFORMS["tpu"].over_devices(), PLATFORMS["cpu"]):
+        assert loop_params(choices, jnp.float32, params) is params
+
+
+@pytest.mark.slow
+def test_prompts_of_different_lengths_are_read_by_the_kernel(params, tpu_choices):
+    prompts = [ids_of(150).tolist(), ids_of(131).tolist()]
+    prepared = prepare(CFG, params, prompts, 4, Sampling(), jnp.float32)
+    program = jax.make_jaxpr(programs.prefill, static_argnums=0)
+    assert "pallas_call" in str(program(*prepared))
+    with_kernel = flaxgpt.generate(CFG, params, prompts, 4)
+    assert with_kernel == [flaxgpt.generate(CFG, params, [row], 4)[0] for row in prompts]
+    logits = flaxgpt.GPT(CFG).apply({"params": params}, np.array(prompts[:1]))
+    assert with_kernel[0][-4] == int(logits[0, -1].argmax())
 
 
 @pytest.mark.parametrize(("rows", "queries"), [(1, 1), slow(3, 1), slow(8, 1), (1, 3), slow(2, 9)])

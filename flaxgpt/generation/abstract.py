@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from functools import partial
 from typing import Any
 
@@ -14,8 +13,9 @@ from jax.typing import DTypeLike
 from flaxgpt._checks import check_context, check_dtype, check_size
 from flaxgpt.config import GPTConfig
 from flaxgpt.generation.decoding import Request
+from flaxgpt.generation.loop_params import loop_params
 from flaxgpt.generation.programs import Program
-from flaxgpt.generation.prompts import Prepared, cast_for_products, loop_sizes
+from flaxgpt.generation.prompts import Prepared, loop_sizes
 from flaxgpt.model import param_shapes
 from flaxgpt.platform import Platform
 from flaxgpt.sharding import Mesh, ShardRules, batch_parts, shard_rules
@@ -68,13 +68,10 @@ def abstract_arguments(
         final_length=integer,
         rows=integer if copies else None,
     )
-    params = param_shapes(cfg)
-    if dtype != jnp.float32:
-        params = jax.eval_shape(lambda tree: cast_for_products(tree, dtype), params)
+    platform = platform.over_devices() if mesh.size > 1 else platform
+    params = jax.eval_shape(partial(loop_params, platform, dtype), param_shapes(cfg))
     shardings = (rules or shard_rules(cfg)).shardings(params, mesh)
     params = jax.tree.map(lambda leaf, s: leaf.update(sharding=s), params, shardings)
-    if mesh.size > 1:  # batch and heads are split over them, so they stay apart
-        platform = dataclasses.replace(platform, cache_layout="separate")
     program = Program(cfg, plan, platform, dtype, mesh if mesh.size > 1 else None)
     ids = array((batch + copies, plan.prompt_width), jnp.int32)
     return Prepared(program, params, request, ids, array((batch + copies,), jnp.int32))

@@ -44,7 +44,7 @@ class Program:
         """Return a cache for as many ids as the loop writes, or the context if that is less."""
         length = min(self.plan.width, self.cfg.context_length)
         layout = self.platform.cache_layout
-        return init_cache(self.cfg, batch, length, self.dtype, layout=layout)
+        return init_cache(self.cfg, batch, length, self.dtype, layout=layout).rewind(0)
 
 
 def decode(

@@ -6,17 +6,16 @@ similar length share one compilation.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
 from flaxgpt._checks import check_dtype, check_params, check_prompts, check_size
 from flaxgpt.config import GPTConfig
 from flaxgpt.generation.decoding import Plan, Request
+from flaxgpt.generation.loop_params import loop_params
 from flaxgpt.generation.programs import Program
 from flaxgpt.generation.sampling import NOT_A_NUMBER, Sampling
 from flaxgpt.model import param_shapes
@@ -86,10 +85,9 @@ def prepare(
         allowed=sampling.allowed,
         rows=np.int32(count) if copies else None,
     )
-    program = Program(cfg, plan, platform_of(params), dtype, mesh)
-    # Convert once here instead of in each step.
-    params = params if dtype == jnp.float32 else cast_for_products(params, dtype)
-    return Prepared(program, params, request, ids, start)
+    platform = platform_of(params)
+    params = loop_params(platform, dtype, params)
+    return Prepared(Program(cfg, plan, platform, dtype, mesh), params, request, ids, start)
 
 
 def loop_sizes(cfg: GPTConfig, longest: int, max_new_tokens: int) -> Plan:
@@ -109,26 +107,6 @@ def bucket(length: int) -> int:
     """Return the size that arrays of this length get: 16, 24, 32, 48, 64, 96, 128, 192, ..."""
     power = max(16, 1 << (length - 1).bit_length())
     return power * 3 // 4 if length <= power * 3 // 4 and power > 16 else power
-
-
-def cast_for_products(params: Params, dtype: Any) -> Params:
-    """Return the parameters with weights and biases in `dtype`; what has it is not copied."""
-    # Biases would be converted in each step otherwise. Norms are computed in float32.
-    paths, tree = jax.tree_util.tree_flatten_with_path(params)
-    leaves = [leaf for _, leaf in paths]
-    chosen = [
-        i
-        for i, (path, leaf) in enumerate(paths)
-        if leaf.dtype != dtype and (leaf.ndim > 1 or path[-1].key == "bias")
-    ]
-    for i, leaf in zip(chosen, _cast([leaves[i] for i in chosen], dtype), strict=True):
-        leaves[i] = leaf
-    return jax.tree.unflatten(tree, leaves)
-
-
-@partial(jax.jit, static_argnums=1)
-def _cast(leaves: list[jax.Array], dtype: Any) -> list[jax.Array]:
-    return [leaf.astype(dtype) for leaf in leaves]
 
 
 def check_number(token: int, row: int, place: int) -> None:

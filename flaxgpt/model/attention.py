@@ -18,12 +18,15 @@ from flaxgpt.model.visibility import Visibility
 from flaxgpt.platform import Platform
 from flaxgpt.sharding import constrain
 
+PROJECTIONS = ("W_query", "W_key", "W_value")
+FUSED = "W_qkv"  # the rows of all three, in this order
+
 
 class MultiHeadAttention(nn.Module):
     """Each position attends to itself and the positions before it, once per head.
 
-    Query, key and value are three projections, as in the book: fusing them into one product was no
-    faster on CPU.
+    Query, key and value are three projections, as in the book. In the parameters, one called
+    `W_qkv` may take their place, which the decoding loop for TPU reads. It is no faster on CPU.
     """
 
     cfg: GPTConfig
@@ -46,12 +49,17 @@ class MultiHeadAttention(nn.Module):
 
         linear = partial(Linear, dtype=self.dtype, rounded=self.platform.round_products)
 
-        def project(name: str) -> jax.Array:  # [B, N, T, H]
-            y = linear(self.cfg.emb_dim, self.cfg.qkv_bias, name=name)(x)
-            y = every_row(y, rows).reshape(rows, queries, heads, size).swapaxes(1, 2)
-            return constrain(y, "BNTH")
+        def project(features: int, name: str) -> jax.Array:  # [B, T, features]
+            return every_row(linear(features, self.cfg.qkv_bias, name=name)(x), rows)
 
-        query, keys, values = project("W_query"), project("W_key"), project("W_value")
+        def by_head(y: jax.Array) -> jax.Array:  # [B, N, T, H]
+            return constrain(y.reshape(rows, queries, heads, size).swapaxes(1, 2), "BNTH")
+
+        if self.has_variable("params", FUSED):
+            projected = jnp.split(project(3 * self.cfg.emb_dim, FUSED), 3, axis=-1)
+        else:
+            projected = [project(self.cfg.emb_dim, name) for name in PROJECTIONS]
+        query, keys, values = map(by_head, projected)
         query = scale_query(self.cfg, self.layer, query)
         if cache is not None:
             cache = cache.append(keys, values)
@@ -59,7 +67,8 @@ class MultiHeadAttention(nn.Module):
                 cache = cache._replace(
                     keys=constrain(cache.keys, "BNSH"), values=constrain(cache.values, "BNSH")
                 )
-            keys, values = cache.keys, cache.values
+            if visibility.offset is not None:  # else the new keys are all that there are
+                keys, values = cache.keys, cache.values
 
         rate = self.cfg.drop_rates.attn
         drop = nn.Dropout(rate, deterministic=deterministic)

@@ -86,7 +86,8 @@ class GPT(nn.Module):
             # A write past the end would overwrite earlier slots; return NaN instead.
             overflow = cache.length + queries > cache.size
             positions = jnp.where(overflow, self.cfg.context_length, positions)
-            visibility, layers = Visibility(cache.start, cache.length), [*cache.layers()]
+            offset = None if cache.is_empty else cache.length
+            visibility, layers = Visibility(cache.start, offset), [*cache.layers()]
         x = constrain(self.tok_emb(ids) + self.pos_emb(positions), "BTD")
         x = repeat_rows(self.drop_emb(x, deterministic=deterministic), self.platform)
         updated: list[LayerCache] = []

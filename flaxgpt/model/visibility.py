@@ -25,11 +25,6 @@ class Visibility:
     offset: jax.Array | None = None  # int32 [], the first query's position; None if it is key 0's
     window: int | None = None  # static; keys that a query sees at most, its own included
 
-    @property
-    def is_causal(self) -> bool:
-        """Whether queries and keys start together, so that nothing but `window` adds to p."""
-        return self.start is None and self.offset is None
-
     def mask(self, queries: range, keys: range) -> jax.Array:
         """Return the rule for some queries and keys as bool [B or 1, 1, T, S]."""
         key = jnp.arange(keys.start, keys.stop)[None, None, None, :]

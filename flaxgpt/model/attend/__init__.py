@@ -4,8 +4,9 @@
     dot_product   `jax.nn.dot_product_attention`, on NVIDIA GPUs by cuDNN
     splash        JAX's flash attention for TPU, a kernel
 
-`plain` can do everything. The others leave dropout on attention weights and caches to it, so every
-implementation follows the same rule. `flaxgpt.platform` names the one that is the default.
+`plain` can do everything. The others leave to it dropout on attention weights and queries that
+follow keys in a cache, and `dot_product` also padding, so every implementation follows the same
+rule. `flaxgpt.platform` names the one that is the default.
 """
 
 from __future__ import annotations
@@ -44,9 +45,9 @@ def attend(
     such as padding, gets finite values of no meaning.
     """
     implementation = platform.attention_in(query.dtype)
-    if dropout is not None or not visibility.is_causal:
+    if dropout is not None or visibility.offset is not None:
         implementation = "plain"
-    if implementation == "dot_product":
+    if implementation == "dot_product" and visibility.start is None:
         return dot_product_attend(query, keys, values, visibility, cudnn=platform.cudnn)
     if implementation == "splash" and query.shape[2] >= _FEWEST_FOR_SPLASH:
         # Imported where it is used: it takes a quarter of a second, which other platforms save.

@@ -25,17 +25,26 @@ def splash_attend(
     query: jax.Array,  # [B, N, T, H]
     keys: jax.Array,  # [B, N, T, H]
     values: jax.Array,  # as keys
-    visibility: Visibility,  # without `start` and `offset`
+    visibility: Visibility,  # without `offset`
     *,
     interpret: bool,  # whether to run the kernel as JAX operations, for platforms other than TPU
 ) -> jax.Array:  # [B, N, T, H]
     """Return the mean of the values, weighted by how well keys match each query."""
     attend = partial(_of_rows, window=visibility.window, interpret=interpret)
-    return per_device(attend, ("BNTH",) * 3, "BNTH")(query, keys, values)
+    if visibility.start is None:
+        return per_device(attend, ("BNTH",) * 3, "BNTH")(query, keys, values)
+    letters = ("BNTH", "BNTH", "BNTH", "B")
+    return per_device(attend, letters, "BNTH")(query, keys, values, visibility.start)
 
 
 def _of_rows(
-    query: jax.Array, keys: jax.Array, values: jax.Array, window: int | None, interpret: bool
+    query: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    start: jax.Array | None = None,
+    *,
+    window: int | None,
+    interpret: bool,
 ) -> jax.Array:
     heads, length, size = query.shape[1:]
     # Padding follows the text, so no query of the text sees it.
@@ -54,7 +63,12 @@ def _of_rows(
         interpret=interpret,
     )
     query = query * jnp.asarray(size**-0.5, query.dtype)  # exact for sizes such as 64
-    return jax.vmap(attend)(query, keys, values)[:, :, :length]
+    # A query sees the keys of its own segment: text that of text, padding that of padding.
+    segments = None
+    if start is not None:
+        is_text = jnp.arange(width)[None] >= start[:, None]
+        segments = kernel.SegmentIds(*(is_text.astype(jnp.int32),) * 2)
+    return jax.vmap(attend)(query, keys, values, segments)[:, :, :length]
 
 
 def _block_sizes(width: int) -> kernel.BlockSizes:
