@@ -15,7 +15,7 @@ from flaxgpt import platform
 from flaxgpt.generation import Sampling, programs
 from flaxgpt.generation.loop_params import loop_params
 from flaxgpt.generation.prompts import prepare
-from flaxgpt.model.head_loss import head_loss, pieces_of
+from flaxgpt.model.head_loss import head_loss, width_of
 from flaxgpt.model.rows import every_row, repeat_rows
 from flaxgpt.platform import PLATFORMS, Platform, platform_of
 from flaxgpt.training import TrainConfig, init_state, loss, train_step
@@ -140,7 +140,8 @@ def test_a_training_step_is_the_default_one(tied, tpu_choices, monkeypatch):
 # --- One choice at a time
 
 
-def test_a_loss_in_pieces_has_the_value_and_gradients_of_a_whole_one():
+@pytest.mark.parametrize("width", [3, 5, 12])
+def test_a_loss_in_pieces_has_the_value_and_gradients_of_a_whole_one(width):
     random = np.random.default_rng(1)
     states = random.normal(size=(2, 12, 16)).astype(np.float32)
     head = random.normal(size=(61, 16)).astype(np.float32)
@@ -152,7 +153,7 @@ def test_a_loss_in_pieces_has_the_value_and_gradients_of_a_whole_one():
         return -3 * (weights * chosen).sum()
 
     def in_pieces(states, head, weights):
-        return 3 * head_loss(4, states, head, targets, weights)
+        return 3 * head_loss(width, states, head, targets, weights)
 
     expected = jax.value_and_grad(whole, argnums=(0, 1, 2))(states, head, weights)
     found = jax.value_and_grad(in_pieces, argnums=(0, 1, 2))(states, head, weights)
@@ -170,10 +171,10 @@ def test_a_target_outside_the_vocabulary_makes_a_loss_in_pieces_nan():
 
 @pytest.mark.parametrize(
     ("batch", "length", "positions", "expected"),
-    [(8, 1024, 2048, 4), (1, 8, 2048, 1), (3, 10, 7, 5), (64, 7, 8, 7), (1, 1, 1, 1)],
+    [(8, 1024, 2048, 256), (1, 8, 2048, 8), (3, 10, 7, 2), (16, 257, 2048, 86), (64, 7, 8, 1)],
 )
-def test_pieces_divide_the_length(batch, length, positions, expected):
-    assert pieces_of(batch, length, positions) == expected
+def test_pieces_are_as_few_as_positions_allow(batch, length, positions, expected):
+    assert width_of(batch, length, positions) == expected
 
 
 def test_masked_targets_do_not_count_with_the_choices_for_tpu(params, tpu_choices):

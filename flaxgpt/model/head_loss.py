@@ -10,7 +10,6 @@ only: `jax.jvp` fails.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import jax
@@ -20,9 +19,8 @@ from jax import lax
 from flaxgpt.model.log_probs import token_log_probs
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
 def head_loss(
-    pieces: int,
+    width: int,
     states: jax.Array,  # [B, T, D]
     head: jax.Array,  # [V, D], the weight of the output head
     targets: jax.Array,  # int [B, T]
@@ -30,8 +28,26 @@ def head_loss(
 ) -> jax.Array:  # float32 []
     """Return the weighted sum of the cross-entropies, from products in the dtype of the states.
 
-    `pieces` must divide T. A target outside the vocabulary makes the sum NaN.
+    `width` is the number of positions of each row in a piece. A target outside the vocabulary makes
+    the sum NaN.
     """
+    more = -targets.shape[1] % width  # positions that do not count, to fill the last piece
+
+    def cut(x: jax.Array) -> jax.Array:  # [B, T, ...] -> [pieces, B, width, ...]
+        if more:
+            x = jnp.pad(x, ((0, 0), (0, more), *((0, 0),) * (x.ndim - 2)))
+        return x.reshape(x.shape[0], -1, width, *x.shape[2:]).swapaxes(0, 1)
+
+    return _sum(cut(states), head, cut(targets), cut(weights))
+
+
+@jax.custom_vjp
+def _sum(
+    states: jax.Array,  # [pieces, B, width, D]
+    head: jax.Array,  # [V, D]
+    targets: jax.Array,  # int [pieces, B, width]
+    weights: jax.Array,  # float32 [pieces, B, width]
+) -> jax.Array:  # float32 []
     matrix = head.astype(states.dtype)
 
     def add(total: jax.Array, piece: Any) -> tuple[jax.Array, None]:
@@ -39,11 +55,11 @@ def head_loss(
         log_probs = token_log_probs(_logits(x, matrix), target)
         return total - (weight * log_probs).sum(), None
 
-    return lax.scan(add, jnp.float32(0), _cut(pieces, (states, targets, weights)))[0]
+    return lax.scan(add, jnp.float32(0), (states, targets, weights))[0]
 
 
 def _forward(
-    pieces: int, states: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array
+    states: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     matrix = head.astype(states.dtype)
 
@@ -62,37 +78,26 @@ def _forward(
         return (total - (weight * log_probs).sum(), d_head), (d_x.astype(x.dtype), log_probs)
 
     zeros = (jnp.float32(0), jnp.zeros(head.shape, jnp.float32))
-    (total, d_head), kept = lax.scan(add, zeros, _cut(pieces, (states, targets, weights)))
-    d_states, log_probs = jax.tree.map(_join, kept)
+    (total, d_head), (d_states, log_probs) = lax.scan(add, zeros, (states, targets, weights))
     return total, (d_states, d_head.astype(head.dtype), log_probs)
 
 
 def _backward(
-    pieces: int, kept: tuple[jax.Array, ...], change: jax.Array
+    kept: tuple[jax.Array, ...], change: jax.Array
 ) -> tuple[jax.Array, jax.Array, None, jax.Array]:
     d_states, d_head, log_probs = kept
     scaled = (d_states.astype(jnp.float32) * change).astype(d_states.dtype)
     return scaled, d_head * change.astype(d_head.dtype), None, -log_probs * change
 
 
-head_loss.defvjp(_forward, _backward)
+_sum.defvjp(_forward, _backward)
 
 
-def pieces_of(batch: int, length: int, positions: int) -> int:
-    """Return the smallest number of pieces of a length so that each has at most `positions`."""
-    fewest = min(length, -(-batch * length // positions))
-    return next(count for count in range(fewest, length + 1) if length % count == 0)
+def width_of(batch: int, length: int, positions: int) -> int:
+    """Return how much of a length makes pieces of about as many positions, and no more."""
+    pieces = min(length, -(-batch * length // positions))
+    return -(-length // pieces)
 
 
 def _logits(x: jax.Array, matrix: jax.Array) -> jax.Array:
     return jnp.einsum("btd,vd->btv", x, matrix, preferred_element_type=jnp.float32)
-
-
-def _cut(pieces: int, arrays: Any) -> Any:  # [B, T, ...] -> [pieces, B, T / pieces, ...]
-    return jax.tree.map(
-        lambda x: x.reshape(x.shape[0], pieces, -1, *x.shape[2:]).swapaxes(0, 1), arrays
-    )
-
-
-def _join(x: jax.Array) -> jax.Array:  # [pieces, B, T / pieces, ...] -> [B, T, ...]
-    return x.swapaxes(0, 1).reshape(x.shape[1], -1, *x.shape[3:])

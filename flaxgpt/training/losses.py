@@ -14,7 +14,7 @@ from jax.typing import ArrayLike, DTypeLike
 from flaxgpt._checks import check_ids
 from flaxgpt.config import GPTConfig
 from flaxgpt.model.gpt import head_weight, logits, states
-from flaxgpt.model.head_loss import head_loss, pieces_of
+from flaxgpt.model.head_loss import head_loss, width_of
 from flaxgpt.model.log_probs import token_log_probs
 from flaxgpt.platform import platform_of
 from flaxgpt.sharding import automatic, batch_parts
@@ -103,9 +103,9 @@ def token_loss(
     final = states(cfg, params, inputs, dropout_key=dropout_key, dtype=dtype, remat=remat)
     if (positions := platform_of(params).loss_positions) is not None:
         rows = max(1, ids.shape[0] // batch_parts(jax.sharding.get_abstract_mesh()))
-        pieces = pieces_of(rows, targets.shape[1], positions)
+        width = width_of(rows, targets.shape[1], positions)
         counted = jnp.ones(targets.shape, jnp.float32) if weights is None else weights
-        total = head_loss(pieces, final, head_weight(cfg, params), targets, counted)
+        total = head_loss(width, final, head_weight(cfg, params), targets, counted)
         return total, counted.sum()
     losses = -token_log_probs(logits(cfg, params, final), targets)
     if weights is None:

@@ -227,19 +227,16 @@ def _gradients(
         dtype = jnp.dtype(train_cfg.dtype)
         return loss_fn(cfg, params, piece, key, dtype=dtype, remat=train_cfg.remat)
 
-    def mean_and_weight(params: Params) -> tuple[jax.Array, jax.Array]:
-        total, weight = sums(params, batch, 0)
-        return mean(total, weight), weight
-
+    # The mean is taken last: gradients are all-reduced as sums, so XLA can add them up first.
+    of_piece = jax.value_and_grad(sums, has_aux=True)
     if count == 1:
-        (loss, weight), grads = jax.value_and_grad(mean_and_weight, has_aux=True)(state.params)
-        return loss, weight, grads
+        (total, weight), grads = of_piece(state.params, batch, 0)
+        return mean(total, weight), weight, jax.tree.map(lambda g: mean(g, weight), grads)
 
     def add(total, numbered):  # type: ignore[no-untyped-def]
         sums, grads = jax.tree.map(jnp.add, total, of_piece(state.params, *numbered))
         return (sums, constrain_tree(grads, state.mesh, state.rules)), None
 
-    of_piece = jax.value_and_grad(sums, has_aux=True)
     pieces = jax.tree.map(lambda x: x.reshape(count, -1, x.shape[-1]), batch)
     zeros = ((jnp.float32(0), jnp.float32(0)), jax.tree.map(jnp.zeros_like, state.params))
     ((total, weight), grads), _ = lax.scan(add, zeros, (pieces, jnp.arange(count)))
