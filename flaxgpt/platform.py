@@ -1,4 +1,4 @@
-"""What flaxgpt does differently on each platform. Nothing else names one."""
+"""What flaxgpt does differently on each platform. Model code names no platform."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ class Platform:
         """Return the attention implementation for a dtype to compute in."""
         return dict(self.attention).get(jax.numpy.dtype(dtype).name, "plain")
 
-    def repeats(self, rows: int, dtype: DTypeLike) -> int:
-        """Return how often each of a few rows should be repeated in matrix products."""
-        return -(-dict(self.least_rows).get(jax.numpy.dtype(dtype).name, 1) // rows)
+    def rows_in(self, dtype: DTypeLike) -> int:
+        """Return how many rows a matrix product in a dtype should have at least."""
+        return dict(self.least_rows).get(jax.numpy.dtype(dtype).name, 1)
 
     def over_devices(self) -> Platform:
         """Return the choices for arrays whose batch and heads are split over several devices."""
@@ -70,7 +70,7 @@ PLATFORMS = {
     ),
     # Reasons are estimates of XLA's compiler for v5e, GPT-2 124M; docs/tpu.md has the figures.
     "tpu": Platform(
-        # Arrays are tiles of 8 x 128 numbers, which a head of 64 elements fills by half.
+        # Arrays are tiles of 8 x 128 numbers, and a head of 64 elements fills only half of one.
         cache_layout="joined",
         # Float32 stays plain, because a kernel need not follow `jax_default_matmul_precision`.
         attention=(("bfloat16", "splash"),),
@@ -106,11 +106,12 @@ def platform_of(params: Params | None = None) -> Platform:
 
 
 def _default() -> str:
-    # A mesh may be of devices that are not attached, for which a program is only compiled.
+    # A mesh may be of other devices than the default one, even of devices that are not attached,
+    # for which a program is only compiled. Of GPUs it does not tell the compute capability.
     mesh: Any = jax.sharding.get_abstract_mesh()
     kind = getattr(getattr(mesh, "abstract_device", None), "device_kind", "")
-    if kind.startswith("TPU"):
-        return "tpu"
+    if kind == "cpu" or kind.startswith("TPU"):
+        return kind[:3].lower()
     config: Any = jax.config
     device = config.jax_default_device  # a device, the name of a platform, or None
     if device is None or isinstance(device, str):

@@ -16,8 +16,9 @@ from flaxgpt.generation import Sampling, programs
 from flaxgpt.generation.loop_params import loop_params
 from flaxgpt.generation.prompts import prepare
 from flaxgpt.model.head_loss import head_loss, width_of
-from flaxgpt.model.rows import every_row, repeat_rows
+from flaxgpt.model.rows import add_copies, drop_copies
 from flaxgpt.platform import PLATFORMS, Platform, platform_of
+from flaxgpt.sharding import in_force
 from flaxgpt.training import TrainConfig, init_state, loss, train_step
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -101,7 +102,7 @@ def test_prompts_of_different_lengths_are_read_by_the_kernel(params, tpu_choices
 
 
 @pytest.mark.parametrize(("rows", "queries"), [(1, 1), slow(3, 1), slow(8, 1), (1, 3), slow(2, 9)])
-def test_a_cache_is_extended_by_repeated_rows(rows, queries, params, tpu_choices):
+def test_a_cache_is_extended_beside_copies_of_rows(rows, queries, params, tpu_choices):
     ids = ids_of(rows, 12 + queries)
     cache = flaxgpt.init_cache(CFG, rows, 32)
     assert cache.layout == "joined"
@@ -194,15 +195,21 @@ def test_one_pass_norms_are_exact_for_numbers_with_a_large_mean():
     assert_allclose(one, two, atol=2e-3)
 
 
-@pytest.mark.parametrize(("rows", "expected"), [(1, 8), (3, 9), (7, 14), (8, 8), (9, 9)])
-def test_few_rows_are_repeated(rows, expected):
+@pytest.mark.parametrize(("rows", "expected"), [(1, 8), (3, 8), (7, 8), (8, 8), (9, 9)])
+def test_few_rows_get_copies(rows, expected):
     x = jnp.arange(rows * 4.0).reshape(rows, 1, 4)
-    repeated = repeat_rows(x, Platform(least_rows=(("float32", 8),)))
-    assert repeated.shape == (expected, 1, 4)
-    assert_array_equal(every_row(repeated, rows), x)
-    assert (
-        repeat_rows(x.astype("bfloat16"), Platform(least_rows=(("float32", 8),))).shape == x.shape
-    )
+    wide = add_copies(x, Platform(least_rows=(("float32", 8),)))
+    assert wide.shape == (expected, 1, 4)
+    assert_array_equal(wide, x[np.arange(expected) % rows])
+    assert_array_equal(drop_copies(wide, rows), x)
+    narrow = x.astype("bfloat16")
+    assert add_copies(narrow, Platform(least_rows=(("float32", 8),))).shape == x.shape
+
+
+@pytest.mark.parametrize(("queries", "expected"), [(1, 8), (3, 3), (5, 2), (8, 2)])
+def test_several_positions_in_a_row_need_fewer_copies(queries, expected):
+    x = jnp.zeros((2, queries, 4))
+    assert len(add_copies(x, Platform(least_rows=(("float32", 8),)))) == expected
 
 
 # --- Which platform
@@ -247,3 +254,10 @@ def test_a_mesh_of_devices_that_are_not_attached_decides(monkeypatch):
     mesh = types.SimpleNamespace(abstract_device=types.SimpleNamespace(device_kind="TPU v5 lite"))
     monkeypatch.setattr(jax.sharding, "get_abstract_mesh", lambda: mesh)
     assert platform_of() == PLATFORMS["tpu"]
+
+
+def test_a_mesh_on_cpu_is_computed_as_on_cpu_beside_an_accelerator(monkeypatch):
+    monkeypatch.setattr(jax, "local_devices", lambda backend: [Device("gpu", "9.0")])
+    assert platform_of() == PLATFORMS["cuda"]
+    with in_force(flaxgpt.make_mesh()):
+        assert platform_of() == PLATFORMS["cpu"]

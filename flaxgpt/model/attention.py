@@ -13,7 +13,7 @@ from flaxgpt.cache import LayerCache
 from flaxgpt.config import GPTConfig
 from flaxgpt.model.attend import attend
 from flaxgpt.model.layers import Linear, residual_std
-from flaxgpt.model.rows import every_row, repeat_again
+from flaxgpt.model.rows import copied, drop_copies
 from flaxgpt.model.visibility import Visibility
 from flaxgpt.platform import Platform
 from flaxgpt.sharding import constrain
@@ -37,20 +37,20 @@ class MultiHeadAttention(nn.Module):
     @nn.compact
     def __call__(
         self,
-        x: jax.Array,  # [B, T, D]; with a cache, rows may be repeated, see `flaxgpt.model.rows`
+        x: jax.Array,  # [B, T, D]; copies may follow the rows, see `flaxgpt.model.rows`
         visibility: Visibility,
         cache: LayerCache | None = None,
         deterministic: bool = True,
     ) -> tuple[jax.Array, LayerCache | None]:  # [B, T, D], the cache with T more slots filled
         batch, queries, _ = x.shape
         heads, size = self.cfg.n_heads, self.cfg.head_dim
-        # A cache has one of each row, however often it is repeated.
+        # A cache has no copies of rows.
         rows = batch if visibility.start is None else visibility.start.shape[0]
 
         linear = partial(Linear, dtype=self.dtype, rounded=self.platform.round_products)
 
         def project(features: int, name: str) -> jax.Array:  # [B, T, features]
-            return every_row(linear(features, self.cfg.qkv_bias, name=name)(x), rows)
+            return drop_copies(linear(features, self.cfg.qkv_bias, name=name)(x), rows)
 
         def by_head(y: jax.Array) -> jax.Array:  # [B, N, T, H]
             return constrain(y.reshape(rows, queries, heads, size).swapaxes(1, 2), "BNTH")
@@ -78,7 +78,7 @@ class MultiHeadAttention(nn.Module):
         context = attend(query, keys, values, visibility, self.platform, dropout=dropout)
 
         context = context.swapaxes(1, 2).reshape(rows, queries, self.cfg.emb_dim)
-        context = repeat_again(context, batch)
+        context = copied(context, batch)
         std = residual_std(self.cfg)
         return linear(self.cfg.emb_dim, self.cfg.bias, std, name="out_proj")(context), cache
 

@@ -24,7 +24,7 @@ from flaxgpt.config import GPTConfig, block_name, check_config
 from flaxgpt.model.attend import resolve_attention
 from flaxgpt.model.block import TransformerBlock
 from flaxgpt.model.layers import Embedding, LayerNorm, Linear
-from flaxgpt.model.rows import every_row, repeat_rows
+from flaxgpt.model.rows import add_copies, drop_copies
 from flaxgpt.model.visibility import Visibility
 from flaxgpt.platform import Platform, platform_of
 from flaxgpt.sharding import Mesh, ShardRules, automatic, check_mesh, check_rules, constrain
@@ -89,12 +89,12 @@ class GPT(nn.Module):
             offset = None if cache.is_empty else cache.length
             visibility, layers = Visibility(cache.start, offset), [*cache.layers()]
         x = constrain(self.tok_emb(ids) + self.pos_emb(positions), "BTD")
-        x = repeat_rows(self.drop_emb(x, deterministic=deterministic), self.platform)
+        x = add_copies(self.drop_emb(x, deterministic=deterministic), self.platform)
         updated: list[LayerCache] = []
         for block, layer in zip(self.trf_blocks, layers, strict=True):
             x, layer = block(x, visibility, layer, deterministic)
             updated.append(layer)
-        final = every_row(self.final_norm(x), batch)
+        final = drop_copies(self.final_norm(x), batch)
         return final, None if cache is None else cache.advance(updated, queries)
 
     def logits(self, states: jax.Array) -> jax.Array:
@@ -106,8 +106,8 @@ class GPT(nn.Module):
         head = self.tok_emb.project if self.cfg.tie_embeddings else self.out_head
         letters = ("B" + "T" * (states.ndim - 2))[: states.ndim - 1] + "V"
         if states.ndim > 1:
-            product = head(repeat_rows(states, self.platform))
-            return constrain(every_row(product, states.shape[0]), letters)
+            product = head(add_copies(states, self.platform))
+            return constrain(drop_copies(product, states.shape[0]), letters)
         return head(states)
 
 

@@ -1,4 +1,4 @@
-"""Repeated rows: a matrix product of very few rows can be slower than one of several."""
+"""Copies of rows: a matrix product of very few rows can be slower than one of several."""
 
 from __future__ import annotations
 
@@ -10,32 +10,42 @@ from flaxgpt.platform import Platform
 from flaxgpt.sharding import batch_parts
 
 
-def repeat_rows(x: jax.Array, platform: Platform) -> jax.Array:
-    """Return `x`, [B, ...] -> [B * n, ...], each row n times if a platform wants more rows.
+def add_copies(x: jax.Array, platform: Platform) -> jax.Array:
+    """Return `x` with copies of its rows after them, if the platform wants more rows.
 
-    The layers that follow compute equal rows, and `every_row` takes one of each. `x` is [B, T, D],
-    or [B, D] with one position per row.
+    The layers that follow compute the copies too, and `drop_copies` removes them. `x` is [B, T, D],
+    or [B, D] with one position per row. On a mesh, each device gets copies of its own rows.
     """
-    positions = x.size // x.shape[-1]
+    rows, positions = x.shape[0], x.size // x.shape[-1]
     if not isinstance(positions, int):  # a symbolic batch, of any size
         return x
-    per_device = max(1, positions // batch_parts(jax.sharding.get_abstract_mesh()))
-    if (n := platform.repeats(per_device, x.dtype)) < 2:
-        return x
-    return repeat_hidden(x, n, axis=0)
-
-
-def repeat_hidden(x: jax.Array, n: int, axis: int) -> jax.Array:
-    """Return `x` with each element of an axis n times, of which XLA does not know."""
+    least = -(-platform.rows_in(x.dtype) // (positions // rows))  # on each device
+    wide = copied(x, max(rows, _parts(rows) * least))
     # Without the barrier, XLA would compute one of each again.
-    return lax.optimization_barrier(jnp.repeat(x, n, axis=axis))
+    return x if wide is x else lax.optimization_barrier(wide)
 
 
-def every_row(x: jax.Array, rows: int) -> jax.Array:
-    """Return one of each of the repeated rows, of which there are `rows`."""
-    return x if x.shape[0] == rows else x[:: x.shape[0] // rows]
+def copied(x: jax.Array, rows: int) -> jax.Array:
+    """Return as many rows as asked for: those of `x`, then copies of them."""
+    if x.shape[0] == rows:
+        return x
+    parts, times = _parts(x.shape[0]), -(-rows // x.shape[0])
+    own = x.reshape(parts, -1, *x.shape[1:])
+    wide = jnp.concatenate([own] * times, axis=1)[:, : rows // parts]
+    return wide.reshape(rows, *x.shape[1:])
 
 
-def repeat_again(x: jax.Array, rows: int) -> jax.Array:
-    """Return as many rows as before `every_row`, which were `rows`."""
-    return x if x.shape[0] == rows else jnp.repeat(x, rows // x.shape[0], axis=0)
+def drop_copies(x: jax.Array, rows: int) -> jax.Array:
+    """Return the rows without their copies."""
+    if x.shape[0] == rows:
+        return x
+    if (parts := _parts(rows)) == 1:
+        return x[:rows]
+    own = x.reshape(parts, -1, *x.shape[1:])[:, : rows // parts]
+    return own.reshape(rows, *x.shape[1:])
+
+
+def _parts(rows: int) -> int:
+    """Return over how many devices the mesh in force splits the rows."""
+    parts = batch_parts(jax.sharding.get_abstract_mesh())
+    return 1 if rows % parts else parts

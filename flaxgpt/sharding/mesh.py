@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import Mesh, NamedSharding
 
 from flaxgpt._checks import check_size
 
@@ -37,15 +40,15 @@ def make_mesh(
         fsdp: parts of the batch and of every large parameter, which is gathered when it is used
             (fully sharded data parallelism; Rajbhandari et al. 2020, stage 3).
         tensor: parts of attention heads, feed-forward units and vocabulary (Shoeybi et al. 2019).
-        devices: the devices to use; all by default. `jax.make_mesh` arranges them, so that
+        devices: the devices to use; all by default. JAX arranges them, so that
             neighbors on the mesh are close to each other.
 
     Returns:
         A mesh with automatic axes. Devices beyond the product of the sizes are not used.
 
     Raises:
-        ValueError: a size is out of range, the sizes exceed or do not divide the devices, or,
-            with several processes, devices would be left out.
+        ValueError: a size is out of range, the sizes exceed or do not divide the devices, the chips
+            cannot be connected this way, or, with several processes, devices would be left out.
     """
     found = list(jax.devices()) if devices is None else list(devices)
     sizes = dict(zip(AXES, (data, fsdp, tensor), strict=True))
@@ -76,8 +79,24 @@ def make_mesh(
             f"the mesh {asked} has {count} of the {len(found)} devices of {jax.process_count()} "
             "processes: all of them must take part, as with data=-1"
         )
-    automatic = (AxisType.Auto,) * len(AXES)
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=automatic, devices=found[:count])
+    return Mesh(_arranged(tuple(sizes.values()), found[:count]), AXES)
+
+
+def _arranged(sizes: tuple[int, ...], devices: list[Any]) -> np.ndarray:
+    """Return devices as an array of these sizes, neighbors close to each other."""
+    # With the split, an axis may take part of the rows of chips, where no whole rows fit.
+    arrange = partial(mesh_utils.create_device_mesh, sizes, devices)
+    try:
+        try:
+            return arrange()
+        except NotImplementedError:
+            return arrange(allow_split_physical_axes=True)
+    except (AssertionError, NotImplementedError, ValueError) as error:
+        asked = ", ".join(f"{name}={size}" for name, size in zip(AXES, sizes, strict=True))
+        raise ValueError(
+            f"{len(devices)} devices of kind {devices[0].device_kind} cannot be arranged as the "
+            f"mesh {asked}: use sizes that divide the number of chips, such as powers of two"
+        ) from error
 
 
 def parse_mesh(text: str) -> dict[str, int]:

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 import flaxgpt
-from flaxgpt.platform import PLATFORMS
+from flaxgpt.model.rows import add_copies, drop_copies
+from flaxgpt.platform import PLATFORMS, Platform
+from flaxgpt.sharding import in_force
 from flaxgpt.training import TrainConfig, init_state, train_step
 
 pytestmark = [pytest.mark.usefixtures("quick_compilation"), pytest.mark.slow]
@@ -45,3 +47,12 @@ def test_ids_are_those_of_one_device(shape):
     expected = flaxgpt.generate(CFG, params, prompts, 12)
     split = flaxgpt.shard(params, flaxgpt.make_mesh(*shape), flaxgpt.shard_rules(CFG))
     assert flaxgpt.generate(CFG, split, prompts, 12) == expected
+
+
+def test_each_device_copies_its_own_rows():
+    x = np.arange(8, dtype=np.float32).reshape(8, 1, 1)  # two rows on each of four devices
+    with in_force(flaxgpt.make_mesh(2, 2, 2)):
+        wide = jax.jit(add_copies, static_argnums=1)(x, Platform(least_rows=(("float32", 3),)))
+        rows = jax.jit(drop_copies, static_argnums=1)(wide, 8)
+    assert wide.ravel().tolist() == [0, 1, 0, 2, 3, 2, 4, 5, 4, 6, 7, 6]
+    np.testing.assert_array_equal(rows, x)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import flaxgpt
@@ -258,6 +259,16 @@ def test_a_callers_own_placement_is_kept_in_training():
 def test_a_mesh_that_does_not_fit_the_devices_is_refused(sizes, message):
     with pytest.raises(ValueError, match=message):
         flaxgpt.make_mesh(**sizes)
+
+
+@pytest.mark.parametrize("error", [AssertionError, NotImplementedError])
+def test_a_mesh_that_chips_cannot_be_arranged_as_is_refused(error, monkeypatch):
+    def refuse(*arguments, **options):
+        raise error("as JAX does for 3 of 2 x 4 TPU chips")
+
+    monkeypatch.setattr(mesh_utils, "create_device_mesh", refuse)
+    with pytest.raises(ValueError, match="3 devices of kind cpu cannot be arranged as the mesh"):
+        flaxgpt.make_mesh(1, 3)
 
 
 @pytest.mark.parametrize(

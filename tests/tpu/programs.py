@@ -76,6 +76,7 @@ def programs() -> list[Program]:
     """Return the table of programs."""
     tasks: dict[str, GenerateTask | TrainTask] = {
         "decode, 1 row": decode(1),
+        "decode, 7 rows": decode(7),
         "decode, 8 rows": decode(8),
         "train step": TRAIN,
     }
@@ -85,7 +86,7 @@ def programs() -> list[Program]:
     found = []
     for chip in ("v5e", "v6e"):
         one, eight = f"{chip}:1x1", f"{chip}:2x4"
-        found.append(Program("forward", one, partial(lower_forward, "auto", False)))
+        found.append(Program("forward", one, partial(lower_forward, "plain", False)))
         for name, task in tasks.items():
             found.append(Program(name, one, partial(lower_task, task, None), task))
         for name, sizes in {"data x fsdp x tensor": SPLIT, "data": None}.items():

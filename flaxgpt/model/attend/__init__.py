@@ -54,8 +54,8 @@ def attend(
         from flaxgpt.model.attend.splash import splash_attend
 
         return splash_attend(query, keys, values, visibility, interpret=platform.interpreted)
-    repeats = platform.repeats(1, query.dtype)
-    return plain_attend(query, keys, values, visibility, dropout, repeats)
+    least = platform.rows_in(query.dtype)
+    return plain_attend(query, keys, values, visibility, dropout, least)
 
 
 def resolve_attention(name: str, platform: Platform, dtype: DTypeLike) -> Platform:

@@ -7,10 +7,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.typing import DTypeLike
 
 from flaxgpt.model.attend.joined import MOST_QUERIES, is_joined, joined_attend, separate
-from flaxgpt.model.rows import repeat_hidden
 from flaxgpt.model.visibility import Visibility
 
 # Not -inf: a query that sees nothing (padding) must give a finite row, not NaN.
@@ -23,7 +23,7 @@ def plain_attend(
     values: jax.Array,  # as keys
     visibility: Visibility,
     dropout: Callable[[tuple[int, ...]], jax.Array] | None = None,
-    repeats: int = 1,  # how often a single query should be computed; see `flaxgpt.model.rows`
+    least_rows: int = 1,  # copies of a single query in a product; see `flaxgpt.model.rows`
 ) -> jax.Array:  # [B, N, T, H]
     """Implement `flaxgpt.model.attend.attend`.
 
@@ -51,8 +51,9 @@ def plain_attend(
         mask = jnp.broadcast_to(mask, (batch, heads, *extent)).reshape(*rows, *extent)
         kept = None if dropout is None else dropout(mask.shape)
         block = query[..., start:stop, :]
-        if queries == 1 and repeats > 1:
-            block = repeat_hidden(block, repeats, axis=-2)
+        if queries == 1 and least_rows > 1:
+            # Without the barrier, XLA would compute one of each again.
+            block = lax.optimization_barrier(jnp.repeat(block, least_rows, axis=-2))
         within = keys[..., seen.start : seen.stop, :], values[..., seen.start : seen.stop, :]
         contexts.append(_attend(block, *within, mask, kept)[..., : stop - start, :])
     context = jnp.concatenate(contexts, axis=-2) if len(contexts) > 1 else contexts[0]
