@@ -353,6 +353,9 @@ def test_the_largest_batch_is_found_by_few_compilations(
         (lambda: flaxgpt.TrainTask(length=0), "length=0 must be a whole number"),
         (lambda: flaxgpt.TrainTask(accumulate=0), "accumulate=0 must be a whole number"),
         (lambda: flaxgpt.TrainTask(optimizer="sgd"), "optimizer"),
+        (lambda: flaxgpt.TrainTask(remat="no"), "remat='no' must be True or False"),
+        (lambda: flaxgpt.GenerateTask(dtype="float16"), "'float16' must be float32 or bfloat16"),
+        (lambda: flaxgpt.TrainTask(dtype="float16"), "'float16' must be float32 or bfloat16"),
     ],
 )
 def test_an_invalid_task_is_refused(task, message):
@@ -368,11 +371,47 @@ def test_an_invalid_task_is_refused(task, message):
         ("v5e:8", "must have 2 dimensions"),
         ("v5e:0x1", "must have 2 dimensions"),
         ("v5p:2x2", "'v5p:2x2' must have 3 dimensions, as in v5p:2x2x1"),
+        (["v5e:1x1"], r"topology=\['v5e:1x1'\] must be a string"),
+        (None, "topology=None must be a string"),
     ],
 )
 def test_an_unknown_topology_is_refused(topology, message):
     with pytest.raises(ValueError, match=message):
         topology_devices(topology)
+
+
+@pytest.mark.parametrize("make", [flaxgpt.plan, largest_batch_plan])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"cfg": "gpt2"}, "cfg must be a GPTConfig, got str"),
+        ({"task": "generate"}, "task='generate' must be a flaxgpt.GenerateTask"),
+        ({"topology": 8}, "topology=8 must be a string"),
+        ({"mesh": {"model": 2}}, "unknown mesh axis 'model'"),
+        ({"mesh": {"data": "2"}}, "data='2' must be a whole number"),
+        ({"mesh": {"fsdp": 0}}, "fsdp=0 must be a whole number"),
+        ({"mesh": "fsdp=4"}, "mesh='fsdp=4' must be a dict with the sizes of axes"),
+        ({"mesh": 4}, "mesh=4 must be a dict with the sizes of axes"),
+    ],
+)
+def test_invalid_arguments_of_a_plan_are_refused(make, options, message):
+    arguments = {"cfg": CFG, "task": flaxgpt.GenerateTask(prompt_length=8, new_tokens=8)}
+    with pytest.raises(ValueError, match=message):
+        make(**(arguments | options))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ((65, 1), "prompt_length=65 exceeds context_length=64, .*: use shorter prompts"),
+        ((64, 2), "exceed context_length=64, .*: use new_tokens=1"),
+        ((60, 60), "exceed context_length=64, .*: use new_tokens=5"),
+    ],
+)
+def test_generation_beyond_the_context_is_refused_with_sizes_that_fit(sizes, message):
+    task = flaxgpt.GenerateTask(prompt_length=sizes[0], new_tokens=sizes[1])
+    with pytest.raises(ValueError, match=message):
+        task.check(CFG, flaxgpt.make_mesh(1))
 
 
 @without_libtpu

@@ -56,7 +56,9 @@ CHIPS = {
 
 def chip_of(topology: str) -> Chip:
     """Return the chip of a topology such as "v5e:2x4", or raise ValueError for an unknown one."""
-    name = str(topology).partition(":")[0]
+    if not isinstance(topology, str):
+        raise ValueError(f"topology={topology!r} must be a string, such as 'v5e:2x4'")
+    name = topology.partition(":")[0]
     if name not in CHIPS:
         raise unknown_name("TPU", name, CHIPS)
     return CHIPS[name]

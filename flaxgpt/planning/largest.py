@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 
 from flaxgpt.config import GPTConfig
 from flaxgpt.planning.plan import Plan, plan
-from flaxgpt.planning.tasks import GenerateTask, TrainTask
+from flaxgpt.planning.tasks import GenerateTask, TrainTask, check_inputs
 from flaxgpt.planning.topology import topology_mesh
 
 _STEPS_PER_OCTAVE = 8
@@ -39,6 +39,7 @@ def largest_batch_plan(
     Raises:
         ValueError: as for `plan`.
     """
+    check_inputs(cfg, task)
     unit = task.unit(topology_mesh(topology, mesh))
     plans: dict[int, Plan] = {}
 

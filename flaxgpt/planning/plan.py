@@ -14,12 +14,12 @@ from typing import Any
 import jax
 from jax.errors import JaxRuntimeError
 
-from flaxgpt.config import GPTConfig, check_config
+from flaxgpt.config import GPTConfig
 from flaxgpt.planning.chips import Chip, chip_of
 from flaxgpt.planning.collectives import Collective, collectives
 from flaxgpt.planning.operations import Operation, StepTime, loops, operations, step_time
 from flaxgpt.planning.program_text import parse
-from flaxgpt.planning.tasks import GenerateTask, TrainTask
+from flaxgpt.planning.tasks import GenerateTask, TrainTask, check_inputs
 from flaxgpt.planning.topology import topology_mesh
 from flaxgpt.sharding import Mesh
 
@@ -121,9 +121,7 @@ def plan(
         ValueError: an argument is out of range, libtpu is not installed, or the mesh does not fit
             the topology.
     """
-    check_config(cfg)
-    if not isinstance(task, GenerateTask | TrainTask):
-        raise ValueError(f"task={task!r} must be a flaxgpt.GenerateTask or a flaxgpt.TrainTask")
+    check_inputs(cfg, task)
     chip = chip_of(topology)
     grid = topology_mesh(topology, mesh)
     task.check(cfg, grid)

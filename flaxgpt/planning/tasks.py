@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from jax.sharding import Mesh
 
 from flaxgpt._checks import check_context, check_dtype, check_size, unknown_name
-from flaxgpt.config import GPTConfig
+from flaxgpt.config import GPTConfig, check_config
 from flaxgpt.generation.abstract import abstract_arguments
 from flaxgpt.generation.programs import compiled_decode
 from flaxgpt.inspection import flops
@@ -46,16 +46,21 @@ class GenerateTask:
     def __post_init__(self) -> None:
         for name in ("batch", "prompt_length", "new_tokens"):
             object.__setattr__(self, name, check_size(name, getattr(self, name)))
-        object.__setattr__(self, "dtype", check_dtype(self.dtype).name)
+        object.__setattr__(self, "dtype", _check_dtype(self.dtype))
 
     def check(self, cfg: GPTConfig, mesh: Mesh) -> None:
         """Raise ValueError if the ids do not fit the context of a model."""
+        if self.prompt_length > cfg.context_length:
+            raise ValueError(
+                f"prompt_length={self.prompt_length} exceeds context_length={cfg.context_length}, "
+                "the longest sequence the model supports: use shorter prompts"
+            )
         total = self.prompt_length + self.new_tokens
         if total > cfg.context_length + 1:  # the last id is never read
             raise ValueError(
                 f"prompt_length={self.prompt_length} and new_tokens={self.new_tokens} exceed "
                 f"context_length={cfg.context_length}, beyond which each id costs a full pass: "
-                f"use new_tokens={max(1, cfg.context_length + 1 - self.prompt_length)}, or shorter "
+                f"use new_tokens={cfg.context_length + 1 - self.prompt_length}, or shorter "
                 "prompts"
             )
 
@@ -114,7 +119,9 @@ class TrainTask:
             raise unknown_name("optimizer", self.optimizer, get_args(Optimizer))
         if self.length is not None:
             object.__setattr__(self, "length", check_size("length", self.length))
-        object.__setattr__(self, "dtype", check_dtype(self.dtype).name)
+        object.__setattr__(self, "dtype", _check_dtype(self.dtype))
+        if not isinstance(self.remat, bool):
+            raise ValueError(f"remat={self.remat!r} must be True or False")
 
     def check(self, cfg: GPTConfig, mesh: Mesh) -> None:
         """Raise ValueError if the length does not fit a model, or the batch a mesh."""
@@ -159,3 +166,18 @@ class TrainTask:
 
     def _length(self, cfg: GPTConfig) -> int:
         return cfg.context_length if self.length is None else self.length
+
+
+def check_inputs(cfg: GPTConfig, task: GenerateTask | TrainTask) -> None:
+    """Raise ValueError unless these are a configuration and a task."""
+    check_config(cfg)
+    if not isinstance(task, GenerateTask | TrainTask):
+        raise ValueError(f"task={task!r} must be a flaxgpt.GenerateTask or a flaxgpt.TrainTask")
+
+
+def _check_dtype(dtype: Any) -> str:
+    """Return the name of a dtype that TPUs compute in, or raise ValueError."""
+    name = check_dtype(dtype).name
+    if name not in get_args(Dtype):
+        raise ValueError(f"dtype={dtype!r} must be {' or '.join(get_args(Dtype))} for a TPU")
+    return name

@@ -14,8 +14,10 @@ from typing import Any
 
 from jax.errors import JaxRuntimeError
 
+from flaxgpt._checks import check_size
 from flaxgpt.planning.chips import chip_of
 from flaxgpt.sharding import Mesh, make_mesh
+from flaxgpt.sharding.mesh import check_axes
 
 # Without them, libtpu asks a metadata server what machine it runs on, and refuses to be loaded by
 # two processes. They matter only while it starts.
@@ -29,7 +31,6 @@ _ENVIRONMENT = {
 _ATTACHED = ("/dev/accel[0-9]*", "/dev/vfio/[0-9]*")
 
 
-@functools.cache
 def topology_devices(topology: str) -> tuple[Any, ...]:
     """Return devices that describe the chips of a topology. Nothing can run on them.
 
@@ -54,6 +55,12 @@ def topology_devices(topology: str) -> tuple[Any, ...]:
             f"the topology {topology!r} must have {chip.dimensions} dimensions, as in "
             f"{chip.name}:{example}"
         )
+    return _devices(topology, tuple(lengths), example)
+
+
+@functools.cache
+def _devices(topology: str, lengths: tuple[int, ...], example: str) -> tuple[Any, ...]:
+    """Return the devices of a topology, which libtpu describes once."""
     if importlib.util.find_spec("libtpu") is None:
         raise ValueError(
             "libtpu, which has the compiler for TPUs, is not installed: "
@@ -61,6 +68,7 @@ def topology_devices(topology: str) -> tuple[Any, ...]:
         )
     from jax.experimental import topologies
 
+    chip = chip_of(topology)
     options: dict[str, Any] = dict(chip.options)
     if set(lengths) == {1}:  # by default, a host has four chips
         options["chips_per_host_bounds"] = [1, 1, 1]
@@ -83,21 +91,34 @@ def topology_mesh(topology: str, sizes: Mapping[str, int] | None) -> Mesh:
 
     Args:
         topology: the chips, as for `topology_devices`.
-        sizes: sizes of the axes, 1 for those that are left out; None means that `data` has all
-            chips.
+        sizes: sizes of the axes, 1 for those that are left out, -1 for as many chips as there are;
+            None means that `data` has all chips.
 
     Raises:
         ValueError: as for `topology_devices` and `flaxgpt.make_mesh`, or there are too few chips.
     """
+    given = _check_sizes(sizes)
     devices = topology_devices(topology)
-    given = {"data": 1} | dict(sizes) if sizes else {}
-    if (count := math.prod(given.values())) > len(devices):
+    if (count := math.prod(size for size in given.values() if size != -1)) > len(devices):
         asked = ", ".join(f"{name}={size}" for name, size in given.items())
         raise ValueError(
             f"the mesh {asked} needs {count} chips, but {topology} has {len(devices)}: use a "
             "smaller mesh or a larger topology"
         )
     return make_mesh(**given, devices=devices)
+
+
+def _check_sizes(sizes: Any) -> dict[str, int]:
+    """Return the sizes of a mesh for `make_mesh`, or raise ValueError."""
+    if sizes is None:
+        return {}
+    if not isinstance(sizes, Mapping):
+        raise ValueError(
+            f"mesh={sizes!r} must be a dict with the sizes of axes, such as {{'fsdp': 4}}"
+        )
+    check_axes(sizes)
+    checked = {name: -1 if size == -1 else check_size(name, size) for name, size in sizes.items()}
+    return {"data": 1} | checked if checked else {}
 
 
 @contextlib.contextmanager
