@@ -353,6 +353,7 @@ def test_the_largest_batch_is_found_by_few_compilations(
         (lambda: flaxgpt.TrainTask(length=0), "length=0 must be a whole number"),
         (lambda: flaxgpt.TrainTask(accumulate=0), "accumulate=0 must be a whole number"),
         (lambda: flaxgpt.TrainTask(optimizer="sgd"), "optimizer"),
+        (lambda: flaxgpt.TrainTask(drop_rate=1), "drop_rate=1 must be a probability"),
         (lambda: flaxgpt.TrainTask(remat="no"), "remat='no' must be True or False"),
         (lambda: flaxgpt.GenerateTask(dtype="float16"), "'float16' must be float32 or bfloat16"),
         (lambda: flaxgpt.TrainTask(dtype="float16"), "'float16' must be float32 or bfloat16"),
@@ -361,6 +362,14 @@ def test_the_largest_batch_is_found_by_few_compilations(
 def test_an_invalid_task_is_refused(task, message):
     with pytest.raises(ValueError, match=message):
         task()
+
+
+@pytest.mark.parametrize("drop_rate", [0.0, 0.5])
+def test_a_training_step_has_the_dropout_of_the_task_whatever_the_configuration(drop_rate):
+    cfg = dataclasses.replace(CFG, drop_rate=0.1, drop_rate_emb=0.2)
+    task = flaxgpt.TrainTask(batch=1, drop_rate=drop_rate)
+    _, (state, _) = task.program(cfg, flaxgpt.make_mesh(1))
+    assert set(state.cfg.drop_rates) == {drop_rate}
 
 
 @pytest.mark.parametrize(
@@ -517,6 +526,10 @@ def test_what_cannot_be_planned_is_refused(options, message):
         (("--topology", "v7:2x2"), "unknown TPU 'v7'"),
         (("--task", "train", "--new-tokens", 8), "--new-tokens is for --task generate"),
         (("--remat",), "--remat is for --task train"),
+        (("--accumulate", 0), "--accumulate is for --task train"),
+        (("--length", 0), "--length is for --task train"),
+        (("--drop-rate", 0), "--drop-rate is for --task train"),
+        (("--task", "train", "--prompt-length", 0), "--prompt-length is for --task generate"),
         (("--task", "train", "--drop-rate", 1), "drop_rate=1.0 must be a probability"),
         (("--batch", 0), "batch=0 must be a whole number"),
         (("--mesh", "model=2"), "unknown mesh axis 'model'"),

@@ -12,6 +12,7 @@ from flaxgpt.cli.common import progress, read_architecture, say
 from flaxgpt.cli.plan_tables import print_plan
 from flaxgpt.config import GPTConfig
 from flaxgpt.planning import GenerateTask, Plan, TrainTask, largest_batch_plan, plan
+from flaxgpt.planning.tasks import Dtype, Optimizer
 from flaxgpt.sharding import parse_mesh
 
 _FOR_GENERATE = ("prompt_length", "new_tokens")
@@ -57,7 +58,7 @@ class PlanCommand:
     length: int | None = None
     """Ids per sequence, the context length by default; for train."""
 
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Dtype = "float32"
     """Dtype to compute in; in training, weights and optimizer state are float32."""
 
     remat: bool = False
@@ -66,16 +67,16 @@ class PlanCommand:
     accumulate: int | None = None
     """Pieces into which a batch is split to save memory, 1 by default; for train."""
 
-    optimizer: Literal["adamw", "muon"] | None = None
+    optimizer: Optimizer | None = None
     """Optimizer, adamw by default; for train."""
 
     mesh: str | None = None
     """Sizes of the axes data, fsdp and tensor, such as data=2,fsdp=4; by default, all chips are
     data."""
 
-    drop_rate: float = 0.0
-    """Dropout rate, instead of the model's, as training recipes set it; for train. With dropout,
-    compiling takes several times as long."""
+    drop_rate: float | None = None
+    """Dropout rate, 0 by default whatever the model's is; for train. With dropout, compiling takes
+    several times as long."""
 
     n_layers: int | None = None
     """Number of blocks, instead of the model's."""
@@ -95,13 +96,6 @@ class PlanCommand:
         task = self._task()
         mesh = None if self.mesh is None else parse_mesh(self.mesh)
         cfg = read_architecture(self.model, self.n_layers, self.vocab_size)
-        cfg = dataclasses.replace(
-            cfg,
-            drop_rate=self.drop_rate,
-            drop_rate_emb=None,
-            drop_rate_attn=None,
-            drop_rate_shortcut=None,
-        )
         with progress(f"compiling {cfg.n_layers} blocks for {self.topology}"):
             found = self._plan(cfg, task, mesh)
         if self.json:
@@ -118,8 +112,9 @@ class PlanCommand:
 
     def _task(self) -> GenerateTask | TrainTask:
         other = _FOR_TRAIN if self.task == "generate" else _FOR_GENERATE
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
         for name in other:
-            if getattr(self, name):
+            if getattr(self, name) != defaults[name]:
                 option = f"--{name.replace('_', '-')}"
                 kind = "train" if self.task == "generate" else "generate"
                 raise ValueError(f"{option} is for --task {kind}: leave it out, or change --task")
@@ -137,4 +132,5 @@ class PlanCommand:
             remat=self.remat,
             accumulate=1 if self.accumulate is None else self.accumulate,
             optimizer=self.optimizer or "adamw",
+            drop_rate=0.0 if self.drop_rate is None else self.drop_rate,
         )

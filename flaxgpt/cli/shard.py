@@ -6,15 +6,17 @@ import contextlib
 import dataclasses
 import json
 import math
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import tyro
+from jax.sharding import AbstractMesh
 
-from flaxgpt._checks import check_context, check_size
+from flaxgpt._checks import check_size
 from flaxgpt.cli import tables
 from flaxgpt.cli.common import progress, read_architecture, say
 from flaxgpt.planning import TrainTask, step_cost
+from flaxgpt.planning.tasks import Dtype, Optimizer
 from flaxgpt.sharding import make_mesh, parse_mesh
 
 
@@ -49,10 +51,10 @@ class ShardCommand:
     accumulate: int = 1
     """Pieces into which a batch is split to save memory."""
 
-    optimizer: Literal["adamw", "muon"] = "adamw"
+    optimizer: Optimizer = "adamw"
     """Optimizer, as for train."""
 
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Dtype = "float32"
     """Dtype to compute in; weights and optimizer state are float32."""
 
     remat: bool = False
@@ -73,16 +75,10 @@ class ShardCommand:
         cfg = read_architecture(self.model, self.n_layers, self.vocab_size)
         sizes = _sizes(self.mesh)
         length = cfg.context_length if self.length is None else self.length
-        check_context(cfg.context_length, length)
-        parts = sizes["data"] * sizes.get("fsdp", 1) * check_size("--accumulate", self.accumulate)
-        if check_size("--batch", self.batch) % parts:
-            raise ValueError(
-                f"--batch {self.batch} must be a multiple of {parts}, the number of parts into "
-                f"which data, fsdp and --accumulate split it: use --batch {parts}, for example"
-            )
         task = TrainTask(
             self.batch, length, self.dtype, self.remat, self.accumulate, self.optimizer
         )
+        task.check(cfg, AbstractMesh(tuple(sizes.values()), tuple(sizes)))  # before any device
         mesh = make_mesh(**sizes, devices=_devices(math.prod(sizes.values())))
         with progress(f"compiling {cfg.n_layers} blocks for {mesh.size} devices"):
             cost = step_cost(cfg, task.train_config(), mesh, length)

@@ -6,9 +6,9 @@ import dataclasses
 import math
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
-from flaxgpt._checks import check_context, check_dtype, check_size, unknown_name
+from flaxgpt._checks import check_context, check_dtype, check_rate, check_size, unknown_name
 from flaxgpt.config import GPTConfig, check_config
 from flaxgpt.generation.abstract import abstract_arguments
 from flaxgpt.generation.programs import compiled_decode
@@ -100,6 +100,8 @@ class TrainTask:
         remat: whether to recompute each block's activations in the backward pass.
         accumulate: pieces into which the batch is split to save memory.
         optimizer: "adamw" or "muon".
+        drop_rate: rate of all dropout, instead of the configuration's rates. With dropout,
+            compiling takes several times as long.
 
     Raises:
         ValueError: a value is out of range.
@@ -111,6 +113,7 @@ class TrainTask:
     remat: bool = False
     accumulate: int = 1
     optimizer: Optimizer = "adamw"
+    drop_rate: float = 0.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "batch", check_size("batch", self.batch))
@@ -122,8 +125,9 @@ class TrainTask:
         object.__setattr__(self, "dtype", _check_dtype(self.dtype))
         if not isinstance(self.remat, bool):
             raise ValueError(f"remat={self.remat!r} must be True or False")
+        object.__setattr__(self, "drop_rate", check_rate("drop_rate", self.drop_rate))
 
-    def check(self, cfg: GPTConfig, mesh: Mesh) -> None:
+    def check(self, cfg: GPTConfig, mesh: Mesh | AbstractMesh) -> None:
         """Raise ValueError if the length does not fit a model, or the batch a mesh."""
         check_context(cfg.context_length, self._length(cfg))
         if self.batch % self.unit(mesh):
@@ -133,7 +137,7 @@ class TrainTask:
                 f"batch={self.unit(mesh) * math.ceil(self.batch / self.unit(mesh))}"
             )
 
-    def unit(self, mesh: Mesh) -> int:
+    def unit(self, mesh: Mesh | AbstractMesh) -> int:
         """Return the number of rows that the batch must be a multiple of."""
         return batch_parts(mesh) * self.accumulate
 
@@ -149,6 +153,13 @@ class TrainTask:
         """Return the step, and its arguments on the devices of a mesh."""
         from flaxgpt.training import train_step  # slow to import
 
+        cfg = dataclasses.replace(
+            cfg,
+            drop_rate=self.drop_rate,
+            drop_rate_emb=None,
+            drop_rate_attn=None,
+            drop_rate_shortcut=None,
+        )
         rules, length = shard_rules(cfg), self._length(cfg)
         return train_step, abstract_step(cfg, self.train_config(), mesh, rules, length)
 
