@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import re
 
+from flaxgpt.planning import CHIPS
+
 
 @dataclasses.dataclass(frozen=True)
 class Peak:
@@ -28,15 +30,20 @@ class Peak:
         return self.bfloat16 if dtype == "bfloat16" else self.float32
 
 
-_GOOGLE = "https://cloud.google.com/tpu/docs/"
+_GOOGLE = "https://docs.cloud.google.com/tpu/docs/"
 _NVIDIA = "NVIDIA's data sheet (figures with sparsity halved): "
 
 # The first pattern that matches JAX's `device_kind` counts.
 PEAKS = {
-    r"TPU v4": Peak(275e12, 275e12, 1228e9, _GOOGLE + "v4"),
-    r"TPU v5 lite|TPU v5e": Peak(197e12, 197e12, 819e9, _GOOGLE + "v5e"),
-    r"TPU v5p?": Peak(459e12, 459e12, 2765e9, _GOOGLE + "v5p"),
-    r"TPU v6 lite|TPU v6e": Peak(918e12, 918e12, 1640e9, _GOOGLE + "v6e"),
+    **{
+        "|".join(chip.kinds): Peak(
+            bfloat16=chip.peak_flops,
+            float32=chip.peak_flops,
+            bandwidth=chip.bandwidth,
+            source=_GOOGLE + chip.name,
+        )
+        for chip in CHIPS.values()
+    },
     r".*\bH200\b.*": Peak(989e12, 494e12, 4800e9, _NVIDIA + "H200 SXM"),
     r".*\bH100 PCIe\b.*": Peak(756e12, 378e12, 2000e9, _NVIDIA + "H100 PCIe"),
     r".*\bH100 NVL\b.*": Peak(835e12, 417e12, 3900e9, _NVIDIA + "H100 NVL"),

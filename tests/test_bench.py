@@ -93,10 +93,10 @@ def test_a_row_that_fails_says_why(scripts):
 @pytest.mark.parametrize(
     ("kind", "flops", "bandwidth"),
     [
-        ("TPU v4", 275e12, 1228e9),
+        ("TPU v4", 275e12, 1200e9),
         ("TPU v5 lite", 197e12, 819e9),
         ("TPU v5", 459e12, 2765e9),
-        ("TPU v6 lite", 918e12, 1640e9),
+        ("TPU v6 lite", 918e12, 1638e9),
         ("NVIDIA H100 80GB HBM3", 989e12, 3350e9),
         ("NVIDIA H200", 989e12, 4800e9),
         ("NVIDIA A100-SXM4-80GB", 312e12, 2039e9),
