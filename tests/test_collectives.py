@@ -6,7 +6,8 @@ import pytest
 from jax.sharding import AbstractMesh
 
 from flaxgpt.planning import Collective, collectives
-from flaxgpt.planning.collectives import _groups
+from flaxgpt.planning.collectives import _groups, collectives_of
+from flaxgpt.planning.program_text import parse
 
 MESH = AbstractMesh((2, 2, 2), ("data", "fsdp", "tensor"))
 
@@ -124,6 +125,23 @@ def test_operations_in_a_loop_count_once_per_iteration():
     branches = "f32[8]{0} conditional(%p, %q, %q), branch_computations={%outer, %inner}"
     (found,) = read(branches, before=before)
     assert (found.operations, found.bytes) == (2, 64)
+
+
+def test_the_collectives_of_a_part_leave_out_loops_and_branches():
+    line = "f32[8]{0} all-reduce(%p), channel_id=1, replica_groups=[4,2]<=[8], to_apply=%add"
+    before = f"%body (p: f32[8]) -> f32[8] {{\n  ROOT %y = {line}\n}}\n\n"
+    before += f"%branch (p: f32[8]) -> f32[8] {{\n  ROOT %z = {line}\n}}\n\n"
+    loop = "f32[8]{0} while(%p), condition=%c, body=%body"
+    either = "f32[8]{0} conditional(%p, %q, %q), branch_computations={%other, %branch}"
+    found = parse(program(line, loop, either, before=before))
+
+    def count(computation, *without):
+        return sum(
+            one.operations for one in collectives_of(found, computation, MESH, frozenset(without))
+        )
+
+    assert (count("main"), count("body")) == (3, 1)
+    assert (count("main", "x.1"), count("main", "x.1", "branch")) == (2, 1)
 
 
 def test_the_fusions_of_tpu_are_understood():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from typing import Literal
 
 import tyro
@@ -27,8 +28,9 @@ class PlanCommand:
     (pip install 'flaxgpt[tpu-compiler]'). Nothing is allocated and nothing runs, so all times are
     estimated.
 
-    Compiling all 12 blocks of gpt2 takes half a minute for generate and several minutes for train;
-    --n-layers 2 shows the pattern sooner.
+    Compiling all 12 blocks of gpt2 takes half a minute for generate and several minutes for train.
+    For train, --n-layers 2 shows the pattern sooner; for generate, it does not, because the weights
+    of few blocks stay in the core's own memory and cause no HBM traffic.
 
     Examples:
       flaxgpt plan gpt2 --topology v5e:1x1 --task generate --batch 8 --dtype bfloat16
@@ -72,7 +74,7 @@ class PlanCommand:
 
     mesh: str | None = None
     """Sizes of the axes data, fsdp and tensor, such as data=2,fsdp=4; by default, all chips are
-    data."""
+    data. Chips beyond the product of the sizes are left out."""
 
     drop_rate: float | None = None
     """Dropout rate, 0 by default whatever the model's is; for train. With dropout, compiling takes
@@ -85,7 +87,8 @@ class PlanCommand:
     """Size of the vocabulary, instead of the model's."""
 
     largest_batch: bool = False
-    """Search for the largest batch that fits, at most an eighth too small, by compiling several."""
+    """Search for the largest batch that fits, at most an eighth too small, by compiling several,
+    each of which is reported on standard error."""
 
     json: bool = False
     """Print JSON with the keys model, config and those of `flaxgpt.planning.Plan.to_dict`; sizes
@@ -102,13 +105,23 @@ class PlanCommand:
             values = {"model": self.model, "config": cfg.to_dict()} | found.to_dict()
             say(json.dumps(values, indent=2, allow_nan=False) + "\n")
         else:
-            print_plan(found, "largest batch" if self.largest_batch else "batch")
+            print_plan(found, self.largest_batch)
 
     def _plan(
         self, cfg: GPTConfig, task: GenerateTask | TrainTask, mesh: dict[str, int] | None
     ) -> Plan:
-        make = largest_batch_plan if self.largest_batch else plan
-        return make(cfg, task, topology=self.topology, mesh=mesh)
+        if not self.largest_batch:
+            return plan(cfg, task, topology=self.topology, mesh=mesh)
+        seconds: list[float] = []
+
+        def report(tried: Plan) -> None:
+            seconds.append(tried.compile_s)
+            _note(_one_line(tried))
+
+        found = largest_batch_plan(cfg, task, topology=self.topology, mesh=mesh, tried=report)
+        several = "batches" if len(seconds) > 1 else "batch"
+        _note(f"{len(seconds)} {several} compiled in {sum(seconds):.1f} s")
+        return found
 
     def _task(self) -> GenerateTask | TrainTask:
         other = _FOR_TRAIN if self.task == "generate" else _FOR_GENERATE
@@ -134,3 +147,18 @@ class PlanCommand:
             optimizer=self.optimizer or "adamw",
             drop_rate=0.0 if self.drop_rate is None else self.drop_rate,
         )
+
+
+def _one_line(tried: Plan) -> str:
+    """Return whether a batch fits, and how much memory it needs."""
+    hbm = tried.hbm
+    used = f"{(hbm.arguments + (hbm.temporaries or 0)) / 2**30:.1f}"
+    if hbm.temporaries is None:
+        used = "more"
+    verdict = "fits" if hbm.fits else "does not fit"
+    return f"batch {tried.task.batch:,}: {verdict}, {used} of {hbm.limit / 2**30:.2f} GiB"
+
+
+def _note(line: str) -> None:
+    """Write a line to standard error, above the progress bar."""
+    print(line, file=sys.stderr, flush=True)

@@ -3,29 +3,34 @@
 from __future__ import annotations
 
 import collections
+import math
 
 from flaxgpt.cli.common import say
 from flaxgpt.cli.tables import format_bytes, print_collectives, print_table
 from flaxgpt.planning import CHIPS, Operation, Plan, TrainTask
+from flaxgpt.planning.chips import chip_count
 
 _ROWS = 10
 _METHOD = """\
 Estimated, not measured: the time of an operation is the larger of the compiler's compute cycles and
-its HBM traffic; waiting for other chips is not included.
+its HBM traffic. The time that data takes between chips is not included in the step.
 """
 
 
-def print_plan(found: Plan, batch: str = "batch") -> None:
-    """Print what the TPU compiler says of a program; `batch` is the label of the batch size."""
+def print_plan(found: Plan, is_largest: bool = False) -> None:
+    """Print what the TPU compiler says of a program, of the largest batch if that was searched."""
     task = found.task
     is_train = isinstance(task, TrainTask)
     mesh = " x ".join(f"{name}={size}" for name, size in found.mesh if size > 1)
     place = f"{found.topology}, {mesh}" if mesh else found.topology
     kind = "train" if is_train else "generate"
     hbm = found.hbm
+    used, chips = math.prod(size for _, size in found.mesh), chip_count(found.topology)
+    size = ("largest " if hbm.fits else "smallest ") * is_largest
     unknown = "unknown"
     rows = [
-        (batch, f"{task.batch:,}"),
+        *([("chips used", f"{used} of {chips}")] if used < chips else []),
+        (f"{size}batch", f"{task.batch:,}"),
         ("compiling, here", f"{found.compile_s:.1f} s"),
         ("HBM, arguments", format_bytes(hbm.arguments)),
         ("HBM, temporaries", unknown if hbm.temporaries is None else format_bytes(hbm.temporaries)),
@@ -40,6 +45,11 @@ def print_plan(found: Plan, batch: str = "batch") -> None:
             ("estimated step", _seconds(found.step.seconds)),
             ("  compute", f"{cycles:,} cycles, {_seconds(cycles / chip.clock)}"),
             ("  HBM traffic", _seconds(found.step.hbm_seconds)),
+        ]
+        if transfer := found.step.transfer_seconds:
+            least = f"at least {_seconds(transfer)}, beside the step"
+            rows.append(("estimated transfer between chips", least))
+        rows += [
             (f"estimated {what} per second", f"{found.tokens_per_s:,.0f}"),
             ("estimated share of peak FLOPs (MFU)", f"{found.mfu:.1%}"),
             ("estimated share of HBM bandwidth", f"{found.bandwidth_share:.1%}"),
@@ -52,14 +62,34 @@ def print_plan(found: Plan, batch: str = "batch") -> None:
         _print_parts(found.operations)
         say("\n")
         _print_operations(found.operations[:_ROWS])
-    if found.collectives:
-        say("\n")
-        print_collectives(found.collectives, "step" if is_train else "program")
-    if found.step is not None:
-        say(f"\n{_METHOD}")
-    else:
-        advice = "--remat, --accumulate, fsdp" if is_train else "--dtype bfloat16"
-        say(f"\nDoes not fit: a smaller batch ({advice} or more chips) would need less memory.\n")
+    for what, sent in (("step", found.collectives), ("prefill", found.prefill_collectives)):
+        if sent:
+            say("\n")
+            print_collectives(sent, what)
+    say(f"\n{_METHOD}" if found.step is not None else f"\n{_advice(found, is_largest)}\n")
+
+
+def _advice(found: Plan, is_largest: bool) -> str:
+    """Return what would need less memory, of what has not been done."""
+    task, sizes = found.task, dict(found.mesh)
+    rows = task.batch // (sizes.get("data", 1) * sizes.get("fsdp", 1))  # on each chip
+    options = []
+    if rows > 1 and not is_largest:
+        options.append("a smaller --batch")
+    if task.dtype == "float32":
+        options.append("--dtype bfloat16")
+    if isinstance(task, TrainTask):
+        if not task.remat:
+            options.append("--remat")
+        if rows > task.accumulate:
+            more = "a larger --accumulate" if task.accumulate > 1 else "--accumulate"
+            options.append(more)
+        if sizes.get("fsdp", 1) == 1:
+            options.append("--mesh with fsdp")
+    options.append("more chips")
+    listed = ", ".join(options[:-1]) + " or " * (len(options) > 1) + options[-1]
+    failed = "Not even the smallest batch fits" if is_largest else "Does not fit"
+    return f"{failed}. To need less memory per chip, use {listed}."
 
 
 def _print_parts(operations: tuple[Operation, ...]) -> None:

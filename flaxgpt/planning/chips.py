@@ -15,6 +15,7 @@ cycle).
 from __future__ import annotations
 
 import dataclasses
+import math
 
 from flaxgpt._checks import unknown_name
 
@@ -96,6 +97,11 @@ CHIPS = {
     )
 }
 """The chips by name."""
+
+
+def chip_count(topology: str) -> int:
+    """Return the number of chips of a topology such as "v5e:2x4"."""
+    return math.prod(int(size) for size in topology.partition(":")[2].split("x"))
 
 
 def chip_of(topology: str) -> Chip:

@@ -1,8 +1,9 @@
 """The collectives of a compiled program: what devices send each other, read from XLA's text.
 
-Bytes are counted in two ways, both per device and per run of the program. `bytes` is the size of
-the results. `received` is what arrives over the network if each collective is a ring of n devices,
-which is optimal in bandwidth; a device sends as much as it receives:
+Bytes are counted in two ways, both per device and per run of the program, or of the part of it that
+was asked for. `bytes` is the size of the results. `received` is what arrives over the network if
+each collective is a ring of n devices, which is optimal in bandwidth; a device sends as much as it
+receives:
 
     all-gather, all-to-all    (n - 1) / n of the result
     reduce-scatter            n - 1 times the result, which is 1 / n of the input
@@ -48,7 +49,7 @@ _OF_MESH = re.compile(
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """All collectives of one kind along the same axes of a mesh, in one run of a program.
+    """All collectives of one kind along the same axes of a mesh, in one run of a program or part.
 
     Attributes:
         kind: XLA's name, such as "all-gather".
@@ -92,7 +93,21 @@ def collectives(text: str, mesh: Mesh) -> tuple[Collective, ...]:
         mesh: the mesh that its arguments are on.
     """
     program = parse(text)
-    calls, operations = _read(program, mesh)
+    return collectives_of(program, program.entry, mesh)
+
+
+def collectives_of(
+    program: Program, computation: str, mesh: Mesh, without: frozenset[str] = frozenset()
+) -> tuple[Collective, ...]:
+    """Return the collectives that a computation runs, those that receive most first.
+
+    Args:
+        program: the program.
+        computation: the name of the computation, such as the body of a loop.
+        mesh: the mesh that the program's arguments are on.
+        without: names of instructions and computations to leave out, such as a loop.
+    """
+    calls, operations = _read(program, mesh, without)
 
     @functools.cache
     def run(computation: str) -> collections.Counter[_Operation]:
@@ -103,14 +118,16 @@ def collectives(text: str, mesh: Mesh) -> tuple[Collective, ...]:
         return total
 
     found = []
-    by_kind = sorted(run(program.entry).items())
+    by_kind = sorted(run(computation).items())
     for (kind, axes), group in itertools.groupby(by_kind, key=lambda item: item[0][:2]):
         rows = [(runs, *(runs * size for size in operation[2:])) for operation, runs in group]
         found.append(Collective(kind, axes, *map(sum, zip(*rows, strict=True))))
     return tuple(sorted(found, key=lambda item: -item.received))
 
 
-def _read(program: Program, mesh: Mesh) -> tuple[dict[str, Any], dict[str, list[_Operation]]]:
+def _read(
+    program: Program, mesh: Mesh, without: frozenset[str]
+) -> tuple[dict[str, Any], dict[str, list[_Operation]]]:
     """Return by computation what it calls how often, and its collectives."""
     chains = set[str]()
     calls: dict[str, Any] = collections.defaultdict(collections.Counter)
@@ -118,7 +135,11 @@ def _read(program: Program, mesh: Mesh) -> tuple[dict[str, Any], dict[str, list[
     for computation in program.computations.values():
         is_scattered = computation.name.startswith(_REDUCE_SCATTER)
         for one in computation.instructions:
+            if one.name in without:
+                continue
             for field, called in one.calls:
+                if called in without:
+                    continue
                 times = (
                     program.trip_count(computation, one) if field in ("body", "condition") else 1
                 )

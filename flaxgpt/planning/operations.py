@@ -10,7 +10,8 @@ traffic over the bandwidth.
 The compiler states no cycles for Pallas kernels; see `flaxgpt.planning.kernels`.
 
 A loop counts as often as it runs, if that is known, or once. A conditional counts as its cheapest
-branch; in `generate` that is greedy decoding. Waiting for other chips is not included.
+branch; in `generate` that is greedy decoding. The time that data takes between chips is not
+included; what they must receive over the bandwidth of their links is reported beside it.
 """
 
 from __future__ import annotations
@@ -57,11 +58,14 @@ class StepTime:
         cycles: compute cycles.
         seconds: the time.
         hbm_seconds: the time that HBM traffic alone takes.
+        transfer_seconds: the least time in which a chip can receive what others send it, with all
+            of its links busy. It is not part of `seconds`, as it may overlap with computation.
     """
 
     cycles: int
     seconds: float
     hbm_seconds: float
+    transfer_seconds: float = 0.0
 
 
 def operations(
@@ -93,11 +97,23 @@ def operations(
     return tuple(sorted(found, key=lambda item: (-item.seconds, -item.bytes, item.name)))
 
 
-def step_time(found: tuple[Operation, ...], chip: Chip) -> StepTime:
-    """Return the time of a step that consists of these operations."""
+def step_time(found: tuple[Operation, ...], chip: Chip, received: int = 0) -> StepTime:
+    """Return the time of a step with these operations, in which each chip receives some bytes."""
     hbm_seconds = sum(one.bytes for one in found) / chip.bandwidth
     seconds = max(sum(one.seconds for one in found), hbm_seconds)
-    return StepTime(sum(one.cycles for one in found), seconds, hbm_seconds)
+    cycles = sum(one.cycles for one in found)
+    return StepTime(cycles, seconds, hbm_seconds, received / chip.link_bandwidth)
+
+
+def skipped_branches(program: Program) -> frozenset[str]:
+    """Return the computations that are branches of a conditional, but not the cheapest."""
+    return frozenset(
+        name
+        for computation in program.computations.values()
+        for one in computation.instructions
+        if one.opcode == "conditional"
+        for name in sorted(_branches(one), key=lambda name: _cost(program, name))[1:]
+    )
 
 
 def loops(program: Program) -> list[Instruction]:
@@ -135,18 +151,17 @@ def _executed(
         elif one.opcode == "call":
             for body in one.called("to_apply", "calls"):
                 yield from _executed(program, body, without, times)
-        elif one.opcode == "conditional":
-            branches = [
-                list(_executed(program, name, without, times))
-                for name in one.called(
-                    "branch_computations", "true_computation", "false_computation"
-                )
-            ]
-            yield from min(branches, key=_cost, default=[])
+        elif one.opcode == "conditional" and (branches := _branches(one)):
+            cheapest = min(branches, key=lambda name: _cost(program, name))
+            yield from _executed(program, cheapest, without, times)
 
 
-def _cost(branch: list[tuple[Computation, Instruction, int]]) -> int:
-    return sum(times * one.cycles for _, one, times in branch)
+def _branches(conditional: Instruction) -> list[str]:
+    return conditional.called("branch_computations", "true_computation", "false_computation")
+
+
+def _cost(program: Program, computation: str) -> int:
+    return sum(times * one.cycles for _, one, times in _executed(program, computation))
 
 
 def _part(program: Program, owner: Computation, one: Instruction) -> tuple[str, str]:

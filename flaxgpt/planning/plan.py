@@ -15,15 +15,23 @@ import jax
 from jax.errors import JaxRuntimeError
 
 from flaxgpt.config import GPTConfig
-from flaxgpt.planning.chips import Chip, chip_of
-from flaxgpt.planning.collectives import Collective, collectives
-from flaxgpt.planning.operations import Operation, StepTime, loops, operations, step_time
-from flaxgpt.planning.program_text import parse
+from flaxgpt.planning.chips import chip_of
+from flaxgpt.planning.collectives import Collective, collectives_of
+from flaxgpt.planning.operations import (
+    Operation,
+    StepTime,
+    loops,
+    operations,
+    skipped_branches,
+    step_time,
+)
+from flaxgpt.planning.program_text import Program, parse
 from flaxgpt.planning.tasks import GenerateTask, TrainTask, check_inputs
 from flaxgpt.planning.topology import topology_mesh
 from flaxgpt.sharding import Mesh
 
 _MOST_OPERATIONS = 10
+_OTHER_MEMORY = re.compile(r"\bspace[ =](?!hbm)\w+|CompileTime(?!Hbm)\w*Oom", re.IGNORECASE)
 _SIZE = r"([\d.]+)([KMGT]?)i?B?\b"
 
 
@@ -62,7 +70,8 @@ class Plan:
             chips; None if the program does not fit.
         mfu: share of the chips' peak operations per second that the model's products use.
         bandwidth_share: share of the time in which HBM is busy.
-        collectives: what chips send each other in the program, those that receive most first.
+        collectives: what chips send each other in a step, those that receive most first.
+        prefill_collectives: the same for what `prefill` counts.
         operations: all operations of a step, the longest first.
     """
 
@@ -77,6 +86,7 @@ class Plan:
     mfu: float | None = None
     bandwidth_share: float | None = None
     collectives: tuple[Collective, ...] = ()
+    prefill_collectives: tuple[Collective, ...] = ()
     operations: tuple[Operation, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
@@ -89,7 +99,7 @@ class Plan:
             "settings": dataclasses.asdict(self.task),
         }
         if is_train:
-            del values["prefill"]
+            del values["prefill"], values["prefill_collectives"]
         return values
 
 
@@ -132,7 +142,7 @@ def plan(
         with _without_cache():
             compiled = lowered.compile()
     except JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        if not exceeds_hbm(str(error)):
             reason = " ".join(str(error).split())[:300]
             raise ValueError(f"the TPU compiler cannot compile this program: {reason}") from error
         seconds = time.perf_counter() - start
@@ -142,9 +152,17 @@ def plan(
     memory: Any = compiled.memory_analysis()
     used = memory.argument_size_in_bytes, memory.temp_size_in_bytes
     hbm = HbmUse(*used, chip.usable, fits=True)
-    text = compiled.as_text() or ""
-    timed = _timed(text, task, chip)
-    step = step_time(timed[0], chip)
+    program = parse(compiled.as_text() or "")
+    once, body, aside = _parts(program, task)
+    uncounted = aside | skipped_branches(program)
+    timed = operations(program, body, chip, aside)
+    sent = collectives_of(program, body, grid, uncounted)
+    step = step_time(timed, chip, _received(sent))
+    prefill: StepTime | None = None
+    sent_once: tuple[Collective, ...] = ()
+    if once is not None:
+        sent_once = collectives_of(program, once, grid, uncounted)
+        prefill = step_time(operations(program, once, chip, aside), chip, _received(sent_once))
     rate = task.tokens(cfg) / step.seconds
     return Plan(
         topology=topology,
@@ -153,12 +171,13 @@ def plan(
         compile_s=seconds,
         hbm=hbm,
         step=step,
-        prefill=step_time(timed[1], chip) if timed[1] else None,
+        prefill=prefill,
         tokens_per_s=rate,
         mfu=task.flops(cfg) / step.seconds / (grid.size * chip.peak_flops),
         bandwidth_share=step.hbm_seconds / step.seconds,
-        collectives=collectives(text, grid),
-        operations=timed[0],
+        collectives=sent,
+        prefill_collectives=sent_once,
+        operations=timed,
     )
 
 
@@ -176,19 +195,22 @@ def _without_cache() -> Iterator[None]:
         jax.config.update(name, before)
 
 
-def _timed(
-    text: str, task: GenerateTask | TrainTask, chip: Chip
-) -> tuple[tuple[Operation, ...], tuple[Operation, ...]]:
-    """Return the operations of a step, and those that are outside of the loop of `generate`."""
-    program = parse(text)
+def _parts(
+    program: Program, task: GenerateTask | TrainTask
+) -> tuple[str | None, str, frozenset[str]]:
+    """Return the computations that run once and in each step, and the loops to count apart."""
     if isinstance(task, TrainTask):
-        return operations(program, program.entry, chip), ()
+        return None, program.entry, frozenset()
     # Where prompts and new ids can outgrow the context, a second loop has the longer steps.
     found = loops(program)
     if not found:
         raise RuntimeError("the compiled program has no decoding loop")
-    outside = operations(program, program.entry, chip, frozenset(loop.name for loop in found))
-    return operations(program, found[0].called("body")[0], chip), outside
+    body = found[0].called("body")[0]
+    return program.entry, body, frozenset(loop.name for loop in found)
+
+
+def _received(found: tuple[Collective, ...]) -> int:
+    return sum(one.received for one in found)
 
 
 def _shape(mesh: Mesh) -> tuple[tuple[str, int], ...]:
@@ -200,6 +222,19 @@ def _size_of(arguments: Any) -> int:
     leaves = [leaf for leaf in jax.tree.leaves(arguments) if isinstance(leaf, jax.ShapeDtypeStruct)]
     shapes = [(leaf.sharding.shard_shape(leaf.shape), leaf.dtype) for leaf in leaves]
     return sum(math.prod(shape) * dtype.itemsize for shape, dtype in shapes)
+
+
+def exceeds_hbm(message: str) -> bool:
+    """Whether the compiler's message says that a program needs more HBM than a chip has.
+
+    Where an operation needs more of another memory, such as the core's own, no batch may fit.
+
+    >>> exceeds_hbm("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20G of 15.75G")
+    True
+    >>> exceeds_hbm("RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem. Used 20M of 16M")
+    False
+    """
+    return "RESOURCE_EXHAUSTED" in message and not _OTHER_MEMORY.search(message)
 
 
 def read_temporaries(message: str) -> int | None:
