@@ -127,7 +127,7 @@ def test_the_pinned_tpu_compiler_is_the_one_that_jax_asks_for(python: str) -> No
     run, test, tpu = (pins(name, python) for name in (*INSTALLED[:2], "requirements-tpu.txt"))
     assert len(run | test | tpu) == len(run) + len(test) + len(tpu), "a package is pinned twice"
     (extra,) = map(Requirement, PROJECT["optional-dependencies"]["tpu-compiler"])
-    assert tpu["libtpu"] in extra.specifier
+    assert (extra.name, extra.extras, run["jax"] in extra.specifier) == ("jax", {"tpu"}, True)
     metadata = importlib.metadata.metadata("jax")
     if run["jax"] == Version(metadata["Version"]):  # else it says nothing of that version
         asked = [Requirement(line) for line in metadata.get_all("Requires-Dist")]

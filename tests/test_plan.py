@@ -6,6 +6,8 @@ import json
 import re
 import textwrap
 
+import jax
+import jax.experimental.topologies
 import pytest
 
 import flaxgpt
@@ -18,6 +20,7 @@ from flaxgpt.planning import (
     Plan,
     StepTime,
     largest_batch_plan,
+    topology,
     topology_devices,
 )
 from flaxgpt.planning.largest import batch_at, place_of, search
@@ -380,7 +383,7 @@ def test_a_training_step_has_the_dropout_of_the_task_whatever_the_configuration(
 
 
 @pytest.mark.parametrize(
-    ("topology", "message"),
+    ("name", "message"),
     [
         ("v5:2x2", "unknown TPU 'v5': did you mean"),
         ("v5e", "'v5e' must have 2 dimensions, as in v5e:2x2"),
@@ -391,9 +394,9 @@ def test_a_training_step_has_the_dropout_of_the_task_whatever_the_configuration(
         (None, "topology=None must be a string"),
     ],
 )
-def test_an_unknown_topology_is_refused(topology, message):
+def test_an_unknown_topology_is_refused(name, message):
     with pytest.raises(ValueError, match=message):
-        topology_devices(topology)
+        topology_devices(name)
 
 
 @pytest.mark.parametrize("make", [flaxgpt.plan, largest_batch_plan])
@@ -430,17 +433,35 @@ def test_generation_beyond_the_context_is_refused_with_sizes_that_fit(sizes, mes
         task.check(CFG, flaxgpt.make_mesh(1))
 
 
+@pytest.mark.parametrize(("version", "message"), [("0.0.21.1", "does not start"), ("0.0.23", "")])
+def test_a_libtpu_that_crashes_without_a_tpu_is_refused_with_what_to_install(
+    monkeypatch, version, message
+):
+    monkeypatch.setattr(topology.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(topology.importlib.metadata, "version", lambda name: version)
+    monkeypatch.setattr(topology.glob, "glob", lambda pattern: [])
+
+    def describe(*arguments, **options):
+        raise RuntimeError("PJRT_Client_Create is missing\nand more")
+
+    monkeypatch.setattr(jax.experimental.topologies, "get_topology_desc", describe)
+    expected = message or r"cannot be used by JAX .* \(PJRT_Client_Create is missing\)"
+    install = r".*pip install 'jax\[tpu\]=="
+    with pytest.raises(ValueError, match=f"libtpu {version} {expected}{install}"):
+        topology_devices("v5p:3x1x1")
+
+
 @without_libtpu
 def test_without_libtpu_an_error_says_what_to_install():
     cfg = flaxgpt.GPTConfig.preset("gpt2")
-    with pytest.raises(ValueError, match=r"pip install 'flaxgpt\[tpu-compiler\]'"):
+    with pytest.raises(ValueError, match=r"pip install 'jax\[tpu\]==\d+\.\d+\.\d+"):
         flaxgpt.plan(cfg, flaxgpt.GenerateTask())
 
 
 @without_libtpu
 @pytest.mark.slow
 def test_without_libtpu_the_command_prints_one_line():
-    assert_refused(run("plan", "gpt2"), "pip install 'flaxgpt[tpu-compiler]'")
+    assert_refused(run("plan", "gpt2"), "pip install 'jax[tpu]==")
 
 
 @pytest.mark.parametrize(

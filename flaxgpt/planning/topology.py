@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import glob
+import importlib.metadata
 import importlib.util
 import math
 import os
@@ -12,6 +13,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import jax
 from jax.errors import JaxRuntimeError
 
 from flaxgpt._checks import check_size
@@ -29,6 +31,11 @@ _ENVIRONMENT = {
 }
 # Where Linux shows TPU chips. With a TPU, libtpu must start as that machine needs it.
 _ATTACHED = ("/dev/accel[0-9]*", "/dev/vfio/[0-9]*")
+
+_OLDEST = [0, 0, 23]  # of libtpu
+_INVALID = "INVALID_ARGUMENT: "
+# Installs the version of libtpu that this JAX asks for, and leaves JAX alone.
+_INSTALL = f"pip install 'jax[tpu]=={jax.__version__}'"
 
 
 def topology_devices(topology: str) -> tuple[Any, ...]:
@@ -63,9 +70,12 @@ def _devices(topology: str, lengths: tuple[int, ...], example: str) -> tuple[Any
     """Return the devices of a topology, which libtpu describes once."""
     if importlib.util.find_spec("libtpu") is None:
         raise ValueError(
-            "libtpu, which has the compiler for TPUs, is not installed: "
-            "pip install 'flaxgpt[tpu-compiler]', on Linux (it needs no TPU)"
+            f"libtpu, which has the compiler for TPUs, is not installed: {_INSTALL}, on Linux (it "
+            "needs no TPU)"
         )
+    attached = any(glob.glob(pattern) for pattern in _ATTACHED)
+    if not attached and _too_old(version := importlib.metadata.version("libtpu")):
+        raise ValueError(f"libtpu {version} does not start without a TPU: {_INSTALL}")
     from jax.experimental import topologies
 
     chip = chip_of(topology)
@@ -73,16 +83,20 @@ def _devices(topology: str, lengths: tuple[int, ...], example: str) -> tuple[Any
     if set(lengths) == {1}:  # by default, a host has four chips
         options["chips_per_host_bounds"] = [1, 1, 1]
     try:
-        with _libtpu_environment():
+        with _libtpu_environment({} if attached else _ENVIRONMENT):
             found = topologies.get_topology_desc(topology, "tpu", **options)
-    except JaxRuntimeError as error:
-        reason = str(error).removeprefix("INVALID_ARGUMENT: ").splitlines()[0]
-        raise ValueError(
-            f"libtpu does not know the topology {topology!r} ({reason}): use one that exists, "
-            f"such as {chip.name}:{example}"
-        ) from error
     except RuntimeError as error:
-        raise ValueError(f"libtpu cannot be loaded: {str(error).splitlines()[0]}") from error
+        reason = "".join(str(error).splitlines()[:1])
+        if isinstance(error, JaxRuntimeError) and reason.startswith(_INVALID):
+            reason = reason.removeprefix(_INVALID)
+            raise ValueError(
+                f"libtpu does not know the topology {topology!r} ({reason}): use one that exists, "
+                f"such as {chip.name}:{example}"
+            ) from error
+        raise ValueError(
+            f"libtpu {importlib.metadata.version('libtpu')} cannot be used by JAX "
+            f"{jax.__version__} ({reason}): for the version that fits, {_INSTALL}"
+        ) from error
     return tuple(found.devices)
 
 
@@ -122,13 +136,17 @@ def _check_sizes(sizes: Any) -> dict[str, int]:
 
 
 @contextlib.contextmanager
-def _libtpu_environment() -> Iterator[None]:
-    """Set the environment variables that are missing to start libtpu without a TPU."""
-    attached = any(glob.glob(pattern) for pattern in _ATTACHED)
-    added = {} if attached else {k: v for k, v in _ENVIRONMENT.items() if k not in os.environ}
+def _libtpu_environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set those environment variables that are missing."""
+    added = {name: value for name, value in variables.items() if name not in os.environ}
     os.environ.update(added)
     try:
         yield
     finally:
         for name in added:
             os.environ.pop(name, None)
+
+
+def _too_old(version: str) -> bool:
+    """Whether this version of libtpu crashes where there is no TPU."""
+    return [int(part) for part in re.findall(r"\d+", version)[:3]] < _OLDEST
