@@ -58,8 +58,9 @@ class Decode:
 
         import flaxgpt
 
+        _check(self, "batch", "prompt_length", "new_tokens", "repeats")
         if self.driver == "stream" and self.batch != 1:
-            raise SystemExit(f"--driver stream decodes one row: use --batch 1, not {self.batch}")
+            raise ValueError(f"--driver stream decodes one row: use --batch 1, not {self.batch}")
         cfg = flaxgpt.GPTConfig.preset(self.preset)
         params = jax.block_until_ready(flaxgpt.init(cfg, jax.random.key(0)))
         shape = (self.batch, self.prompt_length)
@@ -112,9 +113,10 @@ class Train:
         from flaxgpt.data import batches
         from flaxgpt.training import init_state, recipe, train_steps
 
+        _check(self, "batch", "length", "steps", "steps_per_call", "repeats")
         calls, rest = divmod(self.steps, self.steps_per_call)
         if rest:
-            raise SystemExit(f"--steps {self.steps} must be a multiple of {self.steps_per_call}")
+            raise ValueError(f"--steps {self.steps} must be a multiple of {self.steps_per_call}")
         cfg, train_cfg = recipe(self.recipe)
         cfg = dataclasses.replace(
             cfg, context_length=max(self.length, cfg.context_length), drop_rate=0.0
@@ -163,9 +165,19 @@ def main() -> None:
         "device": Device,
     }
     task = tyro.extras.subcommand_cli_from_dict(tasks, description=__doc__)
+    try:
+        _check(task, "rounds")
+        if isinstance(task, Device):
+            task.run()
+        else:
+            _measure(task)
+    except ValueError as error:
+        raise SystemExit(f"bench.py: {error}") from None
+
+
+def _measure(task: Decode | Train) -> None:
+    """Run a benchmark, alone or in turn with a peer, and print the result."""
     name = type(task).__name__.lower()
-    if isinstance(task, Device):
-        return task.run()
     if task.against is None:
         figures = task.run()
     else:
@@ -178,6 +190,14 @@ def main() -> None:
                 alone += [f"--{flag}", str(value)]
         figures = in_turn(alone, task.against, task.rounds)
     print(json.dumps({"task": name} | dataclasses.asdict(task) | machine() | figures))
+
+
+def _check(task: Decode | Train | Device, *names: str) -> None:
+    """Raise ValueError unless these options are whole numbers, 1 or more."""
+    from flaxgpt._checks import check_size
+
+    for name in names:
+        check_size(f"--{name.replace('_', '-')}", getattr(task, name))
 
 
 if __name__ == "__main__":

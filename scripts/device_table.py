@@ -117,6 +117,9 @@ class Device:
 
     def run(self) -> None:
         """Measure, and print the table and the JSON object."""
+        from flaxgpt._checks import check_positive
+
+        check_positive("--budget", self.budget)
         table = _Table(dataclasses.asdict(self), time.monotonic() + self.budget)
         deadline = threading.Timer(self.budget + _GRACE, table.stop)
         deadline.daemon = True

@@ -1,6 +1,7 @@
 """scripts/bench.py device: it measures, names what it could not measure, and ends in time."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,9 +19,9 @@ def scripts(monkeypatch):
     monkeypatch.syspath_prepend(str(SCRIPTS))
 
 
-def bench(*arguments):
+def run_bench(*arguments, script=SCRIPTS / "bench.py"):
     """Run scripts/bench.py and return what it printed and the JSON object of its last line."""
-    command = [sys.executable, SCRIPTS / "bench.py", *arguments]
+    command = [sys.executable, script, *arguments]
     done = subprocess.run(command, capture_output=True, env=QUICK, timeout=300, check=True)
     *table, last = done.stdout.decode().splitlines()
     return table, json.loads(last)
@@ -30,7 +31,7 @@ def bench(*arguments):
 def test_the_device_task_measures_every_row_and_compares_with_a_peer(tmp_path):
     peer = tmp_path / "peer.py"
     peer.write_text("""import json, sys; print(json.dumps({"tokens_per_s": 1.0, "a": sys.argv}))""")
-    table, found = bench("device", "--quick", "--against", f"{sys.executable} {peer} --fast")
+    table, found = run_bench("device", "--quick", "--against", f"{sys.executable} {peer} --fast")
     rows = [row for section in SECTIONS for row in found[section]]
     assert {row["status"] for row in rows} == {"measured"}
     for row in found["decode"]:
@@ -50,17 +51,47 @@ SECTIONS = ("peer", "roofline", "decode", "train", "prefill", "attention")
 
 @pytest.mark.slow
 def test_the_device_task_begins_no_row_after_its_budget():
-    table, found = bench("device", "--quick", "--budget", "0")
+    table, found = run_bench("device", "--quick", "--budget", "0.001")
     statuses = [row["status"] for section in SECTIONS for row in found.get(section, [])]
     assert set(statuses) == {"not run: out of time"}
     assert "| 1 | bfloat16 | not run: out of time |" in table
 
 
 @pytest.mark.slow
-def test_the_device_task_prints_what_it_has_when_a_row_outlasts_the_budget():
-    table, found = bench("device", "--quick", "--budget", "-44")  # one second before the deadline
+def test_the_device_task_prints_what_it_has_when_a_row_outlasts_the_budget(tmp_path):
+    impatient = tmp_path / "impatient.py"  # that stops the task half a second after the budget
+    impatient.write_text(
+        f"import sys; sys.path.insert(0, {str(SCRIPTS)!r})\n"
+        "import bench, device_table; device_table._GRACE = 0.5; bench.main()"
+    )
+    table, found = run_bench("device", "--quick", "--budget", "0.5", script=impatient)
     assert found["seconds"] < 4
     assert table[0].endswith("in total")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["decode", "--preset", "nope"], "unknown preset 'nope'"),
+        (["decode", "--batch", "0"], "--batch=0 must be a whole number, 1 or more"),
+        (["decode", "--prompt-length", "0"], "--prompt-length=0 must be a whole number"),
+        (["decode", "--repeats", "0"], "--repeats=0 must be a whole number"),
+        (["decode", "--against", "peer", "--rounds", "0"], "--rounds=0 must be a whole number"),
+        (["decode", "--batch", "2", "--driver", "stream"], "use --batch 1, not 2"),
+        (["train", "--batch", "0"], "--batch=0 must be a whole number"),
+        (["train", "--steps-per-call", "0"], "--steps-per-call=0 must be a whole number"),
+        (["train", "--steps", "7"], "--steps 7 must be a multiple of 10"),
+        (["device", "--budget", "-1"], "--budget=-1.0 must be a positive number"),
+        (["device", "--rounds", "0"], "--rounds=0 must be a whole number"),
+    ],
+)
+def test_invalid_options_end_the_benchmark_with_one_line(scripts, monkeypatch, arguments, message):
+    import bench
+
+    monkeypatch.setattr(sys, "argv", ["bench.py", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        bench.main()
+    assert re.fullmatch(f"bench.py: .*{re.escape(message)}.*", str(stopped.value))
 
 
 def test_what_does_not_fit_in_memory_is_reported_and_the_next_row_still_runs(scripts):
