@@ -67,10 +67,10 @@ def test_generation_is_planned_for_several_chips():
     task = flaxgpt.GenerateTask(batch=3, prompt_length=16, new_tokens=16)
     found = flaxgpt.plan(CFG, task, topology="v5e:2x2", mesh={"data": 2, "tensor": 2})
     assert found.tokens_per_s == pytest.approx(3 / found.step.seconds)
-    assert {axis for one in found.collectives for axis in one.axes} == {"tensor"}
+    assert {axis for one in found.collectives for axis in one.axes} >= {"tensor"}
     # A step reads one id per row where the prefill reads 16, and neither counts the other.
     step, prefill = (
-        sum(one.bytes for one in sent if one.kind == "all-reduce")
+        sum(one.bytes for one in sent if (one.kind, one.axes) == ("all-reduce", ("tensor",)))
         for sent in (found.collectives, found.prefill_collectives)
     )
     assert 0 < step < prefill / 4
