@@ -47,10 +47,14 @@ class MultiHeadAttention(nn.Module):
         # A cache has no copies of rows.
         rows = batch if visibility.start is None else visibility.start.shape[0]
 
-        linear = partial(Linear, dtype=self.dtype, rounded=self.platform.round_products)
+        linear = partial(
+            Linear, dtype=self.dtype, rounded=self.platform.round_products, heads=heads
+        )
 
         def project(features: int, name: str) -> jax.Array:  # [B, T, features]
-            return drop_copies(linear(features, self.cfg.qkv_bias, name=name)(x), rows)
+            return drop_copies(
+                linear(features, self.cfg.qkv_bias, letters="ND", name=name)(x), rows
+            )
 
         def by_head(y: jax.Array) -> jax.Array:  # [B, N, T, H]
             return constrain(y.reshape(rows, queries, heads, size).swapaxes(1, 2), "BNTH")
@@ -79,8 +83,10 @@ class MultiHeadAttention(nn.Module):
 
         context = context.swapaxes(1, 2).reshape(rows, queries, self.cfg.emb_dim)
         context = copied(context, batch)
-        std = residual_std(self.cfg)
-        return linear(self.cfg.emb_dim, self.cfg.bias, std, name="out_proj")(context), cache
+        out_proj = linear(
+            self.cfg.emb_dim, self.cfg.bias, residual_std(self.cfg), letters="DN", name="out_proj"
+        )
+        return out_proj(context), cache
 
 
 def scale_query(cfg: GPTConfig, layer: int, query: jax.Array) -> jax.Array:

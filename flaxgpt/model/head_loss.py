@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from flaxgpt.model.log_probs import token_log_probs
+from flaxgpt.sharding import gather_weight
 
 
 def head_loss(
@@ -48,7 +49,7 @@ def _sum(
     targets: jax.Array,  # int [pieces, B, width]
     weights: jax.Array,  # float32 [pieces, B, width]
 ) -> jax.Array:  # float32 []
-    matrix = head.astype(states.dtype)
+    matrix = gather_weight(head.astype(states.dtype), "VD", targets.size)
 
     def add(total: jax.Array, piece: Any) -> tuple[jax.Array, None]:
         x, target, weight = piece
@@ -61,7 +62,7 @@ def _sum(
 def _forward(
     states: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    matrix = head.astype(states.dtype)
+    matrix = gather_weight(head.astype(states.dtype), "VD", targets.size)
 
     def add(sums: Any, piece: Any) -> tuple[Any, Any]:
         total, d_head = sums
@@ -75,6 +76,7 @@ def _forward(
         d_logits = d_logits.astype(x.dtype)
         d_x = jnp.einsum("btv,vd->btd", d_logits, matrix, preferred_element_type=jnp.float32)
         d_head += jnp.einsum("btv,btd->vd", d_logits, x, preferred_element_type=jnp.float32)
+        d_head = gather_weight(d_head, "VD", targets.size)  # split after the last piece only
         return (total - (weight * log_probs).sum(), d_head), (d_x.astype(x.dtype), log_probs)
 
     zeros = (jnp.float32(0), jnp.zeros(head.shape, jnp.float32))

@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 
 from flaxgpt.config import GPTConfig
 from flaxgpt.platform import Platform
-from flaxgpt.sharding import constrain
+from flaxgpt.sharding import constrain, gather_weight
 
 INIT_STD = 0.02  # of every weight matrix (Radford et al. 2018, section 4.1, and GPT-2's code)
 
@@ -31,12 +31,15 @@ class Linear(nn.Module):
     dtype: DTypeLike = jnp.float32  # to compute in; parameters keep the dtype they are stored in
     out_dtype: DTypeLike | None = None  # of the result, if more precise than `dtype`
     rounded: bool = False  # whether a narrow product is computed in float32, then rounded
+    letters: str = "FD"  # of the weight's dimensions
+    heads: int = 1  # in a dimension "N"
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:  # [..., in] -> [..., out]
         shape = (self.features, x.shape[-1])
         weight = self.param("weight", nn.initializers.normal(self.std), shape, jnp.float32)
         x, weight = x.astype(self.dtype), weight.astype(self.dtype)
+        weight = gather_weight(weight, self.letters, x.size // x.shape[-1], self.heads)
         y = _product(x, weight, self.out_dtype, self.rounded)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros_init(), (self.features,), jnp.float32)
@@ -123,7 +126,7 @@ class FeedForward(nn.Module):
         wide = constrain(wide, "BTF")
         active = nn.gelu(wide, approximate=cfg.activation == "gelu_tanh")
         std = residual_std(cfg)
-        return linear(cfg.emb_dim, cfg.bias, std, name="layers_2")(active)
+        return linear(cfg.emb_dim, cfg.bias, std, letters="DF", name="layers_2")(active)
 
 
 def residual_std(cfg: GPTConfig) -> float:

@@ -40,6 +40,34 @@ def constrain(x: jax.Array, letters: str) -> jax.Array:
     return lax.with_sharding_constraint(x, activation_sharding(letters, x.shape, mesh))
 
 
+def gather_weight(weight: jax.Array, letters: str, positions: int, heads: int = 1) -> jax.Array:
+    """Return a weight for a product with many positions: gathered along "fsdp" before it.
+
+    Left to itself, XLA for TPU multiplies the parts one after another while they move on, in
+    products that are too small for the matrix unit: a training step of GPT-2 XL on 8 chips is
+    estimated to compute for two thirds longer. Where there are fewer positions than outputs of the
+    product, as in decoding, the other factor is smaller than the weight, and XLA decides what to
+    move. So it does where "tensor" does not divide the vocabulary or the heads.
+
+    Args:
+        weight: [out, in], in the dtype to compute in.
+        letters: its dimensions, such as "FD".
+        positions: rows of the other factor on all devices.
+        heads: in a dimension "N", which is split by whole heads.
+    """
+    mesh = mesh_in_force(weight)
+    if mesh is None or positions < weight.shape[0]:
+        return weight
+    units = tuple(
+        heads if letter == "N" else size for letter, size in zip(letters, weight.shape, strict=True)
+    )
+    split = activation_sharding(letters, units, mesh)
+    wanted = [set(ACTIVATIONS.get(letter, ())) & set(mesh.axis_names) for letter in letters]
+    if any(axes and entry is None for axes, entry in zip(wanted, split.spec, strict=True)):
+        return weight
+    return lax.with_sharding_constraint(weight, split)
+
+
 def mesh_in_force(x: jax.Array) -> Any:
     """Return the mesh in force while `x` is traced, or None: a concrete array stays as it is."""
     mesh = jax.sharding.get_abstract_mesh()

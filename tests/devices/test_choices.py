@@ -5,11 +5,12 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 import flaxgpt
 from flaxgpt.model.rows import add_copies, drop_copies
 from flaxgpt.platform import PLATFORMS, Platform
-from flaxgpt.sharding import in_force
+from flaxgpt.sharding import gather_weight, in_force
 from flaxgpt.training import TrainConfig, init_state, train_step
 
 pytestmark = [pytest.mark.usefixtures("quick_compilation"), pytest.mark.slow]
@@ -47,6 +48,27 @@ def test_ids_are_those_of_one_device(shape):
     expected = flaxgpt.generate(CFG, params, prompts, 12)
     split = flaxgpt.shard(params, flaxgpt.make_mesh(*shape), flaxgpt.shard_rules(CFG))
     assert flaxgpt.generate(CFG, split, prompts, 12) == expected
+
+
+@pytest.mark.parametrize(
+    ("mesh", "letters", "positions", "expected"),
+    [
+        ((1, 8, 1), "FD", 64, PartitionSpec()),
+        ((1, 4, 2), "FD", 64, PartitionSpec("tensor")),
+        ((1, 4, 2), "DN", 64, PartitionSpec(None, "tensor")),
+        ((1, 8, 1), "FD", 63, PartitionSpec(None, "fsdp")),  # fewer positions than outputs
+        ((1, 2, 4), "ND", 64, PartitionSpec(None, "fsdp")),  # 6 heads on 4 devices
+    ],
+    ids=str,
+)
+def test_a_weight_is_gathered_for_many_positions(mesh, letters, positions, expected):
+    mesh = flaxgpt.make_mesh(*mesh)
+    weight = jax.device_put(
+        np.zeros((64, 48), np.float32), NamedSharding(mesh, PartitionSpec(None, "fsdp"))
+    )
+    with in_force(mesh):
+        found = jax.jit(gather_weight, static_argnums=(1, 2, 3))(weight, letters, positions, 6)
+    assert found.sharding.is_equivalent_to(NamedSharding(mesh, expected), 2)
 
 
 def test_each_device_copies_its_own_rows():

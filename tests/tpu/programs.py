@@ -38,6 +38,7 @@ class Program:
     topology: str
     lower: Callable[[str], Any]
     task: GenerateTask | TrainTask | None = None
+    sizes: dict[str, int] | None = None  # of the mesh
 
     @property
     def id(self) -> str:
@@ -89,10 +90,9 @@ def programs() -> list[Program]:
         found.append(Program("forward", one, partial(lower_forward, "plain", False)))
         for name, task in tasks.items():
             found.append(Program(name, one, partial(lower_task, task, None), task))
-        for name, sizes in {"data x fsdp x tensor": SPLIT, "data": None}.items():
-            if sizes or IS_WHOLE:
-                lower = partial(lower_task, SHARDED, sizes)
-                found.append(Program(f"train step, {name}", eight, lower, SHARDED))
+        for name, sizes in {"data x fsdp x tensor": SPLIT, "fsdp": {"fsdp": 8}, "data": {}}.items():
+            lower = partial(lower_task, SHARDED, sizes)
+            found.append(Program(f"train step, {name}", eight, lower, SHARDED, sizes))
         for name, with_gradient in {"forward": False, "backward": True}.items():
             lower = partial(lower_forward, "splash", with_gradient)
             found.append(Program(f"splash, {name}", one, lower))
