@@ -36,6 +36,13 @@ def check_positive(name: str, value: Any) -> float:
     return float(value)
 
 
+def check_finite(name: str, value: Any) -> float:
+    """Return `value` as a float, or raise ValueError unless it is a finite number."""
+    if not float("-inf") < _number(value) < float("inf"):
+        raise ValueError(f"{name}={value!r} must be a finite number")
+    return float(value)
+
+
 def check_nonnegative(name: str, value: Any) -> float:
     """Return `value` as a finite float of 0 or more, or raise ValueError."""
     if not 0.0 <= _number(value) < float("inf"):
@@ -199,7 +206,7 @@ def check_prompts(vocab_size: int, prompts: Any) -> list[np.ndarray]:
 
 
 def check_stop_ids(stop_ids: Any, vocab_size: int | None = None) -> tuple[int, ...]:
-    """Return stop ids as ints, or raise ValueError with one that is outside the vocabulary."""
+    """Return distinct stop ids, or raise ValueError with one that is outside the vocabulary."""
     if isinstance(stop_ids, str) or not isinstance(stop_ids, Iterable):
         raise ValueError(f"stop_ids={stop_ids!r} must be a list of ids, such as (50256,)")
     ids = []
@@ -211,7 +218,7 @@ def check_stop_ids(stop_ids: Any, vocab_size: int | None = None) -> tuple[int, .
         if not 0 <= ids[-1] < (vocab_size or 2**31):
             allowed = "0 or more" if vocab_size is None else f"from 0 to {vocab_size - 1}"
             raise ValueError(f"stop id {token!r} must be an id, {allowed}")
-    return tuple(ids)
+    return tuple(dict.fromkeys(ids))
 
 
 def check_allowed(allowed: Any, vocab_size: int | None = None) -> np.ndarray:

@@ -2,17 +2,20 @@
 
 sampling     logits to ids
 decoding     the loop, with the model injected
-programs     the loop with the GPT put in, compiled
+beams        the loop of beam search, also with the model injected
+programs     both loops with the GPT put in, compiled
 prompts      prompts and options to arrays
 abstract     the same without arrays, to compile for other devices
+beam_options the options of beam search, and its results
 batch        `generate`
 streaming    `stream`
 text         `generate_text`
 """
 
 from flaxgpt.generation.batch import generate
+from flaxgpt.generation.beam_options import Beam
 from flaxgpt.generation.sampling import Sampling
 from flaxgpt.generation.streaming import stream
 from flaxgpt.generation.text import generate_text
 
-__all__ = ["Sampling", "generate", "generate_text", "stream"]
+__all__ = ["Beam", "Sampling", "generate", "generate_text", "stream"]

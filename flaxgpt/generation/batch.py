@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import overload
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +11,53 @@ import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
 from flaxgpt.config import GPTConfig
-from flaxgpt.generation.programs import compiled_decode
-from flaxgpt.generation.prompts import check_number, prepare
+from flaxgpt.generation.beam_options import Beam, BeamOptions, EarlyStopping
+from flaxgpt.generation.programs import compiled_decode, compiled_search
+from flaxgpt.generation.prompts import Prepared, check_number, prepare
 from flaxgpt.generation.sampling import NOT_A_NUMBER, Sampling
 from flaxgpt.typing import Params
+
+
+@overload
+def generate(
+    cfg: GPTConfig,
+    params: Params,
+    prompts: ArrayLike | Sequence[Sequence[int]],
+    max_new_tokens: int,
+    *,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    key: jax.Array | None = None,
+    stop_ids: Sequence[int] = (),
+    allowed: ArrayLike | None = None,
+    beams: int = 1,
+    length_penalty: float = 1.0,
+    early_stopping: EarlyStopping = False,
+    return_beams: None = None,
+    dtype: DTypeLike = jnp.float32,
+) -> list[list[int]]: ...
+
+
+@overload
+def generate(
+    cfg: GPTConfig,
+    params: Params,
+    prompts: ArrayLike | Sequence[Sequence[int]],
+    max_new_tokens: int,
+    *,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    key: jax.Array | None = None,
+    stop_ids: Sequence[int] = (),
+    allowed: ArrayLike | None = None,
+    beams: int = 1,
+    length_penalty: float = 1.0,
+    early_stopping: EarlyStopping = False,
+    return_beams: int,
+    dtype: DTypeLike = jnp.float32,
+) -> list[list[Beam]]: ...
 
 
 def generate(
@@ -28,8 +72,12 @@ def generate(
     key: jax.Array | None = None,
     stop_ids: Sequence[int] = (),
     allowed: ArrayLike | None = None,
+    beams: int = 1,
+    length_penalty: float = 1.0,
+    early_stopping: EarlyStopping = False,
+    return_beams: int | None = None,
     dtype: DTypeLike = jnp.float32,
-) -> list[list[int]]:
+) -> list[list[int]] | list[list[Beam]]:
     """Continue every prompt and return the new ids only.
 
     In float32, a row gets the same ids in a batch as alone, unless two ids are equally likely up to
@@ -53,25 +101,43 @@ def generate(
             temperature > 0.
         stop_ids: ids that end a row; the row includes the stop id.
         allowed: bool [V], ids that may be chosen; None for all. Top-k and top-p count only these.
+        beams: 2 or more select beam search, which extends that many continuations of each row in
+            parallel and returns the one with the highest score; 1 is greedy decoding or sampling.
+            Beam search requires temperature 0, without top-k and top-p.
+        length_penalty: the score of a continuation is the sum of its ids' log-probabilities over
+            its length to this power: above 0 favors longer ones, 0 and below shorter ones. This is
+            Hugging Face's form, without the constant 5 of Wu et al. 2016 (section 7).
+        early_stopping: when beam search is done with a row that has `beams` continuations that
+            met a stop id. True: at once. False: if the best running one, scored at its present
+            length, is no better than the worst of them. "never": the same, scored at the length
+            that it can reach if `length_penalty` is above 0, so that nothing better is missed.
+        return_beams: how many of the best continuations to return, with scores; at most `beams`.
+            None returns the ids of the best.
         dtype: dtype to compute in: float32, bfloat16 or float16.
 
     Returns:
-        B lists of at most `max_new_tokens` ids.
+        B lists of at most `max_new_tokens` ids. With `return_beams`, B lists of that many
+        `flaxgpt.generation.Beam`, best first.
 
     Raises:
         ValueError: an argument is out of range, params do not fit, or the logits become NaN.
     """
+    options = BeamOptions(beams, length_penalty, early_stopping, return_beams)
+    options.check_sampling(temperature, top_k, top_p)
     sampling = Sampling(temperature, top_k, top_p, key, stop_ids, allowed)
-    program, params, request, ids, start = prepare(
-        cfg, params, prompts, max_new_tokens, sampling, dtype
-    )
-    places = len(ids) * program.plan.width
+    prepared = prepare(cfg, params, prompts, max_new_tokens, sampling, dtype)
+    program, params, request, ids, start = prepared
+    # Beam search keeps running and finished continuations.
+    places = len(ids) * program.plan.width * (2 * options.beams if options.is_search else 1)
     if places > 2**28:
         raise ValueError(
             f"max_new_tokens={max_new_tokens} for {len(ids)} rows needs "
             f"{places * 4 / 2**30:.1f} GiB for the ids alone: ask for fewer, or use "
             "`stream`, which keeps only the context"
         )
+    if options.is_search:
+        options.check_sizes(sampling, cfg.vocab_size, max_new_tokens)
+        return _search(prepared, options)
     decode = compiled_decode(program.platform.decode_options)
     out = np.asarray(decode(program, params, request, ids, start))
     new = out[:, request.prompt_length : request.final_length]
@@ -82,3 +148,11 @@ def generate(
         check_number(row[length - 1], i, length - 1)
         rows.append(row[:length])
     return rows
+
+
+def _search(prepared: Prepared, options: BeamOptions) -> list[list[int]] | list[list[Beam]]:
+    program, params, request, ids, start = prepared
+    search = compiled_search(program.platform.decode_options)
+    finished = search(program, options.beams, params, request, options.rules(), ids, start)
+    found = options.found(finished, request)
+    return [row[0].ids for row in found] if options.return_beams is None else found

@@ -131,7 +131,7 @@ def window_step(
     read: Read, plan: Plan, request: Request, state: DecodeState
 ) -> tuple[DecodeState, jax.Array]:
     """Return the state with one more id, and that id, int32 [B], past the end of the context."""
-    _, window, start = _last_window(plan, state)
+    _, window, start = last_window(plan, state.ids, state.length, state.start)
     emptied = dataclasses.replace(state.cache.rewind(0), start=start)
     state = dataclasses.replace(state, cache=emptied)
     return _step(read, request, state, window, plan.context_length - 1)
@@ -141,7 +141,7 @@ def keep_last_window(
     plan: Plan, request: Request, state: DecodeState
 ) -> tuple[DecodeState, Request]:
     """Return the state with only the last context of its ids, to free the other columns."""
-    first, window, start = _last_window(plan, state)
+    first, window, start = last_window(plan, state.ids, state.length, state.start)
     state = dataclasses.replace(
         state,
         ids=jnp.zeros_like(state.ids).at[:, : plan.context_length].set(window),
@@ -152,11 +152,13 @@ def keep_last_window(
     return state, dataclasses.replace(request, prompt_length=request.prompt_length - first)
 
 
-def _last_window(plan: Plan, state: DecodeState) -> tuple[jax.Array, jax.Array, jax.Array]:
+def last_window(
+    plan: Plan, ids: jax.Array, length: jax.Array, start: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Return where the last `context_length` ids begin, these ids, and where rows begin in them."""
-    first = state.length - plan.context_length
-    window = lax.dynamic_slice_in_dim(state.ids, first, plan.context_length, axis=1)
-    return first, window, jnp.maximum(state.start - first, 0)
+    first = length - plan.context_length
+    window = lax.dynamic_slice_in_dim(ids, first, plan.context_length, axis=1)
+    return first, window, jnp.maximum(start - first, 0)
 
 
 def _step(

@@ -12,7 +12,8 @@ from jax import lax
 
 from flaxgpt.cache import KVCache, init_cache
 from flaxgpt.config import GPTConfig
-from flaxgpt.generation import decoding
+from flaxgpt.generation import beams, decoding
+from flaxgpt.generation.beams import Finished, Rules
 from flaxgpt.generation.decoding import DecodeState, Plan, Read, Request
 from flaxgpt.model.gpt import apply_logits, apply_states
 from flaxgpt.platform import Platform
@@ -61,6 +62,29 @@ def decode(
 def compiled_decode(options: tuple[tuple[str, str], ...]) -> Any:
     """Return `decode` under `jit`, its program static, with a platform's compiler options."""
     return jax.jit(decode, static_argnums=0, compiler_options=dict(options) or None)
+
+
+def search(
+    program: Program,
+    width: int,
+    params: Params,
+    request: Request,
+    rules: Rules,
+    ids: jax.Array,
+    start: jax.Array,
+) -> Finished:
+    """Run `flaxgpt.generation.beams.search` with a GPT and `width` beams. Pure, not compiled."""
+    with in_force(program.mesh):
+        cache = program.empty_cache(ids.shape[0])
+        read, plan = program.read_with(params), program.plan
+        found = beams.search(read, plan, width, request, rules, ids, start, cache)
+        return jax.tree.map(replicated, found)
+
+
+@functools.cache
+def compiled_search(options: tuple[tuple[str, str], ...]) -> Any:
+    """Return `search` under `jit`, as `compiled_decode` does; the beams are static too."""
+    return jax.jit(search, static_argnums=(0, 1), compiler_options=dict(options) or None)
 
 
 @partial(jax.jit, static_argnums=0)
