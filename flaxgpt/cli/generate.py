@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Iterable
 from typing import Annotated, Literal
 
 import jax
@@ -14,6 +15,7 @@ from flaxgpt._checks import check_sampling, check_size
 from flaxgpt.cli.common import load_with_tokenizer, say
 from flaxgpt.cli.streams import check_text, read_prompt
 from flaxgpt.config import GPTConfig
+from flaxgpt.generation.beam_options import BeamOptions
 from flaxgpt.generation.text import drop_stop_tokens
 from flaxgpt.tokenizer import Tokenizer, text_ids
 
@@ -25,6 +27,7 @@ class GenerateCommand:
     Examples:
       flaxgpt generate "Once upon a time"
       flaxgpt generate "Hello, I am" --model book --temperature 0 --max-new-tokens 6
+      flaxgpt generate "The king" --temperature 0 --beams 4
     """
 
     prompt: Annotated[str | None, tyro.conf.Positional] = None
@@ -46,6 +49,12 @@ class GenerateCommand:
     top_p: float | None = None
     """Sample only from the most likely tokens whose probabilities add up to this value."""
 
+    beams: int = 1
+    """Beam search with this many beams, printed when it is done; requires --temperature 0."""
+
+    length_penalty: float = 1.0
+    """With --beams: above 0 favors longer texts, 0 and below shorter ones."""
+
     seed: int = 0
     """Random seed; the same seed gives the same text on the same machine."""
 
@@ -66,6 +75,14 @@ class GenerateCommand:
         check_size("--max-new-tokens", self.max_new_tokens)
         check_size("--n", self.n)
         check_sampling(self.temperature, self.top_k, self.top_p)
+        check_size("--beams", self.beams)
+        if self.beams > 1 and self.temperature > 0:
+            raise ValueError(
+                f"--beams {self.beams} searches for the most likely text, and does not sample: add "
+                "--temperature 0"
+            )
+        options = BeamOptions(self.beams, self.length_penalty)
+        options.check_sampling(self.temperature, self.top_k, self.top_p)
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"--seed {self.seed} must be from 0 to {2**32 - 1}")
         if self.n > 1 and self.temperature == 0:
@@ -88,19 +105,33 @@ class GenerateCommand:
         allowed = text_ids(tokenizer, cfg.vocab_size)
         key = jax.random.key(self.seed)
         for i in range(self.n):
-            tokens = flaxgpt.stream(
-                cfg,
-                params,
-                ids,
-                self.max_new_tokens,
-                temperature=self.temperature,
-                top_k=self.top_k,
-                top_p=self.top_p,
-                key=jax.random.fold_in(key, i)[None],  # the key of row i in `generate`
-                stop_ids=stop_ids,
-                allowed=allowed,
-                dtype=self.dtype,
-            )
+            tokens: Iterable[int]
+            if self.beams > 1:
+                (tokens,) = flaxgpt.generate(
+                    cfg,
+                    params,
+                    [ids],
+                    self.max_new_tokens,
+                    stop_ids=stop_ids,
+                    allowed=allowed,
+                    beams=self.beams,
+                    length_penalty=self.length_penalty,
+                    dtype=self.dtype,
+                )
+            else:
+                tokens = flaxgpt.stream(
+                    cfg,
+                    params,
+                    ids,
+                    self.max_new_tokens,
+                    temperature=self.temperature,
+                    top_k=self.top_k,
+                    top_p=self.top_p,
+                    key=jax.random.fold_in(key, i)[None],  # the key of row i in `generate`
+                    stop_ids=stop_ids,
+                    allowed=allowed,
+                    dtype=self.dtype,
+                )
             say(("\n" if i else "") + (prompt if self.echo else ""))
             new_ids = drop_stop_tokens(tokenizer, tokens, stop_ids)
             for piece in tokenizer.decode_stream(new_ids, after=ids):

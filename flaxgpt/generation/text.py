@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 from flaxgpt._checks import check_stop_ids
 from flaxgpt.config import GPTConfig, check_config
 from flaxgpt.generation.batch import generate
+from flaxgpt.generation.beam_options import EarlyStopping
 from flaxgpt.tokenizer import Tokenizer, text_ids
 from flaxgpt.typing import Params
 
@@ -27,6 +28,9 @@ def generate_text(
     top_p: float | None = None,
     key: jax.Array | None = None,
     stop_ids: Sequence[int] = (),
+    beams: int = 1,
+    length_penalty: float = 1.0,
+    early_stopping: EarlyStopping = False,
     dtype: DTypeLike = jnp.float32,
 ) -> list[str]:
     """Continue every text and return the new text only.
@@ -64,6 +68,9 @@ def generate_text(
         top_p=top_p,
         key=key,
         stop_ids=stop_ids,
+        beams=beams,
+        length_penalty=length_penalty,
+        early_stopping=early_stopping,
         allowed=text_ids(tokenizer, cfg.vocab_size),
         dtype=dtype,
     )
