@@ -12,7 +12,7 @@ import jax
 import pytest
 
 import flaxgpt
-from command import COMMAND, QUICK, assert_refused, both_ways
+from command import COMMAND, QUICK, assert_refused, both_ways, call
 from flaxgpt import GPTConfig
 from flaxgpt.tokenizer import GPT2_PATTERN, BPETokenizer, CharTokenizer
 
@@ -42,6 +42,13 @@ def test_generate_prints_only_the_prompt_and_its_continuation(start, folder):
     assert process.returncode == 0
     assert process.stdout.decode() == "Hello" + expected(folder, "Hello", 6) + "\n"
     assert process.stderr == b""
+
+
+def test_generate_prints_the_best_beam(folder):
+    flags = (*GREEDY, "--beams", 3, "--length-penalty", 0.5, "--max-new-tokens", 6)
+    process = call("generate", "Hello", "--model", folder, *flags)
+    best = expected(folder, "Hello", 6, beams=3, length_penalty=0.5)
+    assert process.stdout.decode() == f"Hello{best}\n"
 
 
 @both_ways
@@ -179,6 +186,10 @@ def test_help_of_a_command_lists_its_options(start):
         (["--max-new-tokens", 0], "--max-new-tokens=0 must be a whole number"),
         ([*GREEDY, "--n", 3], "--n 3 at --temperature 0 would print the same text 3 times"),
         (["--seed", -1], "--seed -1 must be from 0"),
+        (["--beams", 0], "--beams=0 must be a whole number"),
+        (["--beams", 4], "--beams 4 searches for the most likely text"),
+        ([*GREEDY, "--beams", 4, "--top-k", 2], "top_k=2 is an option of sampling"),
+        ([*GREEDY, "--length-penalty", 2], "length_penalty=2.0 has no effect without beam search"),
     ],
 )
 def test_an_invalid_option_is_an_error_before_the_model_is_loaded(start, arguments, message):

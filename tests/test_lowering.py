@@ -10,6 +10,7 @@ from jax import export
 
 import flaxgpt
 from flaxgpt.generation import programs
+from flaxgpt.generation.beam_options import BeamOptions
 from flaxgpt.generation.prompts import prepare
 from flaxgpt.generation.sampling import Sampling
 from flaxgpt.model.attend import attend, resolve_attention
@@ -99,6 +100,21 @@ def test_the_decoding_loop_is_lowered(platform, dtype, choose):
         return programs.decode(program, params, *rest)
 
     assert "stablehlo.while" in lowered(decode, platform, params, *rest)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_beam_search_is_lowered(platform, choose):
+    choose(platform)
+    params = flaxgpt.init(CFG, jax.random.key(0))
+    program, params, *rest = prepare(CFG, params, np.ones((1, 5), int), 8, Sampling(), "bfloat16")
+    request, *rows = rest
+
+    def search(params, request, *rest):
+        return programs.search(program, 4, params, request, *rest)
+
+    arguments = (params, request, BeamOptions(4).rules(), *rows)
+    assert "stablehlo.while" in lowered(search, platform, *arguments)
 
 
 @pytest.mark.slow

@@ -107,10 +107,10 @@ def generate(
         length_penalty: the score of a continuation is the sum of its ids' log-probabilities over
             its length to this power: above 0 favors longer ones, 0 and below shorter ones. This is
             Hugging Face's form, without the constant 5 of Wu et al. 2016 (section 7).
-        early_stopping: when beam search is done with a row that has `beams` continuations that
-            met a stop id. True: at once. False: if the best running one, scored at its present
-            length, is no better than the worst of them. "never": the same, scored at the length
-            that it can reach if `length_penalty` is above 0, so that nothing better is missed.
+        early_stopping: when beam search is done with a row, at the earliest when `beams` of its
+            continuations have met a stop id. True: at once. False: when the best running one scores
+            no better than the worst of these at its present length. "never": when it cannot score
+            better at any length up to `max_new_tokens`.
         return_beams: how many of the best continuations to return, with scores; at most `beams`.
             None returns the ids of the best.
         dtype: dtype to compute in: float32, bfloat16 or float16.

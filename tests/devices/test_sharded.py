@@ -153,6 +153,17 @@ def test_rows_may_have_keys_of_their_own_and_stop_early():
     assert flaxgpt.generate(CFG, split((4, 1, 2)), RAGGED, 8, **options) == expected
 
 
+@shapes
+@pytest.mark.parametrize("cfg", [CFG, UNEVEN], ids=["even", "uneven"])
+def test_beams_are_those_of_one_device_ragged_and_past_the_context(cfg, shape):
+    options = {"beams": 3, "return_beams": 2, "stop_ids": [5]}
+    found = flaxgpt.generate(cfg, split(shape, cfg), RAGGED, 24, **options)
+    expected = flaxgpt.generate(cfg, parameters(cfg), RAGGED, 24, **options)
+    assert [[b.ids for b in row] for row in found] == [[b.ids for b in row] for row in expected]
+    for row, others in zip(found, expected, strict=True):
+        np.testing.assert_allclose([b.score for b in row], [b.score for b in others], rtol=1e-5)
+
+
 @slow
 @pytest.mark.parametrize(
     "function",
