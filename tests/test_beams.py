@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import flaxgpt
 import golden
@@ -242,24 +244,25 @@ class BeamCache(FakeCache):
 jax.tree_util.register_dataclass(BeamCache, ["start", "length"], [])
 
 
-def call(probs, prompts, new=6, stop=-1, penalty=1.0, early=False, never=False):
+def call(probs, prompts, new=6, stops=(), penalty=1.0, early=False, never=False):
     """Return the arguments of a program of `fake`."""
     longest = max(map(len, prompts))
     request = Request(
         *(jax.random.key(0), np.float32(0), np.int32(4), np.float32(1)),
-        stop_ids=np.array([stop, -1], np.int32),
+        stop_ids=np.array([*stops, -1, -1][:2], np.int32),
         prompt_length=np.int32(longest),
         final_length=np.int32(longest + new),
     )
     rules = Rules(np.float32(penalty), np.bool_(early), np.bool_(never))
     ids = np.array([[0] * (longest - len(row)) + row for row in prompts], np.int32)
     start = np.array([longest - len(row) for row in prompts], np.int32)
-    return np.log(np.array(probs, np.float32)), request, rules, ids, start
+    table = np.log(np.broadcast_to(np.array(probs, np.float32), (6, 4, 4)))
+    return table, request, rules, ids, start
 
 
 @functools.cache
 def fake(beams, longest, new=6):
-    """Return the search with a model of one id's logits, and the shapes of the ids it reads."""
+    """Return the search with a model of the latest id, and the shapes of the ids it reads."""
     shapes = []
     plan = Plan(longest, longest + new, longest + new, exceeds_context=False)
 
@@ -267,7 +270,8 @@ def fake(beams, longest, new=6):
         def read(ids, last, cache):
             shapes.append(ids.shape)
             latest = jax.lax.dynamic_index_in_dim(ids, last, axis=1, keepdims=False)
-            return table[latest], dataclasses.replace(cache, length=cache.length + ids.shape[1])
+            read = cache.length + ids.shape[1]
+            return table[read - longest, latest], dataclasses.replace(cache, length=read)
 
         cache = BeamCache(jnp.zeros(len(ids), jnp.int32), jnp.int32(0))
         return loop.search(read, plan, beams, request, rules, ids, start, cache)
@@ -276,7 +280,7 @@ def fake(beams, longest, new=6):
 
 
 def find(probs, prompts, beams=2, **options):
-    """Return the beams and scores that the loop finds if `probs[i]` are those after id i."""
+    """Return the beams and scores that the loop finds if `probs[..., i, :]` follow id i."""
     longest = max(map(len, prompts))
     finished = fake(beams, longest)[0](*call(probs, prompts, **options))
     lengths = np.asarray(finished.lengths)
@@ -304,6 +308,48 @@ def test_the_prompts_are_read_once_and_then_one_id_of_each_beam():
     assert shapes == [(2, 3), (6, 1)]
 
 
+def transformers_rules(probs, prompt, beams, new, stops, penalty, early, never):
+    """Return the finished beams, as (score, ids), by the rules of transformers in plain Python."""
+    running, finished = [(0.0, [])], []
+    for count in range(1, new + 1):
+        candidates = [
+            (total + np.log(probs[count - 1, [*prompt, *ids][-1], token]), [*ids, token])
+            for total, ids in running
+            for token in range(4)
+        ]
+        kept = sorted(candidates, reverse=True)[: max(2, 1 + len(stops)) * beams]
+        ended = [beam for beam in kept[:beams] if beam[1][-1] in stops or count == new]
+        finished += [(total / count**penalty, ids) for total, ids in ended]
+        finished = sorted(finished, reverse=True)[:beams]
+        running = [beam for beam in kept if beam[1][-1] not in stops][:beams]
+        reached = new if never and penalty > 0 else count
+        if len(finished) == beams and (
+            early or running[0][0] / reached**penalty <= finished[-1][0]
+        ):
+            break
+    return finished
+
+
+@SLOW
+@given(
+    seed=st.integers(0, 10**6),
+    stops=st.sampled_from([(), (2,), (1, 3)]),
+    penalty=st.sampled_from([-1.0, 0.0, 0.5, 1.0, 2.0]),
+    flags=st.sampled_from([(False, False), (True, False), (False, True)]),
+    new=st.integers(1, 6),
+)
+def test_the_rules_are_those_of_transformers(seed, stops, penalty, flags, new):
+    rng = np.random.default_rng(seed)
+    probs = rng.dirichlet(np.full(4, 0.5), (6, 4)) * 0.96 + 0.01
+    prompts = [[0, 1], [2], [3, 3]]
+    options = {"new": new, "penalty": penalty, "early": flags[0], "never": flags[1]}
+    found, scores = find(probs, prompts, beams=3, stops=stops, **options)
+    for prompt, ids, own in zip(prompts, found, np.asarray(scores), strict=True):
+        expected = transformers_rules(probs, prompt, beams=3, stops=stops, **options)
+        assert ids == [beam for _, beam in expected]
+        np.testing.assert_allclose(own, [score for score, _ in expected], rtol=1e-5)
+
+
 # Id 2 ends a row.
 ENDING = [
     [0.01, 0.5, 0.48, 0.01],
@@ -326,11 +372,11 @@ LATER = [[0.01, 0.01, 0.5, 0.48], [0.25] * 4, [0.25] * 4, [0.01, 0.005, 0.005, 0
     ids=["full", "can improve", "cannot improve", "not now", "but later"],
 )
 def test_a_row_is_done_when_its_rule_says_so(probs, options, expected):
-    assert find(probs, [[0]], stop=2, **options)[0] == [expected]
+    assert find(probs, [[0]], stops=[2], **options)[0] == [expected]
 
 
 def test_a_row_that_is_done_keeps_its_beams_while_others_go_on():
-    run = partial(find, ENDING, stop=2, early=True)
+    run = partial(find, ENDING, stops=[2], early=True)
     first, second = (run(prompts=[row])[0][0] for row in ([0], [3]))
     assert (first, second) == ([[2], [1, 2]], [[1, 1, 2], [1, 2]])
     assert run(prompts=[[0], [3]])[0] == [first, second]

@@ -106,7 +106,8 @@ def generate(
             Beam search requires temperature 0, without top-k and top-p.
         length_penalty: the score of a continuation is the sum of its ids' log-probabilities over
             its length to this power: above 0 favors longer ones, 0 and below shorter ones. This is
-            Hugging Face's form, without the constant 5 of Wu et al. 2016 (section 7).
+            Hugging Face's form of the length normalization of Wu et al. 2016 (section 7), without
+            its constant 5. Probabilities are those of all ids, also with `allowed`.
         early_stopping: when beam search is done with a row, at the earliest when `beams` of its
             continuations have met a stop id. True: at once. False: when the best running one scores
             no better than the worst of these at its present length. "never": when it cannot score
