@@ -134,7 +134,7 @@ def generate(
         raise ValueError(
             f"max_new_tokens={max_new_tokens} for {len(ids)} rows needs "
             f"{places * 4 / 2**30:.1f} GiB for the ids alone: ask for fewer, or use "
-            "`stream`, which keeps only the context"
+            + ("fewer beams" if options.is_search else "`stream`, which keeps only the context")
         )
     if options.is_search:
         options.check_sizes(sampling, cfg.vocab_size, max_new_tokens)

@@ -85,7 +85,8 @@ class BeamOptions:
         if temperature != 0:
             raise ValueError(
                 f"temperature={temperature} samples at random, but beam search "
-                f"(beams={self.beams}) does not: set temperature to 0, or sample with beams=1"
+                f"(beams={self.beams}) does not: set temperature to 0, or omit beams and "
+                "return_beams"
             )
         for name, value in (("top_k", top_k), ("top_p", top_p)):
             if value is not None:
