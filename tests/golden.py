@@ -27,6 +27,12 @@ def model(name):
         return cfg, params, dict(file)
 
 
+@functools.cache
+def generation_cases():
+    """Return what transformers generates with hf-small: a list of cases."""
+    return json.loads((FOLDER / "generation" / "hf-small.json").read_text())
+
+
 def prompt(name, length, row=0):
     """Return the first ids of a golden model's input."""
     return model(name)[2]["input_ids"][row, :length].tolist()

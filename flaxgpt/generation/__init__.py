@@ -1,6 +1,8 @@
 """Generation: prompts to new token ids or text.
 
 sampling     logits to ids
+hooks        functions that change logits first
+log_probs    how likely the new ids were
 decoding     the loop, with the model injected
 beams        the loop of beam search, also with the model injected
 programs     both loops with the GPT put in, compiled
@@ -14,8 +16,9 @@ text         `generate_text`
 
 from flaxgpt.generation.batch import generate
 from flaxgpt.generation.beam_options import Beam
+from flaxgpt.generation.log_probs import ScoredIds
 from flaxgpt.generation.sampling import Sampling
 from flaxgpt.generation.streaming import stream
 from flaxgpt.generation.text import generate_text
 
-__all__ = ["Beam", "Sampling", "generate", "generate_text", "stream"]
+__all__ = ["Beam", "Sampling", "ScoredIds", "generate", "generate_text", "stream"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import overload
+from typing import Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,14 @@ import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
 from flaxgpt.config import GPTConfig
-from flaxgpt.generation.beam_options import Beam, BeamOptions, EarlyStopping
+from flaxgpt.generation.beam_options import (
+    Beam,
+    BeamOptions,
+    EarlyStopping,
+    refuse_with_beams,
+)
+from flaxgpt.generation.hooks import LogitsFn
+from flaxgpt.generation.log_probs import ScoredIds, check_alternatives, scored_rows
 from flaxgpt.generation.programs import compiled_decode, compiled_search
 from flaxgpt.generation.prompts import Prepared, check_number, prepare
 from flaxgpt.generation.sampling import NOT_A_NUMBER, Sampling
@@ -31,12 +38,37 @@ def generate(
     key: jax.Array | None = None,
     stop_ids: Sequence[int] = (),
     allowed: ArrayLike | None = None,
+    logits_fn: LogitsFn | None = None,
+    min_new_tokens: int = 0,
     beams: int = 1,
     length_penalty: float = 1.0,
     early_stopping: EarlyStopping = False,
     return_beams: None = None,
+    return_logprobs: Literal[False] = False,
+    top_logprobs: int = 0,
     dtype: DTypeLike = jnp.float32,
 ) -> list[list[int]]: ...
+
+
+@overload
+def generate(
+    cfg: GPTConfig,
+    params: Params,
+    prompts: ArrayLike | Sequence[Sequence[int]],
+    max_new_tokens: int,
+    *,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    key: jax.Array | None = None,
+    stop_ids: Sequence[int] = (),
+    allowed: ArrayLike | None = None,
+    logits_fn: LogitsFn | None = None,
+    min_new_tokens: int = 0,
+    return_logprobs: Literal[True],
+    top_logprobs: int = 0,
+    dtype: DTypeLike = jnp.float32,
+) -> list[ScoredIds]: ...
 
 
 @overload
@@ -72,12 +104,16 @@ def generate(
     key: jax.Array | None = None,
     stop_ids: Sequence[int] = (),
     allowed: ArrayLike | None = None,
+    logits_fn: LogitsFn | None = None,
+    min_new_tokens: int = 0,
     beams: int = 1,
     length_penalty: float = 1.0,
     early_stopping: EarlyStopping = False,
     return_beams: int | None = None,
+    return_logprobs: bool = False,
+    top_logprobs: int = 0,
     dtype: DTypeLike = jnp.float32,
-) -> list[list[int]] | list[list[Beam]]:
+) -> list[list[int]] | list[list[Beam]] | list[ScoredIds]:
     """Continue every prompt and return the new ids only.
 
     In float32, a row gets the same ids in a batch as alone, unless two ids are equally likely up to
@@ -101,6 +137,10 @@ def generate(
             temperature > 0.
         stop_ids: ids that end a row; the row includes the stop id.
         allowed: bool [V], ids that may be chosen; None for all. Top-k and top-p count only these.
+        logits_fn: a pure function `logits_fn(ids, length, logits) -> logits` of the text so far,
+            traced into the loop, which is compiled once per function object;
+            `flaxgpt.generation.hooks` describes it and has a number of them.
+        min_new_tokens: new ids before which no stop id is chosen.
         beams: 2 or more select beam search, which extends that many continuations of each row in
             parallel and returns the one with the highest score; 1 is greedy decoding or sampling.
             Beam search requires temperature 0, without top-k and top-p.
@@ -114,22 +154,34 @@ def generate(
             better at any length up to `max_new_tokens`.
         return_beams: how many of the best continuations to return, with scores; at most `beams`.
             None returns the ids of the best.
+        return_logprobs: whether to return the log-probability of each new id, which is the model's:
+            from its logits as they are, before `logits_fn`, temperature and filters.
+        top_logprobs: how many of the most likely ids to return with it, at most `cfg.vocab_size`.
         dtype: dtype to compute in: float32, bfloat16 or float16.
 
     Returns:
         B lists of at most `max_new_tokens` ids. With `return_beams`, B lists of that many
-        `flaxgpt.generation.Beam`, best first.
+        `flaxgpt.generation.Beam`, best first; with `return_logprobs`, B
+        `flaxgpt.generation.ScoredIds`.
 
     Raises:
         ValueError: an argument is out of range, params do not fit, or the logits become NaN.
     """
     options = BeamOptions(beams, length_penalty, early_stopping, return_beams)
     options.check_sampling(temperature, top_k, top_p)
-    sampling = Sampling(temperature, top_k, top_p, key, stop_ids, allowed)
-    prepared = prepare(cfg, params, prompts, max_new_tokens, sampling, dtype)
+    if options.is_search:
+        refuse_with_beams(
+            logits_fn=logits_fn, min_new_tokens=min_new_tokens, return_logprobs=return_logprobs
+        )
+    sampling = Sampling(
+        temperature, top_k, top_p, key, stop_ids, allowed, logits_fn, min_new_tokens
+    )
+    alternatives = check_alternatives(cfg.vocab_size, return_logprobs, top_logprobs)
+    prepared = prepare(cfg, params, prompts, max_new_tokens, sampling, dtype, alternatives)
     program, params, request, ids, start = prepared
     # Beam search keeps running and finished continuations.
     places = len(ids) * program.plan.width * (2 * options.beams if options.is_search else 1)
+    places *= 1 if alternatives is None else 2 + 2 * alternatives
     if places > 2**28:
         raise ValueError(
             f"max_new_tokens={max_new_tokens} for {len(ids)} rows needs "
@@ -140,7 +192,9 @@ def generate(
         options.check_sizes(sampling, cfg.vocab_size, max_new_tokens)
         return _search(prepared, options)
     decode = compiled_decode(program.platform.decode_options)
-    out = np.asarray(decode(program, params, request, ids, start))
+    out = decode(program, params, request, ids, start)
+    out, scores = out if isinstance(out, tuple) else (out, None)
+    out = np.asarray(out)
     new = out[:, request.prompt_length : request.final_length]
     ends = {NOT_A_NUMBER, *sampling.stop_ids}
     rows = []
@@ -148,7 +202,7 @@ def generate(
         length = next((n + 1 for n, token in enumerate(row) if token in ends), len(row))
         check_number(row[length - 1], i, length - 1)
         rows.append(row[:length])
-    return rows
+    return rows if scores is None else scored_rows(rows, scores, int(request.prompt_length))
 
 
 def _search(prepared: Prepared, options: BeamOptions) -> list[list[int]] | list[list[Beam]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -17,6 +17,15 @@ from flaxgpt.generation.sampling import NOT_A_NUMBER, Sampling
 
 EarlyStopping = bool | Literal["never"]
 """When beam search is done with a row; see `generate`."""
+
+
+def refuse_with_beams(**options: Any) -> None:
+    """Raise ValueError for an option that is set and does not work in beam search."""
+    for name, value in options.items():
+        if value is not None and value is not False and value != 0:
+            raise ValueError(
+                f"{name} does not work with beam search: leave it out, or set beams to 1"
+            )
 
 
 @dataclasses.dataclass(frozen=True)

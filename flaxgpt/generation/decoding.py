@@ -32,6 +32,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
+from flaxgpt.generation.log_probs import Scores, no_scores, record
 from flaxgpt.generation.sampling import NOT_A_NUMBER, mask, sample
 
 Read = Callable[[jax.Array, ArrayLike, Any], tuple[jax.Array, Any]]
@@ -54,6 +55,7 @@ class Request:
     final_length: Any  # int32 [], `prompt_length` plus the number of new ids
     allowed: Any = None  # bool [V], the ids that may be chosen; None for all
     rows: Any = None  # int32 [], rows that count, the others being copies; None for all
+    logits_fn: Any = None  # `jax.tree_util.Partial`, see `flaxgpt.generation.hooks`; None for none
 
 
 @jax.tree_util.register_dataclass
@@ -66,6 +68,7 @@ class DecodeState:
     start: jax.Array  # int32 [B], the position of each row's first id
     done: jax.Array  # bool [B], rows that have met a stop id
     cache: Any  # the model's cache of `ids[:, :length - 1]`
+    scores: Scores | None = None  # of the new ids, if they are wanted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +79,7 @@ class Plan:
     width: int  # columns for prompts and new ids together (W)
     context_length: int  # ids that the model can read at once
     exceeds_context: bool  # whether the ids can outgrow the context
+    alternatives: int | None = None  # ids to record beside each new one's log-probability, or none
 
 
 def decode(
@@ -85,7 +89,7 @@ def decode(
     ids: jax.Array,  # int32 [B, prompt_width], `request.prompt_length` ids, padded on the left
     start: jax.Array,  # int32 [B], where each row begins
     cache: Any,  # the model's, empty
-) -> jax.Array:  # int32 [B, W]
+) -> Any:  # int32 [B, W], and with `plan.alternatives` also `Scores`
     """Return the prompts followed by new ids up to `request.final_length`."""
 
     def run(step: Callable[..., Any], limit: ArrayLike, state: DecodeState) -> DecodeState:
@@ -97,7 +101,8 @@ def decode(
     state, _ = prefill(read, plan, request, ids, start, cache)
     full = jnp.minimum(request.final_length, plan.context_length + 1)
     state = run(extend_step, full, state)
-    return (run(window_step, request.final_length, state) if plan.exceeds_context else state).ids
+    state = run(window_step, request.final_length, state) if plan.exceeds_context else state
+    return state.ids if state.scores is None else (state.ids, state.scores)
 
 
 def prefill(
@@ -112,6 +117,9 @@ def prefill(
         start=start,
         done=done,
         cache=dataclasses.replace(cache, start=start),
+        scores=no_scores(batch, plan.width, plan.alternatives)
+        if plan.alternatives is not None
+        else None,
     )
     state, new = _step(read, request, state, ids, request.prompt_length - 1)
     # Slots after the prompts hold padding, which the next ids overwrite.
@@ -169,10 +177,36 @@ def _step(
     last: ArrayLike,  # int32 []: which of them the next id follows
 ) -> tuple[DecodeState, jax.Array]:
     logits, cache = read(unread, last, state.cache)
-    new = choose(logits, request, state.length - request.prompt_length)
+    eligible = logits
+    if request.logits_fn is not None:
+        eligible = _hooked(request.logits_fn, state, logits)
+    new = choose(eligible, request, state.length - request.prompt_length)
     ended = (new[:, None] == request.stop_ids[None]).any(axis=-1) | (new == NOT_A_NUMBER)
     ids = lax.dynamic_update_slice_in_dim(state.ids, new[:, None], state.length, axis=1)
-    return DecodeState(ids, state.length + 1, state.start, state.done | ended, cache), new
+    scores = state.scores
+    if scores is not None:
+        scores = record(scores, logits, new, state.length)
+    return DecodeState(ids, state.length + 1, state.start, state.done | ended, cache, scores), new
+
+
+def _hooked(logits_fn: Any, state: DecodeState, logits: jax.Array) -> jax.Array:
+    """Return the logits that a hook makes of these; NaN for a row that it leaves no id."""
+    ids, length = texts(state.ids, state.start, state.length)
+    changed = logits_fn(ids, length, logits)
+    if not isinstance(changed, jax.Array) or changed.shape != logits.shape:
+        raise ValueError(
+            f"logits_fn must return logits of shape {logits.shape}, as it gets them, but returned "
+            f"{getattr(changed, 'shape', changed)}"
+        )
+    changed = changed.astype(logits.dtype)
+    return jnp.where((changed == -jnp.inf).all(axis=-1, keepdims=True), jnp.nan, changed)
+
+
+def texts(ids: jax.Array, start: jax.Array, length: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return the ids of each row from its first column on, then -1, and how many they are, [B]."""
+    columns = jnp.arange(ids.shape[1], dtype=jnp.int32)[None] + start[:, None]
+    own = jnp.take_along_axis(ids, jnp.minimum(columns, ids.shape[1] - 1), axis=1)
+    return jnp.where(columns < length, own, -1), length - start
 
 
 def choose(logits: jax.Array, request: Request, count: jax.Array) -> jax.Array:

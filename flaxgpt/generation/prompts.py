@@ -6,6 +6,7 @@ similar length share one compilation.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +16,7 @@ from jax.typing import DTypeLike
 from flaxgpt._checks import check_dtype, check_params, check_prompts, check_size
 from flaxgpt.config import GPTConfig
 from flaxgpt.generation.decoding import Plan, Request
+from flaxgpt.generation.hooks import as_partial, chain, least_length
 from flaxgpt.generation.loop_params import loop_params
 from flaxgpt.generation.programs import Program
 from flaxgpt.generation.sampling import NOT_A_NUMBER, Sampling
@@ -41,6 +43,7 @@ def prepare(
     max_new_tokens: int,
     sampling: Sampling,
     dtype: DTypeLike,
+    alternatives: int | None = None,
 ) -> Prepared:
     """Return the arguments of the decoding loop, or raise ValueError; see `generate`."""
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(params)):
@@ -54,6 +57,10 @@ def prepare(
     if max_new_tokens >= 2**30:
         raise ValueError(f"max_new_tokens={max_new_tokens} must be below 2**30, to fit int32")
     sampling.check_vocabulary(cfg.vocab_size)
+    if sampling.min_new_tokens > max_new_tokens:
+        raise ValueError(
+            f"min_new_tokens={sampling.min_new_tokens} exceeds max_new_tokens={max_new_tokens}"
+        )
     key = jax.random.key(0) if sampling.key is None else sampling.key  # any, if nothing is random
     if key.shape not in ((), (len(rows),)):
         raise ValueError(f"keys of shape {key.shape} must be one key, or one per row: {len(rows)}")
@@ -66,7 +73,7 @@ def prepare(
         rows += copies * rows[-1:]
         key = key[np.minimum(np.arange(len(rows)), count - 1)] if key.ndim else key
     longest = max(map(len, rows))
-    plan = loop_sizes(cfg, longest, max_new_tokens)
+    plan = dataclasses.replace(loop_sizes(cfg, longest, max_new_tokens), alternatives=alternatives)
     ids = np.zeros((len(rows), plan.prompt_width), np.int32)
     start = np.array([longest - len(row) for row in rows], np.int32)
     for i, row in enumerate(rows):
@@ -84,10 +91,19 @@ def prepare(
         final_length=np.int32(longest + max_new_tokens),
         allowed=sampling.allowed,
         rows=np.int32(count) if copies else None,
+        logits_fn=_hook(sampling, longest - start),
     )
     platform = platform_of(params)
     params = loop_params(platform, dtype, params)
     return Prepared(Program(cfg, plan, platform, dtype, mesh), params, request, ids, start)
+
+
+def _hook(sampling: Sampling, lengths: np.ndarray) -> Any:
+    """Return the hook for prompts of these lengths, or None."""
+    hooks = [] if sampling.logits_fn is None else [as_partial(sampling.logits_fn)]
+    if sampling.min_new_tokens and sampling.stop_ids:
+        hooks.append(least_length(lengths + sampling.min_new_tokens, sampling.stop_ids))
+    return hooks[0] if len(hooks) == 1 else chain(*hooks) if hooks else None
 
 
 def loop_sizes(cfg: GPTConfig, longest: int, max_new_tokens: int) -> Plan:
@@ -114,5 +130,6 @@ def check_number(token: int, row: int, place: int) -> None:
     if token == NOT_A_NUMBER:
         raise ValueError(
             f"the logits of row {row} became NaN at new id {place}: the parameters hold NaN or "
-            "infinity, or overflow in this dtype; dtype=float32 may help"
+            "infinity, or overflow in this dtype (dtype=float32 may help), or logits_fn returned "
+            "NaN or excluded every id"
         )

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from flaxgpt._checks import check_allowed, check_sampling, check_stop_ids
+from flaxgpt._checks import check_allowed, check_sampling, check_size, check_stop_ids
 
 # Devices read smaller numbers as 0, which every sum of probabilities would reach.
 _TINY = float(jnp.finfo(jnp.float32).tiny)
@@ -39,6 +40,8 @@ class Sampling:
             folds in the number of ids chosen before it. Required if temperature > 0.
         stop_ids: ids that end a row.
         allowed: bool [V], ids that may be chosen; None for all. Top-k and top-p count only these.
+        logits_fn: a function that changes logits first; see `flaxgpt.generation.hooks`.
+        min_new_tokens: new ids before which no stop id is chosen.
 
     Raises:
         ValueError: a value is out of range, or sampling has no key.
@@ -50,12 +53,22 @@ class Sampling:
     key: jax.Array | None = None
     stop_ids: Sequence[int] = ()
     allowed: ArrayLike | None = None
+    logits_fn: Any = None
+    min_new_tokens: int = 0
 
     def __post_init__(self) -> None:
         check_sampling(self.temperature, self.top_k, self.top_p)
         object.__setattr__(self, "stop_ids", check_stop_ids(self.stop_ids))
         if self.allowed is not None:
             object.__setattr__(self, "allowed", check_allowed(self.allowed))
+        if self.min_new_tokens != 0:
+            least = check_size("min_new_tokens", self.min_new_tokens)
+            object.__setattr__(self, "min_new_tokens", least)
+        if self.logits_fn is not None and not callable(self.logits_fn):
+            raise ValueError(
+                f"logits_fn={self.logits_fn!r} must be a function of (ids, length, logits), such "
+                "as flaxgpt.generation.hooks.penalize_repetition(1.2)"
+            )
         key = self.key
         if key is None:
             if self.temperature > 0:
@@ -126,12 +139,12 @@ def keep_likely(
     and meaning are those of Hugging Face's `TopKLogitsWarper` and `TopPLogitsWarper`, except that
     equal logits are kept or dropped together (there, top-p splits them in sorting order).
     """
-    rank = _ordered(logits)
+    rank = ordered(logits)
 
     def reaches_k(cut: jax.Array) -> jax.Array:
         return (rank >= cut).sum(axis=-1, keepdims=True) >= top_k
 
-    lowest = _highest(reaches_k, rank, skip=top_k >= logits.shape[-1])
+    lowest = highest_cut(reaches_k, rank, skip=top_k >= logits.shape[-1])
     kept = jnp.where(rank >= lowest, logits, -jnp.inf)
     probs = jax.nn.softmax(kept, axis=-1)
 
@@ -139,17 +152,17 @@ def keep_likely(
         reached = jnp.where(rank >= cut, probs, 0.0).sum(axis=-1, keepdims=True)
         return reached >= jnp.maximum(top_p, _TINY)
 
-    return jnp.where(rank >= _highest(reaches_p, rank, skip=top_p >= 1), kept, -jnp.inf)
+    return jnp.where(rank >= highest_cut(reaches_p, rank, skip=top_p >= 1), kept, -jnp.inf)
 
 
-def _ordered(x: jax.Array) -> jax.Array:
+def ordered(x: jax.Array) -> jax.Array:
     """Return int32 that compare as the floats do (IEEE 754: flip the magnitude of negatives)."""
     x = jnp.where(x == 0, 0.0, x)  # -0.0 and 0.0 have different bits
     bits = lax.bitcast_convert_type(x, jnp.int32)
     return jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
 
-def _highest(
+def highest_cut(
     holds: Callable[[jax.Array], jax.Array], rank: jax.Array, skip: jax.Array
 ) -> jax.Array:
     """Return the highest cutoff [B, 1] for which `holds`, by bisection over all int32.

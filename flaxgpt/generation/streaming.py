@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
 from flaxgpt.config import GPTConfig
+from flaxgpt.generation.hooks import LogitsFn
 from flaxgpt.generation.programs import extend_step, keep_last_window, prefill, window_step
 from flaxgpt.generation.prompts import Prepared, bucket, check_number, prepare
 from flaxgpt.generation.sampling import Sampling
@@ -28,6 +29,8 @@ def stream(
     key: jax.Array | None = None,
     stop_ids: Sequence[int] = (),
     allowed: ArrayLike | None = None,
+    logits_fn: LogitsFn | None = None,
+    min_new_tokens: int = 0,
     dtype: DTypeLike = jnp.float32,
 ) -> Iterator[int]:
     """Continue one prompt and yield each new id as it is generated.
@@ -35,7 +38,7 @@ def stream(
     The ids are those of `generate(cfg, params, [prompt], ...)` with the same arguments, unless two
     ids are equally likely up to rounding; see there for the arguments not listed here. Arguments
     are checked at the call, before the first id is requested. Memory stays that of one context,
-    however many ids are requested.
+    however many ids are requested, and with `logits_fn` also the ids.
 
     Args:
         cfg: the configuration, static.
@@ -52,10 +55,13 @@ def stream(
     """
     if isinstance(prompt, str) or not isinstance(prompt, Iterable):
         raise ValueError(f"stream takes the ids of one prompt, a flat list of ints, got {prompt!r}")
-    sampling = Sampling(temperature, top_k, top_p, key, stop_ids, allowed)
+    sampling = Sampling(
+        temperature, top_k, top_p, key, stop_ids, allowed, logits_fn, min_new_tokens
+    )
     prepared = prepare(cfg, params, [prompt], max_new_tokens, sampling, dtype)
     plan = prepared.program.plan
-    plan = dataclasses.replace(plan, width=min(plan.width, bucket(cfg.context_length + 1)))
+    if prepared.request.logits_fn is None:  # which sees the whole text
+        plan = dataclasses.replace(plan, width=min(plan.width, bucket(cfg.context_length + 1)))
     program = dataclasses.replace(prepared.program, plan=plan)
     return _stream(prepared._replace(program=program), frozenset(sampling.stop_ids))
 

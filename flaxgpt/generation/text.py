@@ -12,6 +12,7 @@ from flaxgpt._checks import check_stop_ids
 from flaxgpt.config import GPTConfig, check_config
 from flaxgpt.generation.batch import generate
 from flaxgpt.generation.beam_options import EarlyStopping
+from flaxgpt.generation.hooks import LogitsFn
 from flaxgpt.tokenizer import Tokenizer, text_ids
 from flaxgpt.typing import Params
 
@@ -28,6 +29,8 @@ def generate_text(
     top_p: float | None = None,
     key: jax.Array | None = None,
     stop_ids: Sequence[int] = (),
+    logits_fn: LogitsFn | None = None,
+    min_new_tokens: int = 0,
     beams: int = 1,
     length_penalty: float = 1.0,
     early_stopping: EarlyStopping = False,
@@ -68,6 +71,8 @@ def generate_text(
         top_p=top_p,
         key=key,
         stop_ids=stop_ids,
+        logits_fn=logits_fn,
+        min_new_tokens=min_new_tokens,
         beams=beams,
         length_penalty=length_penalty,
         early_stopping=early_stopping,
