@@ -46,6 +46,7 @@ def generate(
     return_beams: None = None,
     return_logprobs: Literal[False] = False,
     top_logprobs: int = 0,
+    window_step: int = 1,
     dtype: DTypeLike = jnp.float32,
 ) -> list[list[int]]: ...
 
@@ -67,6 +68,7 @@ def generate(
     min_new_tokens: int = 0,
     return_logprobs: Literal[True],
     top_logprobs: int = 0,
+    window_step: int = 1,
     dtype: DTypeLike = jnp.float32,
 ) -> list[ScoredIds]: ...
 
@@ -112,6 +114,7 @@ def generate(
     return_beams: int | None = None,
     return_logprobs: bool = False,
     top_logprobs: int = 0,
+    window_step: int = 1,
     dtype: DTypeLike = jnp.float32,
 ) -> list[list[int]] | list[list[Beam]] | list[ScoredIds]:
     """Continue every prompt and return the new ids only.
@@ -157,6 +160,10 @@ def generate(
         return_logprobs: whether to return the log-probability of each new id, which is the model's:
             from its logits as they are, before `logits_fn`, temperature and filters.
         top_logprobs: how many of the most likely ids to return with it, at most `cfg.vocab_size`.
+        window_step: past the end of the context, how many ids are chosen with each reading of the
+            last ids. 1 reads the last `context_length` ids for each new one. With n, the last
+            `context_length - n + 1` are read, and n - 1 more steps extend the cache: much faster,
+            with up to n - 1 ids less in view.
         dtype: dtype to compute in: float32, bfloat16 or float16.
 
     Returns:
@@ -171,13 +178,18 @@ def generate(
     options.check_sampling(temperature, top_k, top_p)
     if options.is_search:
         refuse_with_beams(
-            logits_fn=logits_fn, min_new_tokens=min_new_tokens, return_logprobs=return_logprobs
+            logits_fn=logits_fn,
+            min_new_tokens=min_new_tokens,
+            return_logprobs=return_logprobs,
+            window_step=None if window_step == 1 else window_step,
         )
     sampling = Sampling(
         temperature, top_k, top_p, key, stop_ids, allowed, logits_fn, min_new_tokens
     )
     alternatives = check_alternatives(cfg.vocab_size, return_logprobs, top_logprobs)
-    prepared = prepare(cfg, params, prompts, max_new_tokens, sampling, dtype, alternatives)
+    prepared = prepare(
+        cfg, params, prompts, max_new_tokens, sampling, dtype, alternatives, window_step
+    )
     program, params, request, ids, start = prepared
     # Beam search keeps running and finished continuations.
     places = len(ids) * program.plan.width * (2 * options.beams if options.is_search else 1)

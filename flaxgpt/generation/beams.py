@@ -115,7 +115,7 @@ def search(
 
     def move_window(state: BeamState) -> BeamState:
         flat, starts = state.ids.reshape(-1, plan.width), jnp.repeat(state.start, beams)
-        _, window, starts = last_window(plan, flat, state.length, starts)
+        _, window, starts = last_window(plan.context_length, flat, state.length, starts)
         emptied = dataclasses.replace(state.cache.rewind(0), start=starts)
         state = dataclasses.replace(state, cache=emptied)
         return step(state, window, plan.context_length - 1)

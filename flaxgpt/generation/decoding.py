@@ -11,6 +11,8 @@ There are three phases, which differ only in the ids that are read:
     window_step   the last `context_length` ids, positions counted from 0, as the book's
                   `generate_text_simple` crops: no cached key survives, so each id costs a full pass
 
+With `Plan.window_step` n, a window has n - 1 ids less, and n - 1 steps extend it.
+
 `decode` runs them in `lax.while_loop`s inside one jit. `flaxgpt.generation.stream` runs them from
 Python, one jitted call per id with the state donated. Prompts of different lengths are padded on
 the left, so that all rows write to the same slot:
@@ -80,6 +82,12 @@ class Plan:
     context_length: int  # ids that the model can read at once
     exceeds_context: bool  # whether the ids can outgrow the context
     alternatives: int | None = None  # ids to record beside each new one's log-probability, or none
+    window_step: int = 1  # ids per window that is read past the end of the context
+
+    @property
+    def window(self) -> int:
+        """Ids in a window: so many that all but the last of its new ids fit the context too."""
+        return self.context_length - self.window_step + 1
 
 
 def decode(
@@ -101,7 +109,16 @@ def decode(
     state, _ = prefill(read, plan, request, ids, start, cache)
     full = jnp.minimum(request.final_length, plan.context_length + 1)
     state = run(extend_step, full, state)
-    state = run(window_step, request.final_length, state) if plan.exceeds_context else state
+    if plan.exceeds_context and plan.window_step == 1:
+        state = run(window_step, request.final_length, state)
+    elif plan.exceeds_context:
+
+        def read_window(*arguments: Any) -> tuple[DecodeState, Any]:
+            state, _ = window_step(*arguments)
+            more = jnp.minimum(request.final_length, state.length + plan.window_step - 1)
+            return run(extend_step, more, state), None
+
+        state = run(read_window, request.final_length, state)
     return state.ids if state.scores is None else (state.ids, state.scores)
 
 
@@ -139,21 +156,22 @@ def window_step(
     read: Read, plan: Plan, request: Request, state: DecodeState
 ) -> tuple[DecodeState, jax.Array]:
     """Return the state with one more id, and that id, int32 [B], past the end of the context."""
-    _, window, start = last_window(plan, state.ids, state.length, state.start)
+    _, window, start = last_window(plan.window, state.ids, state.length, state.start)
     emptied = dataclasses.replace(state.cache.rewind(0), start=start)
     state = dataclasses.replace(state, cache=emptied)
-    return _step(read, request, state, window, plan.context_length - 1)
+    return _step(read, request, state, window, plan.window - 1)
 
 
 def keep_last_window(
     plan: Plan, request: Request, state: DecodeState
 ) -> tuple[DecodeState, Request]:
     """Return the state with only the last context of its ids, to free the other columns."""
-    first, window, start = last_window(plan, state.ids, state.length, state.start)
+    size = plan.context_length
+    first, window, start = last_window(size, state.ids, state.length, state.start)
     state = dataclasses.replace(
         state,
-        ids=jnp.zeros_like(state.ids).at[:, : plan.context_length].set(window),
-        length=jnp.full_like(state.length, plan.context_length),
+        ids=jnp.zeros_like(state.ids).at[:, :size].set(window),
+        length=jnp.full_like(state.length, size),
         start=start,
     )
     # New ids are counted from the end of the prompt, which has moved too.
@@ -161,11 +179,11 @@ def keep_last_window(
 
 
 def last_window(
-    plan: Plan, ids: jax.Array, length: jax.Array, start: jax.Array
+    size: int, ids: jax.Array, length: jax.Array, start: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return where the last `context_length` ids begin, these ids, and where rows begin in them."""
-    first = length - plan.context_length
-    window = lax.dynamic_slice_in_dim(ids, first, plan.context_length, axis=1)
+    """Return where the last `size` ids begin, these ids, and where rows begin in them."""
+    first = length - size
+    window = lax.dynamic_slice_in_dim(ids, first, size, axis=1)
     return first, window, jnp.maximum(start - first, 0)
 
 

@@ -44,6 +44,7 @@ def prepare(
     sampling: Sampling,
     dtype: DTypeLike,
     alternatives: int | None = None,
+    window_step: int = 1,
 ) -> Prepared:
     """Return the arguments of the decoding loop, or raise ValueError; see `generate`."""
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(params)):
@@ -57,6 +58,12 @@ def prepare(
     if max_new_tokens >= 2**30:
         raise ValueError(f"max_new_tokens={max_new_tokens} must be below 2**30, to fit int32")
     sampling.check_vocabulary(cfg.vocab_size)
+    window_step = check_size("window_step", window_step)
+    if window_step > cfg.context_length:
+        raise ValueError(
+            f"window_step={window_step} exceeds context_length={cfg.context_length}: about a "
+            "quarter of it keeps most of the text in view"
+        )
     if sampling.min_new_tokens > max_new_tokens:
         raise ValueError(
             f"min_new_tokens={sampling.min_new_tokens} exceeds max_new_tokens={max_new_tokens}"
@@ -73,7 +80,9 @@ def prepare(
         rows += copies * rows[-1:]
         key = key[np.minimum(np.arange(len(rows)), count - 1)] if key.ndim else key
     longest = max(map(len, rows))
-    plan = dataclasses.replace(loop_sizes(cfg, longest, max_new_tokens), alternatives=alternatives)
+    plan = dataclasses.replace(
+        loop_sizes(cfg, longest, max_new_tokens), alternatives=alternatives, window_step=window_step
+    )
     ids = np.zeros((len(rows), plan.prompt_width), np.int32)
     start = np.array([longest - len(row) for row in rows], np.int32)
     for i, row in enumerate(rows):

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
 from flaxgpt.config import GPTConfig
+from flaxgpt.generation import programs
 from flaxgpt.generation.hooks import LogitsFn
-from flaxgpt.generation.programs import extend_step, keep_last_window, prefill, window_step
 from flaxgpt.generation.prompts import Prepared, bucket, check_number, prepare
 from flaxgpt.generation.sampling import Sampling
 from flaxgpt.typing import Params
@@ -31,6 +31,7 @@ def stream(
     allowed: ArrayLike | None = None,
     logits_fn: LogitsFn | None = None,
     min_new_tokens: int = 0,
+    window_step: int = 1,
     dtype: DTypeLike = jnp.float32,
 ) -> Iterator[int]:
     """Continue one prompt and yield each new id as it is generated.
@@ -58,7 +59,9 @@ def stream(
     sampling = Sampling(
         temperature, top_k, top_p, key, stop_ids, allowed, logits_fn, min_new_tokens
     )
-    prepared = prepare(cfg, params, [prompt], max_new_tokens, sampling, dtype)
+    prepared = prepare(
+        cfg, params, [prompt], max_new_tokens, sampling, dtype, window_step=window_step
+    )
     plan = prepared.program.plan
     if prepared.request.logits_fn is None:  # which sees the whole text
         plan = dataclasses.replace(plan, width=min(plan.width, bucket(cfg.context_length + 1)))
@@ -70,15 +73,16 @@ def _stream(prepared: Prepared, stop_ids: frozenset[int]) -> Iterator[int]:
     program, params, request, ids, start = prepared
     context_length = program.plan.context_length
     prompt_length, final_length = int(request.prompt_length), int(request.final_length)
-    state, new = prefill(program, params, request, ids, start)
-    filled = prompt_length + 1  # columns of `state.ids` in use
+    state, new = programs.prefill(program, params, request, ids, start)
+    filled, read = prompt_length + 1, prompt_length  # columns of `state.ids`, slots of the cache
     for count in range(final_length - prompt_length):
         if count:
             if filled == program.plan.width:
-                state, request = keep_last_window(program.plan, request, state)
+                state, request = programs.keep_last_window(program.plan, request, state)
                 filled = context_length
-            fits = prompt_length + count <= context_length
-            step = extend_step if fits else window_step
+            step, read = programs.extend_step, read + 1
+            if read > context_length:
+                step, read = programs.window_step, program.plan.window
             state, new = step(program, params, request, state)
             filled += 1
         token = int(new[0])
