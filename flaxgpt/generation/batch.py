@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
-from flaxgpt.config import GPTConfig
+from flaxgpt.config import GPTConfig, check_config
 from flaxgpt.generation.beam_options import (
     Beam,
     BeamOptions,
@@ -186,6 +186,7 @@ def generate(
     sampling = Sampling(
         temperature, top_k, top_p, key, stop_ids, allowed, logits_fn, min_new_tokens
     )
+    check_config(cfg)
     alternatives = check_alternatives(cfg.vocab_size, return_logprobs, top_logprobs)
     prepared = prepare(
         cfg, params, prompts, max_new_tokens, sampling, dtype, alternatives, window_step
