@@ -8,7 +8,7 @@ _interrupt.exit_quietly_until_ready()
 from flaxgpt.cache import KVCache, init_cache
 from flaxgpt.config import GPTConfig
 from flaxgpt.evaluation import score
-from flaxgpt.generation import Sampling, generate, generate_text, stream
+from flaxgpt.generation import Sampling, generate, generate_text, stream, stream_text
 from flaxgpt.inspection import (
     activation_names,
     activations,
@@ -46,6 +46,7 @@ __all__ = [  # in the order in which data flows
     "generate",
     "stream",
     "generate_text",
+    "stream_text",
     "count_params",
     "flops",
     "mfu",

@@ -30,6 +30,7 @@ def test_the_public_names_are_in_the_order_data_flows():
         "generate",
         "stream",
         "generate_text",
+        "stream_text",
         "count_params",
         "flops",
         "mfu",

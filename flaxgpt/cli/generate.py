@@ -16,8 +16,7 @@ from flaxgpt.cli.common import load_with_tokenizer, say
 from flaxgpt.cli.streams import check_text, read_prompt
 from flaxgpt.config import GPTConfig
 from flaxgpt.generation.beam_options import BeamOptions
-from flaxgpt.generation.text import drop_stop_tokens
-from flaxgpt.tokenizer import Tokenizer, text_ids
+from flaxgpt.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +63,12 @@ class GenerateCommand:
     stop: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """Token that ends the text, as text or id (repeatable); by default, those of the model."""
 
+    stop_text: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """Text that ends the new text and is left out; $'\\n\\n' is an empty line in bash."""
+
+    include_stop: bool = False
+    """Print the --stop-text that ended the text too."""
+
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Dtype of the computation."""
 
@@ -83,6 +88,7 @@ class GenerateCommand:
             )
         options = BeamOptions(self.beams, self.length_penalty)
         options.check_sampling(self.temperature, self.top_k, self.top_p)
+        stop = self._stop_strings()
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"--seed {self.seed} must be from 0 to {2**32 - 1}")
         if self.n > 1 and self.temperature == 0:
@@ -100,43 +106,56 @@ class GenerateCommand:
             raise ValueError("the prompt is empty: give at least one character to continue from")
 
         cfg, params, tokenizer = load_with_tokenizer(self.model)
-        ids = tokenizer.encode(prompt)
         stop_ids = _stop_ids(cfg, tokenizer, self.stop)
-        allowed = text_ids(tokenizer, cfg.vocab_size)
         key = jax.random.key(self.seed)
         for i in range(self.n):
-            tokens: Iterable[int]
+            pieces: Iterable[str]
             if self.beams > 1:
-                (tokens,) = flaxgpt.generate(
+                pieces = flaxgpt.generate_text(
                     cfg,
                     params,
-                    [ids],
+                    tokenizer,
+                    [prompt],
                     self.max_new_tokens,
                     stop_ids=stop_ids,
-                    allowed=allowed,
                     beams=self.beams,
                     length_penalty=self.length_penalty,
                     dtype=self.dtype,
                 )
             else:
-                tokens = flaxgpt.stream(
+                pieces = flaxgpt.stream_text(
                     cfg,
                     params,
-                    ids,
+                    tokenizer,
+                    prompt,
                     self.max_new_tokens,
                     temperature=self.temperature,
                     top_k=self.top_k,
                     top_p=self.top_p,
                     key=jax.random.fold_in(key, i)[None],  # the key of row i in `generate`
                     stop_ids=stop_ids,
-                    allowed=allowed,
+                    stop=stop,
+                    include_stop=self.include_stop,
                     dtype=self.dtype,
                 )
             say(("\n" if i else "") + (prompt if self.echo else ""))
-            new_ids = drop_stop_tokens(tokenizer, tokens, stop_ids)
-            for piece in tokenizer.decode_stream(new_ids, after=ids):
+            for piece in pieces:
                 say(piece)
             say("\n")
+
+    def _stop_strings(self) -> list[str]:
+        stop = [check_text("--stop-text", text) for text in self.stop_text]
+        if "" in stop:
+            raise ValueError(
+                "--stop-text '' is empty: give at least one character, or leave it out"
+            )
+        if stop and self.beams > 1:
+            raise ValueError("--stop-text does not work with --beams: leave one of them out")
+        if self.include_stop and not stop:
+            raise ValueError(
+                "--include-stop has no effect without --stop-text: add one, or leave it out"
+            )
+        return stop
 
 
 def _stop_ids(cfg: GPTConfig, tokenizer: Tokenizer, stops: tuple[str, ...]) -> list[int]:
@@ -148,7 +167,8 @@ def _stop_ids(cfg: GPTConfig, tokenizer: Tokenizer, stops: tuple[str, ...]) -> l
         tokens = [int(stop)] if stop.isdecimal() else tokenizer.encode(stop, allowed_special="all")
         if len(tokens) != 1:
             raise ValueError(
-                f"--stop {stop!r} is {len(tokens)} tokens ({tokens}): give a single token"
+                f"--stop {stop!r} is {len(tokens)} tokens ({tokens}): give a single token, or use "
+                "--stop-text, which takes any text"
             )
         ids += tokens
     return ids

@@ -11,7 +11,8 @@ abstract     the same without arrays, to compile for other devices
 beam_options the options of beam search, and its results
 batch        `generate`
 streaming    `stream`
-text         `generate_text`
+stop_strings where a text ends
+text         `generate_text` and `stream_text`
 """
 
 from flaxgpt.generation.batch import generate
@@ -19,6 +20,14 @@ from flaxgpt.generation.beam_options import Beam
 from flaxgpt.generation.log_probs import ScoredIds
 from flaxgpt.generation.sampling import Sampling
 from flaxgpt.generation.streaming import stream
-from flaxgpt.generation.text import generate_text
+from flaxgpt.generation.text import generate_text, stream_text
 
-__all__ = ["Beam", "Sampling", "ScoredIds", "generate", "generate_text", "stream"]
+__all__ = [
+    "Beam",
+    "Sampling",
+    "ScoredIds",
+    "generate",
+    "generate_text",
+    "stream",
+    "stream_text",
+]

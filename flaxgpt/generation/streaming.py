@@ -1,12 +1,14 @@
-"""`stream`: one prompt in, new ids out one at a time, as they are generated."""
+"""`stream`: one prompt in, new ids out one at a time, as they are generated; also for a batch."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
 from flaxgpt.config import GPTConfig
@@ -59,17 +61,59 @@ def stream(
     sampling = Sampling(
         temperature, top_k, top_p, key, stop_ids, allowed, logits_fn, min_new_tokens
     )
+    (row,) = stream_rows(cfg, params, [prompt], max_new_tokens, sampling, window_step, dtype)
+    return row
+
+
+def stream_rows(
+    cfg: GPTConfig,
+    params: Params,
+    prompts: Sequence[ArrayLike | Sequence[int]],
+    max_new_tokens: int,
+    sampling: Sampling,
+    window_step: int,
+    dtype: DTypeLike,
+) -> list[Iterator[int]]:
+    """Continue a batch of prompts and return an iterator over the new ids of each.
+
+    The whole batch takes a step when any of the iterators needs an id that does not exist yet, and
+    keeps the ids of the others for them. They can be read one after another: generation ends where
+    the last one stops being read.
+
+    Args:
+        cfg: the configuration, static.
+        params: parameters of that configuration.
+        prompts: B lists of ids of any lengths, 1 or more.
+        max_new_tokens: new ids per row at most, 1 or more.
+        sampling: how ids are chosen, and the ids that end a row.
+        window_step: ids per reading of the last ids past the context; see `generate`.
+        dtype: dtype to compute in.
+
+    Raises:
+        ValueError: an argument is invalid, or, while iterating, the logits of that row become NaN.
+    """
     prepared = prepare(
-        cfg, params, [prompt], max_new_tokens, sampling, dtype, window_step=window_step
+        cfg, params, prompts, max_new_tokens, sampling, dtype, window_step=window_step
     )
     plan = prepared.program.plan
     if prepared.request.logits_fn is None:  # which sees the whole text
         plan = dataclasses.replace(plan, width=min(plan.width, bucket(cfg.context_length + 1)))
     program = dataclasses.replace(prepared.program, plan=plan)
-    return _stream(prepared._replace(program=program), frozenset(sampling.stop_ids))
+    copies = itertools.tee(_steps(prepared._replace(program=program)), len(prompts))
+    stop_ids = frozenset(sampling.stop_ids)
+    return [_row(steps, row, stop_ids) for row, steps in enumerate(copies)]
 
 
-def _stream(prepared: Prepared, stop_ids: frozenset[int]) -> Iterator[int]:
+def _row(steps: Iterator[list[int]], row: int, stop_ids: frozenset[int]) -> Iterator[int]:
+    for count, new in enumerate(steps):
+        check_number(new[row], row, count)
+        yield new[row]
+        if new[row] in stop_ids:
+            return
+
+
+def _steps(prepared: Prepared) -> Iterator[list[int]]:
+    """Yield the new ids of all rows, one step at a time."""
     program, params, request, ids, start = prepared
     context_length = program.plan.context_length
     prompt_length, final_length = int(request.prompt_length), int(request.final_length)
@@ -85,8 +129,4 @@ def _stream(prepared: Prepared, stop_ids: frozenset[int]) -> Iterator[int]:
                 step, read = programs.window_step, program.plan.window
             state, new = step(program, params, request, state)
             filled += 1
-        token = int(new[0])
-        check_number(token, 0, count)
-        yield token
-        if token in stop_ids:
-            return
+        yield np.asarray(new).tolist()

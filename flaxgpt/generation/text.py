@@ -1,4 +1,4 @@
-"""`generate_text`: text in, text out, with a tokenizer on both sides of the decoding loop."""
+"""`generate_text` and `stream_text`: a tokenizer on both sides of the decoding loop."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ from jax.typing import DTypeLike
 from flaxgpt._checks import check_stop_ids
 from flaxgpt.config import GPTConfig, check_config
 from flaxgpt.generation.batch import generate
-from flaxgpt.generation.beam_options import EarlyStopping
+from flaxgpt.generation.beam_options import BeamOptions, EarlyStopping, refuse_with_beams
 from flaxgpt.generation.hooks import LogitsFn
+from flaxgpt.generation.sampling import Sampling
+from flaxgpt.generation.stop_strings import StopStrings
+from flaxgpt.generation.streaming import stream_rows
 from flaxgpt.tokenizer import Tokenizer, text_ids
 from flaxgpt.typing import Params
 
@@ -34,12 +37,15 @@ def generate_text(
     beams: int = 1,
     length_penalty: float = 1.0,
     early_stopping: EarlyStopping = False,
+    stop: Sequence[str] = (),
+    include_stop: bool = False,
+    window_step: int = 1,
     dtype: DTypeLike = jnp.float32,
 ) -> list[str]:
     """Continue every text and return the new text only.
 
-    Ids without text, such as the padding of a vocabulary, are never chosen. Arguments after
-    `prompts` are those of `flaxgpt.generate`.
+    Ids without text, such as the padding of a vocabulary, are never chosen. Arguments that are not
+    listed here are those of `flaxgpt.generate`.
 
     Args:
         cfg: the configuration, static.
@@ -47,6 +53,12 @@ def generate_text(
         tokenizer: the tokenizer that the model was trained with.
         prompts: texts, none of them empty.
         max_new_tokens: new ids per text, 1 or more.
+        stop: strings that end a text, wherever they begin and end within its tokens. Only new text
+            is searched: a string that begins in the prompt does not count. Of several strings, the
+            one that ends first in the text counts, and of those that end at the same place, the
+            longest. `min_new_tokens` does not delay them. Generation ends when every text has
+            ended. Not for beam search.
+        include_stop: whether a text includes the string that ended it.
 
     Returns:
         One text per prompt. Bytes that are not UTF-8 become U+FFFD. A special token that ends a
@@ -60,29 +72,114 @@ def generate_text(
         raise ValueError(f"prompts must be a list of texts; for one text, use [{prompts!r}]")
     check_config(cfg)
     stop_ids = check_stop_ids(stop_ids, cfg.vocab_size)
+    stops = StopStrings(stop, include_stop)
+    allowed = text_ids(tokenizer, cfg.vocab_size)
     encoded = [tokenizer.encode(prompt) for prompt in prompts]
-    rows = generate(
-        cfg,
-        params,
-        encoded,
-        max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        key=key,
-        stop_ids=stop_ids,
-        logits_fn=logits_fn,
-        min_new_tokens=min_new_tokens,
-        beams=beams,
-        length_penalty=length_penalty,
-        early_stopping=early_stopping,
-        allowed=text_ids(tokenizer, cfg.vocab_size),
-        dtype=dtype,
-    )
+    rows: Sequence[Iterable[int]]
+    if stops.strings:
+        options = BeamOptions(beams, length_penalty, early_stopping)
+        if options.is_search:
+            refuse_with_beams(stop=stops.strings)
+        sampling = Sampling(
+            temperature, top_k, top_p, key, stop_ids, allowed, logits_fn, min_new_tokens
+        )
+        rows = stream_rows(cfg, params, encoded, max_new_tokens, sampling, window_step, dtype)
+    else:
+        rows = generate(
+            cfg,
+            params,
+            encoded,
+            max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            key=key,
+            stop_ids=stop_ids,
+            logits_fn=logits_fn,
+            min_new_tokens=min_new_tokens,
+            beams=beams,
+            length_penalty=length_penalty,
+            early_stopping=early_stopping,
+            allowed=allowed,
+            window_step=window_step,
+            dtype=dtype,
+        )
     return [
-        "".join(tokenizer.decode_stream(drop_stop_tokens(tokenizer, row, stop_ids), after=prompt))
+        "".join(_pieces(tokenizer, prompt, row, stop_ids, stops))
         for prompt, row in zip(encoded, rows, strict=True)
     ]
+
+
+def stream_text(
+    cfg: GPTConfig,
+    params: Params,
+    tokenizer: Tokenizer,
+    prompt: str,
+    max_new_tokens: int,
+    *,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    key: jax.Array | None = None,
+    stop_ids: Sequence[int] = (),
+    logits_fn: LogitsFn | None = None,
+    min_new_tokens: int = 0,
+    stop: Sequence[str] = (),
+    include_stop: bool = False,
+    window_step: int = 1,
+    dtype: DTypeLike = jnp.float32,
+) -> Iterator[str]:
+    """Continue one text and yield the new text as it is generated.
+
+    The pieces join to the text of `generate_text(cfg, params, tokenizer, [prompt], ...)` with the
+    same arguments, unless two ids are equally likely up to rounding; see there for the arguments
+    not listed here. Arguments are checked at the call, before the first piece is requested.
+
+    Args:
+        cfg: the configuration, static.
+        params: parameters of that configuration.
+        tokenizer: the tokenizer that the model was trained with.
+        prompt: a text, not empty.
+        max_new_tokens: new ids at most, 1 or more.
+        key: a JAX random key, used as `generate` uses it for row 0, or an array of one key.
+        stop: strings that end the text, as in `generate_text`. Text that could become one of them
+            is held back until it cannot.
+        include_stop: whether the text includes the string that ended it.
+
+    Yields:
+        Nonempty pieces of text, none of which is ever taken back: whole characters, and nothing
+        that belongs to a stop string unless `include_stop` is True.
+
+    Raises:
+        ValueError: an argument is invalid, or, while iterating, the logits become NaN.
+    """
+    if not isinstance(prompt, str):
+        raise ValueError(
+            f"stream_text takes one text, got {prompt!r}: use generate_text for several texts, and "
+            "stream for ids"
+        )
+    check_config(cfg)
+    stop_ids = check_stop_ids(stop_ids, cfg.vocab_size)
+    stops = StopStrings(stop, include_stop)
+    allowed = text_ids(tokenizer, cfg.vocab_size)
+    ids = tokenizer.encode(prompt)
+    sampling = Sampling(
+        temperature, top_k, top_p, key, stop_ids, allowed, logits_fn, min_new_tokens
+    )
+    (row,) = stream_rows(cfg, params, [ids], max_new_tokens, sampling, window_step, dtype)
+    return _pieces(tokenizer, ids, row, stop_ids, stops)
+
+
+def _pieces(
+    tokenizer: Tokenizer,
+    prompt: Sequence[int],
+    new: Iterable[int],
+    stop_ids: Sequence[int],
+    stops: StopStrings,
+) -> Iterator[str]:
+    """Yield the text of new ids after a prompt, up to a stop string."""
+    ids = drop_stop_tokens(tokenizer, new, stop_ids)
+    return stops.cut(tokenizer.decode_stream(ids, after=prompt))
 
 
 def drop_stop_tokens(
