@@ -157,6 +157,7 @@ def test_a_cache_of_any_layout_is_read_alike(implementation, queries):
         np.testing.assert_allclose(found, expected, **CLOSE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["dot_product", "splash"])
 def test_dropout_on_attention_weights_falls_back_to_plain(implementation):
     def dropout(shape):
@@ -198,6 +199,7 @@ def test_logits_are_pytorchs_with_every_implementation():
         golden.assert_logits_agree(logits, expected["logits"])
 
 
+@pytest.mark.slow
 def test_a_cache_is_extended_with_every_implementation():
     cfg, params, expected = golden.model("book-small")
     ids = expected["input_ids"]

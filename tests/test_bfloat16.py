@@ -41,6 +41,7 @@ def test_logits_in_bfloat16_are_close_to_those_in_float32(tales, stored):
     assert float(other) == pytest.approx(float(loss), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_a_cache_in_bfloat16_gives_the_logits_of_a_whole_pass(tales):
     cfg, params, ids = tales
     expected = flaxgpt.forward(cfg, params, ids[:, :48], dtype="bfloat16")

@@ -55,6 +55,7 @@ def test_a_foreign_model_generates_what_its_logits_say(name):
     np.testing.assert_array_equal(ids[:, 6:], best[:, 5:])
 
 
+@pytest.mark.slow
 def test_a_padded_vocabulary_generates_pytorchs_ids_without_the_padding():
     cfg, params, expected = golden.model("nanogpt-small")
     vocab, prompt = int(expected["vocab"]), expected["input_ids"]

@@ -136,6 +136,7 @@ def test_a_run_in_a_folder_of_any_name_that_the_file_system_allows_resumes(
         trains_and_resumes(tmp_path_factory.mktemp("any") / os.fsdecode(name), text)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parent", ["a[1]", "x\\y", "gs:"])
 def test_a_run_below_a_folder_of_any_name_can_be_moved_and_resumed(parent, text, tmp_path):
     trained(tmp_path / parent / "run", text)

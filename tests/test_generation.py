@@ -331,6 +331,7 @@ def test_the_loop_stops_any_model_once_all_rows_have_met_a_stop_id():
 # --- Dtype
 
 
+@pytest.mark.slow
 def test_bfloat16_generates_on_both_drivers_alike():
     cfg, params, _ = model("book-small")
     ids = golden.prompt("book-small", 6)

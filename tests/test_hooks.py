@@ -55,6 +55,7 @@ def test_repetition_is_penalized_as_by_hugging_face(case, model):
     assert generate(model, case, logits_fn=hook) == case["new_ids"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", cases("no_repeat_ngram"))
 def test_sequences_do_not_repeat_as_with_hugging_face(case, model):
     hook = hooks.no_repeat_ngram(case["options"]["no_repeat_ngram_size"])
@@ -67,6 +68,7 @@ def test_rows_have_a_least_length_as_with_hugging_face(case, model):
     assert found == case["new_ids"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", cases("bad_words"))
 def test_ids_are_banned_as_by_hugging_face(case, model):
     # Hugging Face never bans the id that ends a row.
@@ -131,6 +133,7 @@ def test_a_stream_calls_the_hook_with_the_whole_text_also_past_the_context(model
     assert list(flaxgpt.stream(*model, [5, 6], new, logits_fn=hook)) == rows[0]
 
 
+@pytest.mark.slow
 def test_other_values_of_a_hook_compile_nothing(model, compilations):
     def run(penalty):
         return flaxgpt.generate(*model, [[5]], 2, logits_fn=hooks.penalize_repetition(penalty))

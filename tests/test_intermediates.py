@@ -302,6 +302,7 @@ def _flat(tree):
     return [np.ravel(leaf) for leaf in jax.tree.leaves(tree)]
 
 
+@pytest.mark.slow
 def test_gradient_norms_match_the_gradient_of_the_loss():
     cfg, params, ids = example()
     gradient = jax.grad(lambda p: loss(cfg, p, ids))(params)

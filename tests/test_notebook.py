@@ -84,6 +84,7 @@ def test_every_cell_runs_without_a_failed_assertion(committed, execute):
     assert_outputs_have_the_committed_kinds(executed, committed.cells)
 
 
+@pytest.mark.slow
 def test_the_cells_of_section_4_1_run_without_a_failed_assertion(committed, execute):
     first = list(
         itertools.takewhile(lambda cell: not cell.source.startswith("## 4.2"), committed.cells)

@@ -66,6 +66,7 @@ def test_logits_are_pytorchs_with_the_choices_for_tpu(name, tpu_choices):
     golden.assert_logits_agree(logits, expected["logits"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(1, 160), slow((2, 1)), slow((1, 9))])
 def test_logits_are_the_default_ones(shape, params, tpu_choices):
     ids = ids_of(*shape)

@@ -131,6 +131,7 @@ def assert_close(found, expected):
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_losses_of_one_and_only_the_first_reports(
     alone, group, text, tmp_path
 ):

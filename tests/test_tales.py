@@ -56,6 +56,7 @@ def bits_per_byte(tales, text):
     return evaluate_text(cfg, params, ids, tokenizer=tokenizer).bits_per_byte
 
 
+@pytest.mark.slow
 def test_it_predicts_an_unseen_story_better_than_gzip_compresses_it(tales):
     raw = (golden.DATA / "verdict" / "the-verdict.txt").read_bytes()
     text = raw.decode().replace("--", "\N{EM DASH}")

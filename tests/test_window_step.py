@@ -27,6 +27,7 @@ def expected(cfg, params, prompt, new, step):
     return ids[len(prompt) :]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "step", [5, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 16))]
 )

@@ -104,6 +104,7 @@ def test_a_function_computes_what_it_does_on_one_device(function, params, placed
     assert_close(function(CFG, placed, IDS), function(CFG, params, IDS))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("prompts", "options"),
     [

@@ -206,6 +206,7 @@ def test_logits_do_not_depend_on_the_mesh(shape, cfg):
     np.testing.assert_allclose(logits, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
 
 
+@pytest.mark.slow
 def test_logits_are_those_of_one_device_on_a_mesh_of_three_axes():
     logits = flaxgpt.forward(UNEVEN, split((2, 2, 2), UNEVEN), IDS[0, :, :15])
     expected = flaxgpt.forward(UNEVEN, parameters(UNEVEN), IDS[0, :, :15])
