@@ -109,9 +109,10 @@ def test_the_generation_estimate_agrees_with_xla(cfg, batch):
     ],
 )
 def test_the_generation_estimate_bounds_xla_for_thousands_of_ids(cfg, batch):
-    # jax 0.10 to 0.12 need this amount; 0.7 needs half of it or more.
+    # jax 0.10 to 0.12 need this amount, or a tenth less where attention weights, which the estimate
+    # counts whole, are computed in blocks of queries; 0.7 needs half of it or more.
     found = xla_generating(cfg, batch) / flaxgpt.memory(cfg, batch, cfg.context_length).generating
-    least = 0.98 if jax.__version_info__ >= (0, 10) else 0.45
+    least = 0.9 if jax.__version_info__ >= (0, 10) else 0.45
     assert least < found < 1.02
 
 
