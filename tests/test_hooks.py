@@ -190,6 +190,8 @@ def test_bias_adds_and_allow_excludes():
         ({"logits_fn": lambda ids, length, logits: None}, "must return logits of shape"),
         slow({"logits_fn": lambda ids, length, logits: logits * jnp.nan}, "logits_fn returned NaN"),
         slow({"logits_fn": lambda ids, length, logits: logits - jnp.inf}, "excluded every id"),
+        slow({"logits_fn": hooks.ban([7]), "allowed": np.arange(300) == 7}, "excluded every id"),
+        slow({"logits_fn": hooks.ban([10**6])}, "logits_fn returned NaN"),
         ({"min_new_tokens": 9, "stop_ids": [1]}, "exceeds max_new_tokens=3"),
         ({"min_new_tokens": -1}, "min_new_tokens=-1 must be"),
         ({"logits_fn": hooks.ban([1]), "beams": 2}, "logits_fn does not work with beam search"),

@@ -163,7 +163,7 @@ def generate(
         window_step: past the end of the context, how many ids are chosen with each reading of the
             last ids. 1 reads the last `context_length` ids for each new one. With n, the last
             `context_length - n + 1` are read, and n - 1 more steps extend the cache: much faster,
-            with up to n - 1 ids less in view.
+            with up to n - 1 fewer ids in view.
         dtype: dtype to compute in: float32, bfloat16 or float16.
 
     Returns:

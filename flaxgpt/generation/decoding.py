@@ -11,7 +11,7 @@ There are three phases, which differ only in the ids that are read:
     window_step   the last `context_length` ids, positions counted from 0, as the book's
                   `generate_text_simple` crops: no cached key survives, so each id costs a full pass
 
-With `Plan.window_step` n, a window has n - 1 ids less, and n - 1 steps extend it.
+With `Plan.window_step` n, a window has n - 1 fewer ids, and n - 1 steps extend it.
 
 `decode` runs them in `lax.while_loop`s inside one jit. `flaxgpt.generation.stream` runs them from
 Python, one jitted call per id with the state donated. Prompts of different lengths are padded on
@@ -197,7 +197,7 @@ def _step(
     logits, cache = read(unread, last, state.cache)
     eligible = logits
     if request.logits_fn is not None:
-        eligible = _hooked(request.logits_fn, state, logits)
+        eligible = _hooked(request, state, logits)
     new = choose(eligible, request, state.length - request.prompt_length)
     ended = (new[:, None] == request.stop_ids[None]).any(axis=-1) | (new == NOT_A_NUMBER)
     ids = lax.dynamic_update_slice_in_dim(state.ids, new[:, None], state.length, axis=1)
@@ -207,16 +207,16 @@ def _step(
     return DecodeState(ids, state.length + 1, state.start, state.done | ended, cache, scores), new
 
 
-def _hooked(logits_fn: Any, state: DecodeState, logits: jax.Array) -> jax.Array:
-    """Return the logits that a hook makes of these; NaN for a row that it leaves no id."""
+def _hooked(request: Request, state: DecodeState, logits: jax.Array) -> jax.Array:
+    """Return the logits that the hook makes of these; NaN for a row without an id to choose."""
     ids, length = texts(state.ids, state.start, state.length)
-    changed = logits_fn(ids, length, logits)
+    changed = request.logits_fn(ids, length, logits)
     if not isinstance(changed, jax.Array) or changed.shape != logits.shape:
         raise ValueError(
             f"logits_fn must return logits of shape {logits.shape}, as it gets them, but returned "
             f"{getattr(changed, 'shape', changed)}"
         )
-    changed = changed.astype(logits.dtype)
+    changed = mask(changed.astype(logits.dtype), request.allowed)
     return jnp.where((changed == -jnp.inf).all(axis=-1, keepdims=True), jnp.nan, changed)
 
 

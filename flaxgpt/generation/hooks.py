@@ -30,7 +30,7 @@ from jax.tree_util import Partial
 from jax.typing import ArrayLike
 
 from flaxgpt._checks import check_allowed, check_size, check_stop_ids
-from flaxgpt.generation.sampling import highest_cut, mask, ordered
+from flaxgpt.generation.sampling import as_partial, highest_cut, mask, ordered
 
 LogitsFn = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 """`logits_fn(ids, length, logits) -> logits`; see the module."""
@@ -45,13 +45,6 @@ def _chain(hooks: tuple[Partial, ...], ids: Any, length: Any, logits: jax.Array)
     for hook in hooks:
         logits = hook(ids, length, logits)
     return logits
-
-
-def as_partial(hook: LogitsFn) -> Partial:
-    """Return a hook as a pytree, whose arrays are traced and whose function is static."""
-    if not callable(hook):
-        raise ValueError(f"logits_fn={hook!r} must be a function of (ids, length, logits)")
-    return hook if isinstance(hook, Partial) else Partial(hook)
 
 
 def penalize_repetition(penalty: float) -> Partial:
@@ -76,7 +69,7 @@ def _penalize_repetition(
 
 
 def _present(ids: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Return which ids a row has, bool [B, V]."""
+    """Return a mask of the ids that occur in each row, bool [B, V]."""
     rows = jnp.arange(shape[0])[:, None]
     # A scatter counts negative indices from the end, so they are moved out of range first.
     places = jnp.where(ids < 0, shape[1], ids)
@@ -117,7 +110,7 @@ class _NoRepeat:
 
 
 def ban(ids: Sequence[int]) -> Partial:
-    """Never choose these ids.
+    """Never choose these ids. One outside the vocabulary makes the logits NaN.
 
     Raises:
         ValueError: `ids` is empty or has something else than ids.
@@ -129,11 +122,11 @@ def ban(ids: Sequence[int]) -> Partial:
 
 
 def _ban(banned: jax.Array, ids: Any, length: Any, logits: jax.Array) -> jax.Array:
-    return logits.at[:, banned].set(-jnp.inf, mode="drop")
+    return _at(logits, banned).set(-jnp.inf, mode="drop")
 
 
 def bias(values: Mapping[int, float]) -> Partial:
-    """Add a number to the logits of some ids.
+    """Add a number to the logits of some ids. One outside the vocabulary makes the logits NaN.
 
     Raises:
         ValueError: a key is no id, or a value is not finite.
@@ -150,7 +143,13 @@ def bias(values: Mapping[int, float]) -> Partial:
 def _bias(
     biased: jax.Array, added: jax.Array, ids: Any, length: Any, logits: jax.Array
 ) -> jax.Array:
-    return logits.at[:, biased].add(added[None], mode="drop")
+    return _at(logits, biased).add(added[None], mode="drop")
+
+
+def _at(logits: jax.Array, ids: jax.Array) -> Any:
+    """Return an update of the logits of some ids; all are NaN if one is outside the vocabulary."""
+    known = (ids < logits.shape[1]).all()
+    return jnp.where(known, logits, jnp.nan).at[:, ids]
 
 
 def allow(allowed: ArrayLike) -> Partial:

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.tree_util import Partial
 from jax.typing import ArrayLike
 
 from flaxgpt._checks import check_allowed, check_sampling, check_size, check_stop_ids
@@ -64,11 +65,8 @@ class Sampling:
         if self.min_new_tokens != 0:
             least = check_size("min_new_tokens", self.min_new_tokens)
             object.__setattr__(self, "min_new_tokens", least)
-        if self.logits_fn is not None and not callable(self.logits_fn):
-            raise ValueError(
-                f"logits_fn={self.logits_fn!r} must be a function of (ids, length, logits), such "
-                "as flaxgpt.generation.hooks.penalize_repetition(1.2)"
-            )
+        if self.logits_fn is not None:
+            object.__setattr__(self, "logits_fn", as_partial(self.logits_fn))
         key = self.key
         if key is None:
             if self.temperature > 0:
@@ -91,6 +89,16 @@ class Sampling:
         check_stop_ids(self.stop_ids, vocab_size)
         if self.allowed is not None:
             check_allowed(self.allowed, vocab_size)
+
+
+def as_partial(logits_fn: Any) -> Partial:
+    """Return a hook as a pytree, whose arrays are traced and whose function is static."""
+    if not callable(logits_fn):
+        raise ValueError(
+            f"logits_fn={logits_fn!r} must be a function of (ids, length, logits), such as "
+            "flaxgpt.generation.hooks.penalize_repetition(1.2)"
+        )
+    return logits_fn if isinstance(logits_fn, Partial) else Partial(logits_fn)
 
 
 def mask(logits: jax.Array, allowed: ArrayLike | None) -> jax.Array:

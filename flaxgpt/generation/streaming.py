@@ -96,7 +96,7 @@ def stream_rows(
         cfg, params, prompts, max_new_tokens, sampling, dtype, window_step=window_step
     )
     plan = prepared.program.plan
-    if prepared.request.logits_fn is None:  # which sees the whole text
+    if prepared.request.logits_fn is None:  # a hook reads the whole text
         plan = dataclasses.replace(plan, width=min(plan.width, bucket(cfg.context_length + 1)))
     program = dataclasses.replace(prepared.program, plan=plan)
     copies = itertools.tee(_steps(prepared._replace(program=program)), len(prompts))
