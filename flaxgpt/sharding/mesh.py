@@ -84,7 +84,8 @@ def make_mesh(
 
 def _arranged(sizes: tuple[int, ...], devices: list[Any]) -> np.ndarray:
     """Return devices as an array of these sizes, neighbors close to each other."""
-    # With the split, an axis may take part of the rows of chips, where no whole rows fit.
+    # JAX raises NotImplementedError where an axis is not a number of whole rows of chips, unless it
+    # may split them, and AssertionError where the chips do not form a box.
     arrange = partial(mesh_utils.create_device_mesh, sizes, devices)
     try:
         try:

@@ -31,10 +31,9 @@ def splash_attend(
 ) -> jax.Array:  # [B, N, T, H]
     """Return the mean of the values, weighted by how well keys match each query."""
     attend = partial(_of_rows, window=visibility.window, interpret=interpret)
-    if visibility.start is None:
-        return per_device(attend, ("BNTH",) * 3, "BNTH")(query, keys, values)
-    letters = ("BNTH", "BNTH", "BNTH", "B")
-    return per_device(attend, letters, "BNTH")(query, keys, values, visibility.start)
+    padding = () if visibility.start is None else (visibility.start,)
+    letters = ("BNTH",) * 3 + ("B",) * len(padding)
+    return per_device(attend, letters, "BNTH")(query, keys, values, *padding)
 
 
 def _of_rows(
