@@ -144,6 +144,27 @@ class KVCache:
             start=self.start.at[index].get(mode="fill", fill_value=0),
         )
 
+    def put(self, row: ArrayLike, other: KVCache) -> KVCache:
+        """Return the cache with all slots of `other` in its first slots, from a row on.
+
+        Pure and jittable. `length` and `start` stay as they are.
+
+        Args:
+            row: int [], the first of the rows to write.
+            other: a cache of the same model and layout with as many rows and slots or fewer.
+        """
+
+        def write(buffer: jax.Array, new: jax.Array) -> jax.Array:
+            first = row * (buffer.shape[0] // self.batch)  # heads may be merged with rows
+            place = (first, *[0] * (buffer.ndim - 1))
+            return lax.dynamic_update_slice(buffer, new.astype(buffer.dtype), place)
+
+        return dataclasses.replace(
+            self,
+            keys=tuple(map(write, self.keys, other.keys)),
+            values=tuple(map(write, self.values, other.values)),
+        )
+
     def repeat(self, n: int) -> KVCache:
         """Return a cache in which each row appears `n` times in a row: [B, ...] -> [B*n, ...].
 

@@ -30,6 +30,7 @@ class Platform:
     fused_qkv: bool = False  # whether decoding computes query, key and value by one product
     one_pass_norms: bool = False  # mean and variance from one pass over the numbers
     loss_positions: int | None = None  # whose logits a training step holds at once; None for all
+    prompt_positions: int = 2**13  # positions of prompts that are read at once, or one prompt
     cudnn: bool = False  # whether `jax.nn.dot_product_attention` may use cuDNN
     interpreted: bool = True  # whether Pallas kernels for TPU are interpreted, not compiled
     decode_options: tuple[tuple[str, str], ...] = ()  # of XLA for the decoding loop: (name, value)
@@ -43,6 +44,10 @@ class Platform:
     def rows_in(self, dtype: DTypeLike) -> int:
         """Return how many rows a matrix product in a dtype should have at least."""
         return dict(self.least_rows).get(jax.numpy.dtype(dtype).name, 1)
+
+    def prompts_at_once(self, width: int) -> int:
+        """Return how many prompts of this many ids are read at once, if there are as many."""
+        return max(1, self.prompt_positions // width)
 
     def over_devices(self) -> Platform:
         """Return the choices for arrays whose batch and heads are split over several devices."""
@@ -61,6 +66,8 @@ PLATFORMS = {
         round_products=True,
         # It also converts a narrow table whole to float32 before it looks up rows.
         lookup_by_bits=True,
+        # Products of more positions are no faster, and their activations take more memory.
+        prompt_positions=1024,
         # From jax 0.11 on, this pass takes the loop body for a small one, and runs one thread.
         decode_options=(("xla_disable_hlo_passes", "small-while-loop-hoisting"),),
         # The same program in a third of the time: only its machine code is not optimized.

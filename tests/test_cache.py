@@ -229,6 +229,16 @@ def test_taken_rows_keep_their_padding(filled, layout):
 
 
 @LAYOUTS
+def test_rows_of_another_cache_put_into_a_cache_continue_there(filled, layout):
+    cfg, params, ids, caches = filled
+    empty = flaxgpt.init_cache(cfg, 3, 12, layout=layout)
+    cache = empty.put(1, caches[layout].take([0, 1]))
+    cache = dataclasses.replace(cache, length=caches[layout].length)
+    logits, _ = flaxgpt.extend(cfg, params, ids[[0, 0, 1], 8:10], cache)
+    golden.assert_logits_agree(logits[1:], flaxgpt.forward(cfg, params, ids[:2])[:, 8:])
+
+
+@LAYOUTS
 @pytest.mark.parametrize("transform", [lambda f: f, jax.jit], ids=["eager", "jit"])
 def test_repeated_rows_stand_next_to_each_other(filled, layout, transform):
     cfg, params, ids, caches = filled

@@ -14,7 +14,7 @@ from flaxgpt.generation.decoding import Plan, Request
 from flaxgpt.generation.programs import Program
 from flaxgpt.inspection import LargestBatch, largest_batch
 from flaxgpt.model import param_shapes
-from flaxgpt.platform import PLATFORMS
+from flaxgpt.platform import PLATFORMS, Platform
 from flaxgpt.training import TrainConfig, init_state, loss, make_optimizer, train_step
 
 WIDE = GPTConfig(vocab_size=65, context_length=64, emb_dim=128, n_heads=4, n_layers=4, drop_rate=0)
@@ -66,11 +66,14 @@ def test_the_training_estimate_agrees_with_xla(cfg, batch, length):
     assert abs(flaxgpt.memory(cfg, batch, length).training / found - 1) < 0.15
 
 
-def xla_generating(cfg, batch):
+def xla_generating(cfg, batch, prompt_positions=None):
     """Return the bytes that XLA reports for generation with a prompt of the context length."""
     length = cfg.context_length
     plan = Plan(length, length, length, exceeds_context=False)
-    program = Program(cfg, plan, PLATFORMS["cpu"], jnp.dtype("float32"))
+    platform = dataclasses.replace(
+        PLATFORMS["cpu"], prompt_positions=prompt_positions or Platform().prompt_positions
+    )
+    program = Program(cfg, plan, platform, jnp.dtype("float32"))
     scalar = partial(jax.ShapeDtypeStruct, ())
     request = Request(
         key=jax.eval_shape(lambda: jax.random.key(0)),
@@ -114,6 +117,14 @@ def test_the_generation_estimate_bounds_xla_for_thousands_of_ids(cfg, batch):
     found = xla_generating(cfg, batch) / flaxgpt.memory(cfg, batch, cfg.context_length).generating
     least = 0.9 if jax.__version_info__ >= (0, 10) else 0.45
     assert least < found < 1.02
+
+
+@pytest.mark.slow
+def test_reading_few_prompts_at_once_takes_the_memory_of_these():
+    used = flaxgpt.memory(LONG, 8, LONG.context_length)
+    fixed = used.weights + used.kv_cache
+    few = xla_generating(LONG, 8, prompt_positions=LONG.context_length) - fixed
+    assert few < 0.3 * (xla_generating(LONG, 8) - fixed)
 
 
 def test_remat_keeps_one_residual_stream_per_block():

@@ -15,6 +15,7 @@ from flaxgpt.config import GPTConfig
 from flaxgpt.generation import beams, decoding
 from flaxgpt.generation.beams import Finished, Rules
 from flaxgpt.generation.decoding import DecodeState, Plan, Read, Request
+from flaxgpt.generation.prompt_reading import read_few_rows_at_a_time
 from flaxgpt.model.gpt import apply_logits, apply_states
 from flaxgpt.platform import Platform
 from flaxgpt.sharding import Mesh, in_force, replicated
@@ -35,6 +36,9 @@ class Program:
         """Return the model's reading function."""
 
         def read(ids: jax.Array, last: Any, cache: KVCache) -> tuple[jax.Array, KVCache]:
+            rows = self.platform.prompts_at_once(ids.shape[1])
+            if cache.is_empty and rows < ids.shape[0] and not self.mesh:
+                return read_few_rows_at_a_time(read, rows, self._cache, ids, last, cache)
             states, cache = apply_states(self.cfg, self.platform, params, ids, cache)
             final = lax.dynamic_index_in_dim(states, last, axis=1, keepdims=False)  # [B, D]
             return apply_logits(self.cfg, self.platform, params, final), cache
@@ -43,7 +47,9 @@ class Program:
 
     def empty_cache(self, batch: int) -> KVCache:
         """Return a cache for as many ids as the loop writes, or the context if that is less."""
-        length = min(self.plan.width, self.cfg.context_length)
+        return self._cache(batch, min(self.plan.width, self.cfg.context_length))
+
+    def _cache(self, batch: int, length: int) -> KVCache:
         layout = self.platform.cache_layout
         return init_cache(self.cfg, batch, length, self.dtype, layout=layout).rewind(0)
 

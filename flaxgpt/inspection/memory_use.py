@@ -23,6 +23,7 @@ from flaxgpt._checks import check_context, check_dtype, check_positive, check_si
 from flaxgpt.config import GPTConfig, check_config
 from flaxgpt.inspection.parameters import count_params
 from flaxgpt.model.attend import query_blocks
+from flaxgpt.platform import Platform
 
 # The unit is one residual stream, B x T x D numbers; "weights" are attention weights, N x T x T.
 _KEPT = 22  # per block for the backward pass: inputs of products and norms, three of width F = 4 D
@@ -42,7 +43,8 @@ class MemoryUse:
     Attributes:
         weights: parameters, float32.
         kv_cache: keys and values of all ids.
-        prefill: temporaries of a prefill with all ids.
+        prefill: temporaries of a prefill with all ids; less on CPU, where prompts are read in
+            smaller groups.
         optimizer: the two moments of AdamW, float32.
         gradients: gradients and updates, float32.
         activations: activations kept for the backward pass, and logits.
@@ -107,9 +109,11 @@ def memory(cfg: GPTConfig, batch: int, length: int, *, dtype: DTypeLike = jnp.fl
     kept += _DROPOUT * stream if cfg.drop_rates.shortcut else 0
     kept += _DROPOUT_WEIGHTS * computed * weights if cfg.drop_rates.attn else 0
     kv_cache = 2 * cfg.n_layers * stream
-    prefill = max(_PREFILL * stream, weights + _PREFILL_BESIDE_WEIGHTS * stream)
-    if batch * length >= _MANY_IDS and cfg.n_layers > 1:  # the last block computes one id per row
-        prefill = max(_LARGE_PREFILL * stream, weights + _LARGE_PREFILL_BESIDE_WEIGHTS * stream)
+    rows = min(batch, Platform().prompts_at_once(length))
+    read, seen = stream // batch * rows, weights // batch * rows
+    prefill = max(_PREFILL * read, seen + _PREFILL_BESIDE_WEIGHTS * read)
+    if rows * length >= _MANY_IDS and cfg.n_layers > 1:  # the last block computes one id per row
+        prefill = max(_LARGE_PREFILL * read, seen + _LARGE_PREFILL_BESIDE_WEIGHTS * read)
     logits = 2 * batch * length * cfg.vocab_size * 4  # for the loss and its gradient
     temporary = _TEMPORARY * stream + logits
     parameters = 4 * _count(cfg)
