@@ -101,7 +101,8 @@ def xla_generating(cfg, batch, prompt_positions=None):
 )
 def test_the_generation_estimate_agrees_with_xla(cfg, batch):
     found = xla_generating(cfg, batch)
-    assert abs(flaxgpt.memory(cfg, batch, cfg.context_length).generating / found - 1) < 0.15
+    most = 0.15 if jax.__version_info__ >= (0, 10) else 0.25
+    assert abs(flaxgpt.memory(cfg, batch, cfg.context_length).generating / found - 1) < most
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,8 @@
 """Estimates of the memory that generation and training need, without allocating any.
 
 Weights, cache and optimizer state are exact. The rest is fitted to XLA's `memory_analysis` on CPU
-(jax 0.7 to 0.12, float32), within 15 %; with jax 0.7, a prefill of thousands of ids needs as little
-as half. Activations and gradients do not add up.
+(jax 0.10 to 0.12, float32), within 15 %; with jax 0.7, generation needs up to a fifth more, or for
+a prefill of thousands of ids as little as half. Activations and gradients do not add up.
 
 XLA on CPU merges the duplicate computations of `remat`, so remat saves no memory there. It also
 computes bfloat16 via float32 copies, which need up to 2.5 times the estimate. The estimates have
