@@ -133,6 +133,15 @@ def test_a_stream_calls_the_hook_with_the_whole_text_also_past_the_context(model
     assert list(flaxgpt.stream(*model, [5, 6], new, logits_fn=hook)) == rows[0]
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"logits_fn": hooks.penalize_repetition(1.5)}, {"min_new_tokens": 1, "stop_ids": [3]}],
+)
+def test_a_stream_whose_ids_a_hook_reads_needs_memory_for_them(options, model):
+    with pytest.raises(ValueError, match=r"needs 3\.0 GiB for the ids alone: .* leave out logits_fn"):
+        flaxgpt.stream(*model, [5], 2**29, **options)
+
+
 @pytest.mark.slow
 def test_other_values_of_a_hook_compile_nothing(model, compilations):
     def run(penalty):

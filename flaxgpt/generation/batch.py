@@ -20,7 +20,7 @@ from flaxgpt.generation.beam_options import (
 from flaxgpt.generation.hooks import LogitsFn
 from flaxgpt.generation.log_probs import ScoredIds, check_alternatives, scored_rows
 from flaxgpt.generation.programs import compiled_decode, compiled_search
-from flaxgpt.generation.prompts import Prepared, check_number, prepare
+from flaxgpt.generation.prompts import Prepared, check_number, check_places, prepare
 from flaxgpt.generation.sampling import NOT_A_NUMBER, Sampling
 from flaxgpt.typing import Params
 
@@ -195,12 +195,8 @@ def generate(
     # Beam search keeps running and finished continuations.
     places = len(ids) * program.plan.width * (2 * options.beams if options.is_search else 1)
     places *= 1 if alternatives is None else 2 + 2 * alternatives
-    if places > 2**28:
-        raise ValueError(
-            f"max_new_tokens={max_new_tokens} for {len(ids)} rows needs "
-            f"{places * 4 / 2**30:.1f} GiB for the ids alone: ask for fewer, or use "
-            + ("fewer beams" if options.is_search else "`stream`, which keeps only the context")
-        )
+    other = "fewer beams" if options.is_search else "`stream`, which keeps only the context"
+    check_places(places, len(ids), max_new_tokens, f"use {other}")
     if options.is_search:
         options.check_sizes(sampling, cfg.vocab_size, max_new_tokens)
         return _search(prepared, options)

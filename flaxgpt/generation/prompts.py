@@ -134,6 +134,15 @@ def bucket(length: int) -> int:
     return power * 3 // 4 if length <= power * 3 // 4 and power > 16 else power
 
 
+def check_places(places: int, rows: int, max_new_tokens: int, advice: str) -> None:
+    """Raise ValueError if the ids of all rows need more than 1 GiB."""
+    if places > 2**28:
+        raise ValueError(
+            f"max_new_tokens={max_new_tokens} for {rows} rows needs {places * 4 / 2**30:.1f} GiB "
+            f"for the ids alone: ask for fewer, or {advice}"
+        )
+
+
 def check_number(token: int, row: int, place: int) -> None:
     """Raise ValueError if a new id says that its logits were NaN."""
     if token == NOT_A_NUMBER:

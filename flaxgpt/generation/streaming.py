@@ -14,7 +14,7 @@ from jax.typing import ArrayLike, DTypeLike
 from flaxgpt.config import GPTConfig
 from flaxgpt.generation import programs
 from flaxgpt.generation.hooks import LogitsFn
-from flaxgpt.generation.prompts import Prepared, bucket, check_number, prepare
+from flaxgpt.generation.prompts import Prepared, bucket, check_number, check_places, prepare
 from flaxgpt.generation.sampling import Sampling
 from flaxgpt.typing import Params
 
@@ -96,8 +96,11 @@ def stream_rows(
         cfg, params, prompts, max_new_tokens, sampling, dtype, window_step=window_step
     )
     plan = prepared.program.plan
-    if prepared.request.logits_fn is None:  # a hook reads the whole text
+    if prepared.request.logits_fn is None:
         plan = dataclasses.replace(plan, width=min(plan.width, bucket(cfg.context_length + 1)))
+    else:  # a hook reads the whole text
+        rows, advice = len(prepared.ids), "leave out logits_fn and min_new_tokens"
+        check_places(rows * plan.width, rows, max_new_tokens, advice)
     program = dataclasses.replace(prepared.program, plan=plan)
     copies = itertools.tee(_steps(prepared._replace(program=program)), len(prompts))
     stop_ids = frozenset(sampling.stop_ids)
