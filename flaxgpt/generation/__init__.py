@@ -2,6 +2,7 @@
 
 sampling     logits to ids
 hooks        functions that change logits first
+grammar      text that matches a regular expression
 log_probs    how likely the new ids were
 decoding     the loop, with the model injected
 beams        the loop of beam search, also with the model injected
@@ -17,6 +18,7 @@ text         `generate_text` and `stream_text`
 
 from flaxgpt.generation.batch import generate
 from flaxgpt.generation.beam_options import Beam
+from flaxgpt.generation.grammar import Grammar, compile_grammar
 from flaxgpt.generation.log_probs import ScoredIds
 from flaxgpt.generation.sampling import Sampling
 from flaxgpt.generation.streaming import stream
@@ -24,8 +26,10 @@ from flaxgpt.generation.text import generate_text, stream_text
 
 __all__ = [
     "Beam",
+    "Grammar",
     "Sampling",
     "ScoredIds",
+    "compile_grammar",
     "generate",
     "generate_text",
     "stream",

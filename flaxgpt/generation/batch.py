@@ -17,6 +17,7 @@ from flaxgpt.generation.beam_options import (
     EarlyStopping,
     refuse_with_beams,
 )
+from flaxgpt.generation.grammar import Grammar
 from flaxgpt.generation.hooks import LogitsFn
 from flaxgpt.generation.log_probs import ScoredIds, check_alternatives, scored_rows
 from flaxgpt.generation.programs import compiled_decode, compiled_search
@@ -40,6 +41,7 @@ def generate(
     allowed: ArrayLike | None = None,
     logits_fn: LogitsFn | None = None,
     min_new_tokens: int = 0,
+    match: Grammar | None = None,
     beams: int = 1,
     length_penalty: float = 1.0,
     early_stopping: EarlyStopping = False,
@@ -66,6 +68,7 @@ def generate(
     allowed: ArrayLike | None = None,
     logits_fn: LogitsFn | None = None,
     min_new_tokens: int = 0,
+    match: Grammar | None = None,
     return_logprobs: Literal[True],
     top_logprobs: int = 0,
     window_step: int = 1,
@@ -108,6 +111,7 @@ def generate(
     allowed: ArrayLike | None = None,
     logits_fn: LogitsFn | None = None,
     min_new_tokens: int = 0,
+    match: Grammar | None = None,
     beams: int = 1,
     length_penalty: float = 1.0,
     early_stopping: EarlyStopping = False,
@@ -144,6 +148,10 @@ def generate(
             traced into the loop, which is compiled once per function object;
             `flaxgpt.generation.hooks` describes it and has a number of them.
         min_new_tokens: new ids before which no stop id is chosen.
+        match: a grammar from `flaxgpt.generation.compile_grammar`. The new ids of each row are a
+            whole match, then one of the grammar's stop ids if `max_new_tokens` leaves room. An id
+            after which no match would fit is excluded. Does not work with `allowed` and
+            `min_new_tokens`.
         beams: 2 or more select beam search, which extends that many continuations of each row in
             parallel and returns the one with the highest score; 1 is greedy decoding or sampling.
             Beam search requires temperature 0, without top-k and top-p.
@@ -180,11 +188,12 @@ def generate(
         refuse_with_beams(
             logits_fn=logits_fn,
             min_new_tokens=min_new_tokens,
+            match=match,
             return_logprobs=return_logprobs,
             window_step=None if window_step == 1 else window_step,
         )
     sampling = Sampling(
-        temperature, top_k, top_p, key, stop_ids, allowed, logits_fn, min_new_tokens
+        temperature, top_k, top_p, key, stop_ids, allowed, logits_fn, min_new_tokens, match
     )
     check_config(cfg)
     alternatives = check_alternatives(cfg.vocab_size, return_logprobs, top_logprobs)

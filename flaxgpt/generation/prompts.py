@@ -100,18 +100,20 @@ def prepare(
         final_length=np.int32(longest + max_new_tokens),
         allowed=sampling.allowed,
         rows=np.int32(count) if copies else None,
-        logits_fn=_hook(sampling, longest - start),
+        logits_fn=_hook(sampling, longest - start, max_new_tokens),
     )
     platform = platform_of(params)
     params = loop_params(platform, dtype, params)
     return Prepared(Program(cfg, plan, platform, dtype, mesh), params, request, ids, start)
 
 
-def _hook(sampling: Sampling, lengths: np.ndarray) -> Any:
+def _hook(sampling: Sampling, lengths: np.ndarray, max_new_tokens: int) -> Any:
     """Return the hook for prompts of these lengths, or None."""
     hooks = [] if sampling.logits_fn is None else [sampling.logits_fn]
     if sampling.min_new_tokens and sampling.stop_ids:
         hooks.append(least_length(lengths + sampling.min_new_tokens, sampling.stop_ids))
+    if sampling.match is not None:
+        hooks.append(sampling.match.hook(lengths, max_new_tokens))
     return hooks[0] if len(hooks) == 1 else chain(*hooks) if hooks else None
 
 

@@ -19,6 +19,7 @@ from jax.tree_util import Partial
 from jax.typing import ArrayLike
 
 from flaxgpt._checks import check_allowed, check_sampling, check_size, check_stop_ids
+from flaxgpt.generation.grammar import Grammar
 
 # Devices read smaller numbers as 0, which every sum of probabilities would reach.
 _TINY = float(jnp.finfo(jnp.float32).tiny)
@@ -43,6 +44,7 @@ class Sampling:
         allowed: bool [V], ids that may be chosen; None for all. Top-k and top-p count only these.
         logits_fn: a function that changes logits first; see `flaxgpt.generation.hooks`.
         min_new_tokens: new ids before which no stop id is chosen.
+        match: the grammar of the new ids, whose stop ids are those of the rows.
 
     Raises:
         ValueError: a value is out of range, or sampling has no key.
@@ -56,6 +58,7 @@ class Sampling:
     allowed: ArrayLike | None = None
     logits_fn: Any = None
     min_new_tokens: int = 0
+    match: Grammar | None = None
 
     def __post_init__(self) -> None:
         check_sampling(self.temperature, self.top_k, self.top_p)
@@ -67,6 +70,8 @@ class Sampling:
             object.__setattr__(self, "min_new_tokens", least)
         if self.logits_fn is not None:
             object.__setattr__(self, "logits_fn", as_partial(self.logits_fn))
+        if self.match is not None:
+            object.__setattr__(self, "stop_ids", self._stop_ids_of_match())
         key = self.key
         if key is None:
             if self.temperature > 0:
@@ -83,12 +88,47 @@ class Sampling:
                 ) from error
             object.__setattr__(self, "key", typed)
 
+    def _stop_ids_of_match(self) -> tuple[int, ...]:
+        """Return the stop ids of `match`, or raise ValueError for what does not work with it."""
+        match = check_grammar(self.match)
+        if self.stop_ids and set(self.stop_ids) != set(match.stop_ids):
+            raise ValueError(
+                f"stop_ids={self.stop_ids} are not those of match, {match.stop_ids}: leave them "
+                "out, or compile the grammar for them"
+            )
+        if self.allowed is not None:
+            raise ValueError(
+                "allowed does not work with match, whose ids it could exclude: leave it out, and "
+                "write what is allowed into the pattern"
+            )
+        if self.min_new_tokens:
+            raise ValueError(
+                "min_new_tokens does not work with match: leave it out, and write the least length "
+                "into the pattern, as in .{20,}"
+            )
+        return match.stop_ids
+
     def check_vocabulary(self, vocab_size: int) -> None:
-        """Raise ValueError if `top_k`, a stop id or `allowed` does not fit the vocabulary."""
+        """Raise ValueError if an option does not fit the vocabulary."""
         check_sampling(self.temperature, self.top_k, self.top_p, vocab_size)
         check_stop_ids(self.stop_ids, vocab_size)
         if self.allowed is not None:
             check_allowed(self.allowed, vocab_size)
+        if self.match is not None and self.match.vocab_size != vocab_size:
+            raise ValueError(
+                f"match is a grammar for vocab_size={self.match.vocab_size}, but the model has "
+                f"vocab_size={vocab_size}: compile it for the model"
+            )
+
+
+def check_grammar(match: Any) -> Grammar:
+    """Return a grammar, or raise ValueError for anything else."""
+    if not isinstance(match, Grammar):
+        raise ValueError(
+            f"match={match!r} must be a grammar: use flaxgpt.generation.compile_grammar, or "
+            "generate_text, which takes a pattern"
+        )
+    return match
 
 
 def as_partial(logits_fn: Any) -> Partial:

@@ -13,6 +13,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from flaxgpt.config import GPTConfig
 from flaxgpt.generation import programs
+from flaxgpt.generation.grammar import Grammar
 from flaxgpt.generation.hooks import LogitsFn
 from flaxgpt.generation.prompts import Prepared, bucket, check_number, check_places, prepare
 from flaxgpt.generation.sampling import Sampling
@@ -33,6 +34,7 @@ def stream(
     allowed: ArrayLike | None = None,
     logits_fn: LogitsFn | None = None,
     min_new_tokens: int = 0,
+    match: Grammar | None = None,
     window_step: int = 1,
     dtype: DTypeLike = jnp.float32,
 ) -> Iterator[int]:
@@ -41,7 +43,7 @@ def stream(
     The ids are those of `generate(cfg, params, [prompt], ...)` with the same arguments, unless two
     ids are equally likely up to rounding; see there for the arguments not listed here. Arguments
     are checked at the call, before the first id is requested. Memory stays that of one context,
-    however many ids are requested, and with `logits_fn` also the ids.
+    however many ids are requested, and with `logits_fn` or `match` also the ids.
 
     Args:
         cfg: the configuration, static.
@@ -59,7 +61,7 @@ def stream(
     if isinstance(prompt, str) or not isinstance(prompt, Iterable):
         raise ValueError(f"stream takes the ids of one prompt, a flat list of ints, got {prompt!r}")
     sampling = Sampling(
-        temperature, top_k, top_p, key, stop_ids, allowed, logits_fn, min_new_tokens
+        temperature, top_k, top_p, key, stop_ids, allowed, logits_fn, min_new_tokens, match
     )
     (row,) = stream_rows(cfg, params, [prompt], max_new_tokens, sampling, window_step, dtype)
     return row
@@ -99,7 +101,7 @@ def stream_rows(
     if prepared.request.logits_fn is None:
         plan = dataclasses.replace(plan, width=min(plan.width, bucket(cfg.context_length + 1)))
     else:  # a hook reads the whole text
-        rows, advice = len(prepared.ids), "leave out logits_fn and min_new_tokens"
+        rows, advice = len(prepared.ids), "leave out logits_fn, min_new_tokens and match"
         check_places(rows * plan.width, rows, max_new_tokens, advice)
     program = dataclasses.replace(prepared.program, plan=plan)
     copies = itertools.tee(_steps(prepared._replace(program=program)), len(prompts))

@@ -12,8 +12,9 @@ from flaxgpt._checks import check_stop_ids
 from flaxgpt.config import GPTConfig, check_config
 from flaxgpt.generation.batch import generate
 from flaxgpt.generation.beam_options import BeamOptions, EarlyStopping, refuse_with_beams
+from flaxgpt.generation.grammar import Grammar, compile_grammar
 from flaxgpt.generation.hooks import LogitsFn
-from flaxgpt.generation.sampling import Sampling
+from flaxgpt.generation.sampling import Sampling, check_grammar
 from flaxgpt.generation.stop_strings import StopStrings
 from flaxgpt.generation.streaming import stream_rows
 from flaxgpt.tokenizer import Tokenizer, text_ids
@@ -34,6 +35,7 @@ def generate_text(
     stop_ids: Sequence[int] = (),
     logits_fn: LogitsFn | None = None,
     min_new_tokens: int = 0,
+    match: str | Grammar | None = None,
     beams: int = 1,
     length_penalty: float = 1.0,
     early_stopping: EarlyStopping = False,
@@ -53,6 +55,11 @@ def generate_text(
         tokenizer: the tokenizer that the model was trained with.
         prompts: texts, none of them empty.
         max_new_tokens: new ids per text, 1 or more.
+        match: a regular expression in the syntax of Python's `re`, such as "[0-9]{1,3}". Each new
+            text is a whole match that fits `max_new_tokens`, whatever the model prefers. A text
+            ends at one of `stop_ids`, by default those of the tokenizer, which are left out. Or a
+            grammar, which is a compiled one. Lookaround, backreferences and anchors are not
+            supported; see `flaxgpt.generation.compile_grammar`.
         stop: strings that end a text, wherever they begin and end within its tokens. Only new text
             is searched: a string that begins in the prompt does not count. Of several strings, the
             one that ends first in the text counts, and of those that end at the same place, the
@@ -65,7 +72,8 @@ def generate_text(
         text, such as GPT-2's end of text as a stop id, is left out.
 
     Raises:
-        ValueError: an argument is out of range, or a prompt has ids that the model lacks.
+        ValueError: an argument is out of range, a prompt has ids that the model lacks, or no match
+            fits `max_new_tokens`.
         TypeError: a prompt is not a string.
     """
     if isinstance(prompts, str):
@@ -73,15 +81,18 @@ def generate_text(
     check_config(cfg)
     stop_ids = check_stop_ids(stop_ids, cfg.vocab_size)
     stops = StopStrings(stop, include_stop)
-    allowed = text_ids(tokenizer, cfg.vocab_size)
+    grammar = _grammar(match, tokenizer, cfg.vocab_size, stop_ids, stops)
+    allowed = None if grammar else text_ids(tokenizer, cfg.vocab_size)
     encoded = [tokenizer.encode(prompt) for prompt in prompts]
     rows: Sequence[Iterable[int]]
+    options = BeamOptions(beams, length_penalty, early_stopping)
+    if options.is_search:
+        refuse_with_beams(match=match)
     if stops.strings:
-        options = BeamOptions(beams, length_penalty, early_stopping)
         if options.is_search:
             refuse_with_beams(stop=stops.strings)
         sampling = Sampling(
-            temperature, top_k, top_p, key, stop_ids, allowed, logits_fn, min_new_tokens
+            temperature, top_k, top_p, key, stop_ids, allowed, logits_fn, min_new_tokens, grammar
         )
         rows = stream_rows(cfg, params, encoded, max_new_tokens, sampling, window_step, dtype)
     else:
@@ -97,6 +108,7 @@ def generate_text(
             stop_ids=stop_ids,
             logits_fn=logits_fn,
             min_new_tokens=min_new_tokens,
+            match=grammar,
             beams=beams,
             length_penalty=length_penalty,
             early_stopping=early_stopping,
@@ -105,7 +117,7 @@ def generate_text(
             dtype=dtype,
         )
     return [
-        "".join(_pieces(tokenizer, prompt, row, stop_ids, stops))
+        "".join(_pieces(tokenizer, prompt, row, stop_ids, stops, grammar))
         for prompt, row in zip(encoded, rows, strict=True)
     ]
 
@@ -124,6 +136,7 @@ def stream_text(
     stop_ids: Sequence[int] = (),
     logits_fn: LogitsFn | None = None,
     min_new_tokens: int = 0,
+    match: str | Grammar | None = None,
     stop: Sequence[str] = (),
     include_stop: bool = False,
     window_step: int = 1,
@@ -161,13 +174,32 @@ def stream_text(
     check_config(cfg)
     stop_ids = check_stop_ids(stop_ids, cfg.vocab_size)
     stops = StopStrings(stop, include_stop)
-    allowed = text_ids(tokenizer, cfg.vocab_size)
+    grammar = _grammar(match, tokenizer, cfg.vocab_size, stop_ids, stops)
+    allowed = None if grammar else text_ids(tokenizer, cfg.vocab_size)
     ids = tokenizer.encode(prompt)
     sampling = Sampling(
-        temperature, top_k, top_p, key, stop_ids, allowed, logits_fn, min_new_tokens
+        temperature, top_k, top_p, key, stop_ids, allowed, logits_fn, min_new_tokens, grammar
     )
     (row,) = stream_rows(cfg, params, [ids], max_new_tokens, sampling, window_step, dtype)
-    return _pieces(tokenizer, ids, row, stop_ids, stops)
+    return _pieces(tokenizer, ids, row, stop_ids, stops, grammar)
+
+
+def _grammar(
+    match: str | Grammar | None,
+    tokenizer: Tokenizer,
+    vocab_size: int,
+    stop_ids: Sequence[int],
+    stops: StopStrings,
+) -> Grammar | None:
+    """Return the grammar of the new text, or None."""
+    if match is not None and stops.strings:
+        raise ValueError(
+            "stop does not work with match, which could not be whole: leave it out, and write how "
+            "the text ends into the pattern"
+        )
+    if isinstance(match, str):
+        return compile_grammar(match, tokenizer, vocab_size, stop_ids)
+    return None if match is None else check_grammar(match)
 
 
 def _pieces(
@@ -176,9 +208,10 @@ def _pieces(
     new: Iterable[int],
     stop_ids: Sequence[int],
     stops: StopStrings,
+    grammar: Grammar | None,
 ) -> Iterator[str]:
     """Yield the text of new ids after a prompt, up to a stop string."""
-    ids = drop_stop_tokens(tokenizer, new, stop_ids)
+    ids = grammar.text_of(new) if grammar else drop_stop_tokens(tokenizer, new, stop_ids)
     return stops.cut(tokenizer.decode_stream(ids, after=prompt))
 
 
