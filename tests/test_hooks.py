@@ -138,7 +138,9 @@ def test_a_stream_calls_the_hook_with_the_whole_text_also_past_the_context(model
     [{"logits_fn": hooks.penalize_repetition(1.5)}, {"min_new_tokens": 1, "stop_ids": [3]}],
 )
 def test_a_stream_whose_ids_a_hook_reads_needs_memory_for_them(options, model):
-    with pytest.raises(ValueError, match=r"needs 3\.0 GiB for the ids alone: .* leave out logits_fn"):
+    with pytest.raises(
+        ValueError, match=r"needs 3\.0 GiB for the ids alone: .* leave out logits_fn"
+    ):
         flaxgpt.stream(*model, [5], 2**29, **options)
 
 
@@ -186,6 +188,27 @@ def test_bias_adds_and_allow_excludes():
     allowed = np.array([True, False, True, False])
     inf = float("inf")
     assert hooks.allow(allowed)(None, None, logits).tolist() == [[0, -inf, 0, -inf]]
+
+
+def test_what_a_limit_excludes_stays_excluded_and_does_not_count():
+    logits = jnp.array([[9.0, 1.0, 0.9, -5.0]])
+    inf = float("inf")
+    kept = hooks.within(hooks.ban([0]), hooks.min_p(0.5))(None, None, logits)
+    assert kept.tolist() == [[-inf, 1.0, np.float32(0.9), -inf]]
+    lifted = hooks.within(hooks.ban([0]), lambda *_: jnp.zeros((1, 4)))(None, None, logits)
+    assert lifted.tolist() == [[-inf, 0, 0, 0]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("limit", ["allowed", "min_new_tokens"])
+def test_filters_of_a_hook_count_only_ids_that_may_be_chosen(limit, model):
+    (best,), *_ = flaxgpt.generate(*model, [[5]], 1)
+    options = {"allowed": np.arange(300) != best}
+    if limit == "min_new_tokens":
+        options = {"min_new_tokens": 4, "stop_ids": [best]}
+    (row,) = flaxgpt.generate(*model, [[5]], 4, logits_fn=hooks.min_p(1.0), **options)
+    assert len(row) == 4
+    assert best not in row
 
 
 # --- Errors

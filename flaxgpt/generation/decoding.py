@@ -210,7 +210,8 @@ def _step(
 def _hooked(request: Request, state: DecodeState, logits: jax.Array) -> jax.Array:
     """Return the logits that the hook makes of these; NaN for a row without an id to choose."""
     ids, length = texts(state.ids, state.start, state.length)
-    changed = request.logits_fn(ids, length, logits)
+    # A filter in the hook then counts allowed ids only.
+    changed = request.logits_fn(ids, length, mask(logits, request.allowed))
     if not isinstance(changed, jax.Array) or changed.shape != logits.shape:
         raise ValueError(
             f"logits_fn must return logits of shape {logits.shape}, as it gets them, but returned "

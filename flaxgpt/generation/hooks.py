@@ -4,7 +4,7 @@ A hook is a pure function `logits_fn(ids, length, logits) -> logits` of the text
 
     ids      int32 [B, W], the prompt and new ids of each row, then -1
     length   int32 [B], ids in each row
-    logits   float32 [B, V], those of the next id, before temperature
+    logits   float32 [B, V], those of the next id, before temperature; -inf for ids not `allowed`
 
 It is traced into the decoding loop. The functions here make hooks as `jax.tree_util.Partial`, so
 other values of the same kind compile nothing new. `chain` applies several in order.
@@ -45,6 +45,22 @@ def _chain(hooks: tuple[Partial, ...], ids: Any, length: Any, logits: jax.Array)
     for hook in hooks:
         logits = hook(ids, length, logits)
     return logits
+
+
+def within(limit: LogitsFn, hook: LogitsFn) -> Partial:
+    """Return a hook that applies `hook` to what `limit` leaves: ids it excludes stay excluded.
+
+    In `chain`, a filter such as `min_p` may keep only ids that a later hook excludes.
+    """
+    return Partial(_within, as_partial(limit), as_partial(hook))
+
+
+def _within(limit: Partial, hook: Partial, ids: Any, length: Any, logits: jax.Array) -> jax.Array:
+    limited = limit(ids, length, logits)
+    changed = hook(ids, length, limited)
+    if getattr(changed, "shape", None) != limited.shape:
+        return changed  # which the loop refuses
+    return jnp.where(limited == -jnp.inf, -jnp.inf, changed)
 
 
 def penalize_repetition(penalty: float) -> Partial:

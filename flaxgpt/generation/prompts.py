@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 from flaxgpt._checks import check_dtype, check_params, check_prompts, check_size
 from flaxgpt.config import GPTConfig
 from flaxgpt.generation.decoding import Plan, Request
-from flaxgpt.generation.hooks import chain, least_length
+from flaxgpt.generation.hooks import least_length, within
 from flaxgpt.generation.loop_params import loop_params
 from flaxgpt.generation.programs import Program
 from flaxgpt.generation.sampling import NOT_A_NUMBER, Sampling
@@ -109,12 +109,13 @@ def prepare(
 
 def _hook(sampling: Sampling, lengths: np.ndarray, max_new_tokens: int) -> Any:
     """Return the hook for prompts of these lengths, or None."""
-    hooks = [] if sampling.logits_fn is None else [sampling.logits_fn]
-    if sampling.min_new_tokens and sampling.stop_ids:
-        hooks.append(least_length(lengths + sampling.min_new_tokens, sampling.stop_ids))
     if sampling.match is not None:
-        hooks.append(sampling.match.hook(lengths, max_new_tokens))
-    return hooks[0] if len(hooks) == 1 else chain(*hooks) if hooks else None
+        limit = sampling.match.hook(lengths, max_new_tokens)
+    elif sampling.min_new_tokens and sampling.stop_ids:
+        limit = least_length(lengths + sampling.min_new_tokens, sampling.stop_ids)
+    else:
+        return sampling.logits_fn
+    return limit if sampling.logits_fn is None else within(limit, sampling.logits_fn)
 
 
 def loop_sizes(cfg: GPTConfig, longest: int, max_new_tokens: int) -> Plan:
