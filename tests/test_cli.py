@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import pty
+import re
 import shutil
 import signal
 import string
@@ -14,9 +15,11 @@ import pytest
 import flaxgpt
 from command import COMMAND, QUICK, assert_refused, both_ways, call
 from flaxgpt import GPTConfig
+from flaxgpt.generation import hooks
 from flaxgpt.tokenizer import GPT2_PATTERN, BPETokenizer, CharTokenizer
 
 GREEDY = ("--temperature", "0")
+BEAMS = (*GREEDY, "--beams", "4")
 CFG = GPTConfig(vocab_size=100, context_length=16, emb_dim=16, n_heads=2, n_layers=1)
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -69,6 +72,29 @@ def test_sampling_matches_the_rows_of_the_library(start, folder):
         cfg, params, tokenizer, ["Hi", "Hi"], 8, key=jax.random.key(5), **options
     )
     assert process.stdout.decode() == f"{rows[0]}\n\n{rows[1]}\n"
+
+
+@pytest.mark.slow
+@both_ways
+def test_options_of_hooks_are_those_of_the_library(start, folder):
+    hook = hooks.chain(
+        hooks.penalize_repetition(1.3), hooks.no_repeat_ngram(2), hooks.min_p(0.05, 0.9)
+    )
+    options = {"temperature": 0.9, "logits_fn": hook, "stop_ids": [*range(50)]}
+    options |= {"min_new_tokens": 9, "window_step": 4, "key": jax.random.key(0)}
+    flags = ["--repetition-penalty", 1.3, "--no-repeat-ngram", 2, "--min-p", 0.05]
+    flags += ["--min-new-tokens", 9, "--window-step", 4, "--temperature", 0.9]
+    flags += [f"--stop={id}" for id in range(50)]
+    process = start("generate", "Hi", "--model", folder, "--max-new-tokens", 40, *flags)
+    assert process.stdout.decode() == f"Hi{expected(folder, 'Hi', 40, **options)}\n"
+
+
+@pytest.mark.slow
+@both_ways
+def test_the_new_text_matches_a_pattern(start, folder):
+    flags = ("--match", "(yes|no), [0-9]{1,3}", "--stop", "\n", "--n", 2, "--no-echo")
+    process = start("generate", "Hi", "--model", folder, "--max-new-tokens", 9, *flags)
+    assert re.fullmatch("(yes|no), [0-9]{1,3}\n\n(yes|no), [0-9]{1,3}\n", process.stdout.decode())
 
 
 @both_ways
@@ -190,6 +216,19 @@ def test_help_of_a_command_lists_its_options(start):
         (["--beams", 4], "--beams 4 searches for the most likely text"),
         ([*GREEDY, "--beams", 4, "--top-k", 2], "top_k=2 is an option of sampling"),
         ([*GREEDY, "--length-penalty", 2], "length_penalty=2.0 has no effect without beam search"),
+        (["--min-p", 2], "--min-p 2.0 must be above 0 and at most 1"),
+        ([*GREEDY, "--min-p", 0.1], "--min-p has no effect at --temperature 0"),
+        (["--repetition-penalty", 0], "--repetition-penalty=0.0 must be a positive number"),
+        (["--no-repeat-ngram", 0], "--no-repeat-ngram=0 must be a whole number"),
+        (["--min-new-tokens", 101], "--min-new-tokens 101 exceeds --max-new-tokens 100"),
+        (["--window-step", 0], "--window-step=0 must be a whole number"),
+        (["--match", "("], "pattern '(' is not valid"),
+        (["--match", "a", "--min-new-tokens", 3], "--min-new-tokens does not work with --match"),
+        (["--match", "a", "--stop-text", "b"], "--match does not work with --stop-text"),
+        ([*BEAMS, "--match", "a"], "--match does not work with --beams"),
+        ([*BEAMS, "--repetition-penalty", 2], "--repetition-penalty does not work with --beams"),
+        ([*BEAMS, "--min-new-tokens", 2], "--min-new-tokens does not work with --beams"),
+        ([*BEAMS, "--window-step", 2], "--window-step does not work with --beams"),
     ],
 )
 def test_an_invalid_option_is_an_error_before_the_model_is_loaded(start, arguments, message):

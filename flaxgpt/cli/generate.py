@@ -13,6 +13,7 @@ import tyro
 import flaxgpt
 from flaxgpt._checks import check_sampling, check_size
 from flaxgpt.cli.common import load_with_tokenizer, say
+from flaxgpt.cli.hook_options import HookOptions
 from flaxgpt.cli.streams import check_text, read_prompt
 from flaxgpt.config import GPTConfig
 from flaxgpt.generation.beam_options import BeamOptions
@@ -27,6 +28,7 @@ class GenerateCommand:
       flaxgpt generate "Once upon a time"
       flaxgpt generate "Hello, I am" --model book --temperature 0 --max-new-tokens 6
       flaxgpt generate "The king" --temperature 0 --beams 4
+      flaxgpt generate "Do you like it? " --match "(Yes|No), [a-z ]{5,40}[.]"
     """
 
     prompt: Annotated[str | None, tyro.conf.Positional] = None
@@ -69,6 +71,13 @@ class GenerateCommand:
     include_stop: bool = False
     """Print the --stop-text that ended the text too."""
 
+    window_step: int = 1
+    """Past the context, the number of tokens per reading of the last ones; higher is faster."""
+
+    hooks: Annotated[HookOptions, tyro.conf.arg(name="")] = dataclasses.field(
+        default_factory=HookOptions
+    )
+
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Dtype of the computation."""
 
@@ -88,7 +97,15 @@ class GenerateCommand:
             )
         options = BeamOptions(self.beams, self.length_penalty)
         options.check_sampling(self.temperature, self.top_k, self.top_p)
+        self.hooks.check(self.temperature, self.max_new_tokens)
+        check_size("--window-step", self.window_step)
+        if self.beams > 1:
+            self.hooks.refuse_with("--beams")
+            if self.window_step > 1:
+                raise ValueError("--window-step does not work with --beams: leave one of them out")
         stop = self._stop_strings()
+        if stop:
+            self.hooks.refuse_with("--stop-text", ["match"])
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"--seed {self.seed} must be from 0 to {2**32 - 1}")
         if self.n > 1 and self.temperature == 0:
@@ -134,8 +151,12 @@ class GenerateCommand:
                     top_p=self.top_p,
                     key=jax.random.fold_in(key, i)[None],  # the key of row i in `generate`
                     stop_ids=stop_ids,
+                    logits_fn=self.hooks.logits_fn(self.temperature),
+                    min_new_tokens=self.hooks.min_new_tokens,
+                    match=self.hooks.pattern,
                     stop=stop,
                     include_stop=self.include_stop,
+                    window_step=self.window_step,
                     dtype=self.dtype,
                 )
             say(("\n" if i else "") + (prompt if self.echo else ""))
