@@ -98,7 +98,8 @@ def compile_grammar(
     Special tokens are no text. The latest grammars are kept, so the same one is not compiled again.
 
     Args:
-        pattern: in the syntax of Python's `re`; see `flaxgpt.generation.grammar.regex`.
+        pattern: in the syntax of Python's `re`, for all of the text. Not supported are anchors,
+            lookaround, backreferences, atomic groups, possessive repetition and the flag `i`.
         tokenizer: the tokenizer of the model.
         vocab_size: of the model.
         stop_ids: ids that end a text; by default, those of the tokenizer.
