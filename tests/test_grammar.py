@@ -199,7 +199,7 @@ def check_ids(pattern, tokenizer, most, prompt=(0,), padding=2):
         assert set(allowed_ids(hook, prompt, row, vocab_size).tolist()) == following, row
 
 
-@settings(max_examples=8)
+@settings(max_examples=6)
 @given(patterns, tokenizers, st.integers(1, 3))
 def test_the_ids_allowed_are_those_with_which_a_match_can_go_on(pattern, tokenizer, most):
     check_ids(pattern, tokenizer, most)
@@ -212,10 +212,20 @@ def test_the_ids_allowed_are_right_for_many_patterns(pattern, tokenizer, most, p
     check_ids(pattern, tokenizer, most, prompt)
 
 
+def test_an_id_after_which_no_match_fits_is_excluded():
+    check_ids("(?:a|bbb)", Tokens([b"a", b"b"]), most=2)
+    check_ids("(?:a|bbb)", Tokens([b"a", b"b"]), most=3)
+
+
+def test_tokens_can_begin_and_end_within_a_character():
+    check_ids("é{1,2}", Tokens([b"\xc3", b"\xa9", b"\xa9\xc3"]), most=4)
+
+
 def test_empty_tokens_and_special_tokens_are_no_text():
-    tokenizer = Tokens([b"", b"a"])
-    grammar = compile_grammar(".*", tokenizer, 3)
-    assert allowed_ids(grammar.hook([1], 5), [1], [], 3).tolist() == [1, 2]
+    tokenizer = Tokens([b"", b"a", b"<pad>"])
+    tokenizer._special_tokens["<pad>"] = 2
+    grammar = compile_grammar(".*", tokenizer, 4)
+    assert allowed_ids(grammar.hook([1], 5), [1], [], 4).tolist() == [1, 3]
 
 
 def test_a_row_that_has_ended_can_only_end_again():
@@ -241,6 +251,7 @@ def generate(params, pattern, new, prompts=("the answer is ", "a"), **options):
     return flaxgpt.generate_text(CFG, params, LETTERS, prompts, new, match=pattern, **options)
 
 
+@pytest.mark.slow
 def test_the_new_text_matches(params):
     for text in generate(params, ANSWER, 8, **SAMPLING):
         assert re.fullmatch(ANSWER, text)
@@ -362,6 +373,16 @@ def test_options_that_cannot_work_are_refused(params, options, message):
 def test_a_mask_of_ids_is_refused():
     with pytest.raises(ValueError, match="allowed does not work with match"):
         Sampling(match=compile_grammar("a", LETTERS, 300), allowed=np.ones(300, bool))
+
+
+def test_a_pattern_has_to_be_a_text():
+    with pytest.raises(ValueError, match=r"pattern \['a'\] must be a str"):
+        compile_grammar(["a"], LETTERS, 300)
+
+
+def test_a_tokenizer_without_text_matches_nothing():
+    with pytest.raises(ValueError, match="no text of this tokenizer's tokens"):
+        compile_grammar("a", Tokens([b""]), 2)
 
 
 def test_a_tokenizer_without_stop_ids_needs_some():

@@ -70,8 +70,7 @@ def byte_automaton(pattern: str) -> ByteAutomaton:
         >>> automaton.matches(b"no, 12"), automaton.matches(b"no, ")
         (True, False)
     """
-    if not isinstance(pattern, str):
-        raise ValueError(f"pattern {pattern!r} must be a str, such as '[0-9]{{1,3}}'")
+    check_pattern(pattern)
     try:
         tree = _parser.parse(pattern)
         flags = tree.state.flags
@@ -81,6 +80,13 @@ def byte_automaton(pattern: str) -> ByteAutomaton:
         return _deterministic(pattern, builder, builder.sequence(tree, end), end)
     except (re.error, OverflowError, RecursionError) as error:
         raise ValueError(f"pattern {_short(pattern)} is not valid: {error}") from error
+
+
+def check_pattern(pattern: Any) -> str:
+    """Return a pattern, or raise ValueError for what is no str."""
+    if not isinstance(pattern, str):
+        raise ValueError(f"pattern {pattern!r} must be a str, such as '[0-9]{{1,3}}'")
+    return pattern
 
 
 class _Builder:

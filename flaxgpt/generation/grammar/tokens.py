@@ -18,7 +18,7 @@ from jax.tree_util import Partial
 
 from flaxgpt._checks import check_size, check_stop_ids
 from flaxgpt.generation.grammar.hook import next_ids
-from flaxgpt.generation.grammar.regex import ByteAutomaton, byte_automaton
+from flaxgpt.generation.grammar.regex import ByteAutomaton, byte_automaton, check_pattern
 from flaxgpt.tokenizer import Tokenizer, text_ids
 
 # States of the table that no text leads to. Rows of ids are in the second when they have ended.
@@ -125,7 +125,7 @@ def compile_grammar(
     compile_once: Any = _compile
     if not isinstance(tokenizer, Hashable):
         compile_once = _compile.__wrapped__
-    return compile_once(pattern, tokenizer, vocab_size, ends)
+    return compile_once(check_pattern(pattern), tokenizer, vocab_size, ends)
 
 
 @functools.lru_cache(maxsize=16)
