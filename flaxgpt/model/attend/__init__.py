@@ -19,11 +19,19 @@ from jax.typing import DTypeLike
 
 from flaxgpt._checks import unknown_name
 from flaxgpt.model.attend.dot_product import dot_product_attend
+from flaxgpt.model.attend.joined import by_head
 from flaxgpt.model.attend.plain import attention_weights, mean_of_values, plain_attend, query_blocks
 from flaxgpt.model.visibility import Visibility
 from flaxgpt.platform import Platform
 
-__all__ = ["attend", "attention_weights", "mean_of_values", "query_blocks", "resolve_attention"]
+__all__ = [
+    "attend",
+    "attention_weights",
+    "by_head",
+    "mean_of_values",
+    "query_blocks",
+    "resolve_attention",
+]
 
 IMPLEMENTATIONS = ("plain", "dot_product", "splash")
 _FEWEST_FOR_SPLASH = 128  # queries, below which the weights are small anyway

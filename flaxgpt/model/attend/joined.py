@@ -56,3 +56,10 @@ def separate(joined: jax.Array, heads: int) -> jax.Array:
 def is_joined(query: jax.Array, keys: jax.Array) -> bool:
     """Return whether keys are [B, S, N*H] for a query [B, N, T, H]."""
     return keys.ndim == 3 and keys.shape[-1] == query.shape[1] * query.shape[-1] != query.shape[-1]
+
+
+def by_head(query: jax.Array, stored: jax.Array) -> jax.Array:
+    """Return keys or values in any layout of a cache as [B, N, S, H], for a query [B, N, T, H]."""
+    if is_joined(query, stored):
+        return separate(stored, query.shape[1])
+    return stored.reshape(*query.shape[:2], *stored.shape[-2:])
