@@ -17,6 +17,7 @@ import golden
 from flaxgpt import GPTConfig
 from flaxgpt.generation import Sampling, decoding, programs
 from flaxgpt.generation.decoding import DecodeState, Plan, Request
+from flaxgpt.generation.observed import check_watch
 from flaxgpt.generation.programs import Program
 from flaxgpt.generation.prompts import bucket, prepare
 from flaxgpt.model import param_shapes
@@ -247,11 +248,14 @@ def test_neither_driver_has_a_scan_in_its_jaxpr(preset, layout, n_layers):
         assert "scan" not in names
 
 
+@pytest.mark.parametrize("capture", [None, pytest.param(["*"], marks=pytest.mark.slow)])
 @pytest.mark.parametrize("rows", [1, 8])
-def test_no_step_of_the_loop_copies_a_cache_on_cpu(rows):
+def test_no_step_of_the_loop_copies_a_cache_on_cpu(rows, capture):
     cfg = GPTConfig(vocab_size=64, context_length=192, n_layers=1)
     params = flaxgpt.init(cfg, jax.random.key(0))
-    prepared = prepare(cfg, params, np.ones((rows, 32), int), 128, Sampling(), "float32")
+    watch = check_watch(cfg, capture, None)
+    prompts = np.ones((rows, 32), int)
+    prepared = prepare(cfg, params, prompts, 128, Sampling(), "float32", watch=watch)
     decode = programs.compiled_decode(PLATFORMS["cpu"].decode_options)
     program = decode.lower(*prepared).compile().as_text()
     buffer = rf"f32\[(?:{rows},12|{12 * rows}),{prepared.program.plan.width},64\]"

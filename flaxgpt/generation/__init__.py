@@ -4,6 +4,8 @@ sampling     logits to ids
 hooks        functions that change logits first
 grammar      text that matches a regular expression
 log_probs    how likely the new ids were
+observed     intermediate values to record and to replace
+recording    how the loop does it
 decoding     the loop, with the model injected
 beams        the loop of beam search, also with the model injected
 programs     both loops with the GPT put in, compiled
@@ -20,6 +22,7 @@ from flaxgpt.generation.batch import generate
 from flaxgpt.generation.beam_options import Beam
 from flaxgpt.generation.grammar import Grammar, compile_grammar
 from flaxgpt.generation.log_probs import ScoredIds
+from flaxgpt.generation.observed import ObservedIds
 from flaxgpt.generation.sampling import Sampling
 from flaxgpt.generation.streaming import stream
 from flaxgpt.generation.text import generate_text, stream_text
@@ -27,6 +30,7 @@ from flaxgpt.generation.text import generate_text, stream_text
 __all__ = [
     "Beam",
     "Grammar",
+    "ObservedIds",
     "Sampling",
     "ScoredIds",
     "compile_grammar",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, overload
 
 import jax
@@ -20,9 +20,11 @@ from flaxgpt.generation.beam_options import (
 from flaxgpt.generation.grammar import Grammar
 from flaxgpt.generation.hooks import LogitsFn
 from flaxgpt.generation.log_probs import ScoredIds, check_alternatives, scored_rows
+from flaxgpt.generation.observed import ObservedIds, check_watch
 from flaxgpt.generation.programs import compiled_decode, compiled_search
 from flaxgpt.generation.prompts import Prepared, check_number, check_places, prepare
 from flaxgpt.generation.sampling import NOT_A_NUMBER, Sampling
+from flaxgpt.model.intermediates import Intervention
 from flaxgpt.typing import Params
 
 
@@ -48,6 +50,8 @@ def generate(
     return_beams: None = None,
     return_logprobs: Literal[False] = False,
     top_logprobs: int = 0,
+    capture: None = None,
+    patches: Mapping[str, Intervention] | None = None,
     window_step: int = 1,
     dtype: DTypeLike = jnp.float32,
 ) -> list[list[int]]: ...
@@ -71,9 +75,31 @@ def generate(
     match: Grammar | None = None,
     return_logprobs: Literal[True],
     top_logprobs: int = 0,
+    patches: Mapping[str, Intervention] | None = None,
     window_step: int = 1,
     dtype: DTypeLike = jnp.float32,
 ) -> list[ScoredIds]: ...
+
+
+@overload
+def generate(
+    cfg: GPTConfig,
+    params: Params,
+    prompts: ArrayLike | Sequence[Sequence[int]],
+    max_new_tokens: int,
+    *,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    key: jax.Array | None = None,
+    stop_ids: Sequence[int] = (),
+    allowed: ArrayLike | None = None,
+    logits_fn: LogitsFn | None = None,
+    min_new_tokens: int = 0,
+    capture: Iterable[str],
+    patches: Mapping[str, Intervention] | None = None,
+    dtype: DTypeLike = jnp.float32,
+) -> list[ObservedIds]: ...
 
 
 @overload
@@ -118,9 +144,11 @@ def generate(
     return_beams: int | None = None,
     return_logprobs: bool = False,
     top_logprobs: int = 0,
+    capture: Iterable[str] | None = None,
+    patches: Mapping[str, Intervention] | None = None,
     window_step: int = 1,
     dtype: DTypeLike = jnp.float32,
-) -> list[list[int]] | list[list[Beam]] | list[ScoredIds]:
+) -> list[list[int]] | list[list[Beam]] | list[ScoredIds] | list[ObservedIds]:
     """Continue every prompt and return the new ids only.
 
     In float32, a row gets the same ids in a batch as alone, unless two ids are equally likely up to
@@ -168,6 +196,16 @@ def generate(
         return_logprobs: whether to return the log-probability of each new id, which is the model's:
             from its logits as they are, before `logits_fn`, temperature and filters.
         top_logprobs: how many of the most likely ids to return with it, at most `cfg.vocab_size`.
+        capture: names of intermediate values to return with the ids, as for `select` of
+            `flaxgpt.activations`. They are recorded in the loop, from the same computations that
+            choose the ids. Prompt and new ids must fit the context.
+        patches: interventions, as for `flaxgpt.patch`: by name, a function from a value to its
+            replacement, which is applied to every position once, when it is read. For functions
+            that treat all positions alike, the ids follow from the logits of `patch` for the whole
+            text. A function sees the positions read together: first [B, T, ...] of all prompts,
+            padded on both sides, then [B, 1, ...] of each new id; attention weights have an axis
+            S of the prompts' columns, then of the cache's slots. It is compiled once per function
+            object; `jax.tree_util.Partial(function, array)` binds arrays that may change.
         window_step: past the end of the context, how many ids are chosen with each reading of the
             last ids. 1 reads the last `context_length` ids for each new one. With n, the last
             `context_length - n + 1` are read, and n - 1 more steps extend the cache: much faster,
@@ -177,7 +215,7 @@ def generate(
     Returns:
         B lists of at most `max_new_tokens` ids. With `return_beams`, B lists of that many
         `flaxgpt.generation.Beam`, best first; with `return_logprobs`, B
-        `flaxgpt.generation.ScoredIds`.
+        `flaxgpt.generation.ScoredIds`; with `capture`, B `flaxgpt.generation.ObservedIds`.
 
     Raises:
         ValueError: an argument is out of range, params do not fit, or the logits become NaN.
@@ -190,6 +228,8 @@ def generate(
             min_new_tokens=min_new_tokens,
             match=match,
             return_logprobs=return_logprobs,
+            capture=capture is not None,
+            patches=patches is not None,
             window_step=None if window_step == 1 else window_step,
         )
     sampling = Sampling(
@@ -197,8 +237,11 @@ def generate(
     )
     check_config(cfg)
     alternatives = check_alternatives(cfg.vocab_size, return_logprobs, top_logprobs)
+    watch = check_watch(
+        cfg, capture, patches, return_logprobs=return_logprobs, window_step=window_step
+    )
     prepared = prepare(
-        cfg, params, prompts, max_new_tokens, sampling, dtype, alternatives, window_step
+        cfg, params, prompts, max_new_tokens, sampling, dtype, alternatives, window_step, watch
     )
     program, params, request, ids, start = prepared
     # Beam search keeps running and finished continuations.
@@ -209,9 +252,10 @@ def generate(
     if options.is_search:
         options.check_sizes(sampling, cfg.vocab_size, max_new_tokens)
         return _search(prepared, options)
+    watch.check_size(cfg, len(ids), min(program.plan.width, cfg.context_length), program.dtype)
     decode = compiled_decode(program.platform.decode_options)
     out = decode(program, params, request, ids, start)
-    out, scores = out if isinstance(out, tuple) else (out, None)
+    out, recorded = out if isinstance(out, tuple) else (out, {})
     out = np.asarray(out)
     new = out[:, request.prompt_length : request.final_length]
     ends = {NOT_A_NUMBER, *sampling.stop_ids}
@@ -220,7 +264,10 @@ def generate(
         length = next((n + 1 for n, token in enumerate(row) if token in ends), len(row))
         check_number(row[length - 1], i, length - 1)
         rows.append(row[:length])
-    return rows if scores is None else scored_rows(rows, scores, int(request.prompt_length))
+    first = int(request.prompt_length)
+    if watch.names is not None:
+        return watch.rows(rows, recorded, start.tolist(), first)
+    return rows if alternatives is None else scored_rows(rows, recorded, first)
 
 
 def _search(prepared: Prepared, options: BeamOptions) -> list[list[int]] | list[list[Beam]]:

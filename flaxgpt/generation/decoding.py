@@ -58,6 +58,7 @@ class Request:
     allowed: Any = None  # bool [V], the ids that may be chosen; None for all
     rows: Any = None  # int32 [], rows that count, the others being copies; None for all
     logits_fn: Any = None  # `jax.tree_util.Partial`, see `flaxgpt.generation.hooks`; None for none
+    patches: Any = None  # {name: `jax.tree_util.Partial`} for the reading function; None for none
 
 
 @jax.tree_util.register_dataclass
@@ -99,6 +100,14 @@ def decode(
     cache: Any,  # the model's, empty
 ) -> Any:  # int32 [B, W], and with `plan.alternatives` also `Scores`
     """Return the prompts followed by new ids up to `request.final_length`."""
+    state = last_state(read, plan, request, ids, start, cache)
+    return state.ids if state.scores is None else (state.ids, state.scores)
+
+
+def last_state(
+    read: Read, plan: Plan, request: Request, ids: jax.Array, start: jax.Array, cache: Any
+) -> DecodeState:
+    """Return the state after the last new id; see `decode`."""
 
     def run(step: Callable[..., Any], limit: ArrayLike, state: DecodeState) -> DecodeState:
         def unfinished(state: DecodeState) -> jax.Array:
@@ -119,7 +128,7 @@ def decode(
             return run(extend_step, more, state), None
 
         state = run(read_window, request.final_length, state)
-    return state.ids if state.scores is None else (state.ids, state.scores)
+    return state
 
 
 def prefill(

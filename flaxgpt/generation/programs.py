@@ -16,6 +16,7 @@ from flaxgpt.generation import beams, decoding
 from flaxgpt.generation.beams import Finished, Rules
 from flaxgpt.generation.decoding import DecodeState, Plan, Read, Request
 from flaxgpt.generation.prompt_reading import read_few_rows_at_a_time
+from flaxgpt.generation.recording import observed_read, recording
 from flaxgpt.model.gpt import apply_logits, apply_states
 from flaxgpt.platform import Platform
 from flaxgpt.sharding import Mesh, in_force, replicated
@@ -31,9 +32,12 @@ class Program:
     platform: Platform
     dtype: Any  # to compute in
     mesh: Mesh | None = None  # of several devices, which hold the parameters
+    capture: tuple[str, ...] = ()  # intermediate values to record
 
-    def read_with(self, params: Params) -> Read:
-        """Return the model's reading function."""
+    def read_with(self, params: Params, patches: Any = None) -> Read:
+        """Return the model's reading function; see `Request.patches`."""
+        if self.capture or patches:
+            return observed_read(self.cfg, self.platform, params, self.capture, patches or {})
 
         def read(ids: jax.Array, last: Any, cache: KVCache) -> tuple[jax.Array, KVCache]:
             rows = self.platform.prompts_at_once(ids.shape[1])
@@ -47,7 +51,8 @@ class Program:
 
     def empty_cache(self, batch: int) -> KVCache:
         """Return a cache for as many ids as the loop writes, or the context if that is less."""
-        return self._cache(batch, min(self.plan.width, self.cfg.context_length))
+        cache = self._cache(batch, min(self.plan.width, self.cfg.context_length))
+        return recording(cache) if self.capture else cache
 
     def _cache(self, batch: int, length: int) -> KVCache:
         layout = self.platform.cache_layout
@@ -56,12 +61,20 @@ class Program:
 
 def decode(
     program: Program, params: Params, request: Request, ids: jax.Array, start: jax.Array
-) -> jax.Array:
-    """Run `flaxgpt.generation.decoding.decode` with a GPT. Pure, not compiled."""
+) -> Any:
+    """Run `flaxgpt.generation.decoding.decode` with a GPT. Pure, not compiled.
+
+    With `program.capture`, also return what was recorded.
+    """
     with in_force(program.mesh):
         cache = program.empty_cache(ids.shape[0])
-        read = program.read_with(params)
-        return replicated(decoding.decode(read, program.plan, request, ids, start, cache))
+        arguments = program.read_with(params, request.patches), program.plan, request, ids, start
+        if program.capture:
+            state = decoding.last_state(*arguments, cache)
+            found = state.ids, state.cache.seen
+        else:
+            found = decoding.decode(*arguments, cache)
+        return jax.tree.map(replicated, found)
 
 
 @functools.cache
@@ -100,7 +113,7 @@ def prefill(
     """Return the state after the prompts, and the first new ids."""
     with in_force(program.mesh):
         cache = program.empty_cache(ids.shape[0])
-        read = program.read_with(params)
+        read = program.read_with(params, request.patches)
         state, new = decoding.prefill(read, program.plan, request, ids, start, cache)
         return state, replicated(new)
 
@@ -109,7 +122,8 @@ def _compile_step(step: Any) -> Any:
     @partial(jax.jit, static_argnums=0, donate_argnames="state")
     def run(program: Program, params: Params, request: Request, state: DecodeState) -> Any:
         with in_force(program.mesh):
-            state, new = step(program.read_with(params), program.plan, request, state)
+            read = program.read_with(params, request.patches)
+            state, new = step(read, program.plan, request, state)
             return state, replicated(new)
 
     return run

@@ -18,6 +18,7 @@ from flaxgpt.config import GPTConfig
 from flaxgpt.generation.decoding import Plan, Request
 from flaxgpt.generation.hooks import least_length, within
 from flaxgpt.generation.loop_params import loop_params
+from flaxgpt.generation.observed import Watch
 from flaxgpt.generation.programs import Program
 from flaxgpt.generation.sampling import NOT_A_NUMBER, Sampling
 from flaxgpt.model import param_shapes
@@ -45,6 +46,7 @@ def prepare(
     dtype: DTypeLike,
     alternatives: int | None = None,
     window_step: int = 1,
+    watch: Watch | None = None,
 ) -> Prepared:
     """Return the arguments of the decoding loop, or raise ValueError; see `generate`."""
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(params)):
@@ -72,6 +74,8 @@ def prepare(
     if key.shape not in ((), (len(rows),)):
         raise ValueError(f"keys of shape {key.shape} must be one key, or one per row: {len(rows)}")
     dtype = check_dtype(dtype)
+    watch = Watch() if watch is None else watch
+    watch.check_length(max(map(len, rows)), max_new_tokens, cfg.context_length)
 
     rows = [row[-cfg.context_length :] for row in rows]  # the model reads no further back
     params = to_automatic(params)
@@ -83,6 +87,8 @@ def prepare(
     plan = dataclasses.replace(
         loop_sizes(cfg, longest, max_new_tokens), alternatives=alternatives, window_step=window_step
     )
+    if watch.places:  # the buckets may exceed the context, the ids do not
+        plan = dataclasses.replace(plan, exceeds_context=False)
     ids = np.zeros((len(rows), plan.prompt_width), np.int32)
     start = np.array([longest - len(row) for row in rows], np.int32)
     for i, row in enumerate(rows):
@@ -101,10 +107,12 @@ def prepare(
         allowed=sampling.allowed,
         rows=np.int32(count) if copies else None,
         logits_fn=_hook(sampling, longest - start, max_new_tokens),
+        patches=dict(watch.patches) or None,
     )
-    platform = platform_of(params)
+    platform = watch.platform(platform_of(params))
     params = loop_params(platform, dtype, params)
-    return Prepared(Program(cfg, plan, platform, dtype, mesh), params, request, ids, start)
+    program = Program(cfg, plan, platform, dtype, mesh, watch.places)
+    return Prepared(program, params, request, ids, start)
 
 
 def _hook(sampling: Sampling, lengths: np.ndarray, max_new_tokens: int) -> Any:

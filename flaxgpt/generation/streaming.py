@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
-from flaxgpt.config import GPTConfig
+from flaxgpt.config import GPTConfig, check_config
 from flaxgpt.generation import programs
 from flaxgpt.generation.grammar import Grammar
 from flaxgpt.generation.hooks import LogitsFn
+from flaxgpt.generation.observed import Watch, check_watch
 from flaxgpt.generation.prompts import Prepared, bucket, check_number, check_places, prepare
 from flaxgpt.generation.sampling import Sampling
+from flaxgpt.model.intermediates import Intervention
 from flaxgpt.typing import Params
 
 
@@ -35,6 +37,7 @@ def stream(
     logits_fn: LogitsFn | None = None,
     min_new_tokens: int = 0,
     match: Grammar | None = None,
+    patches: Mapping[str, Intervention] | None = None,
     window_step: int = 1,
     dtype: DTypeLike = jnp.float32,
 ) -> Iterator[int]:
@@ -63,7 +66,9 @@ def stream(
     sampling = Sampling(
         temperature, top_k, top_p, key, stop_ids, allowed, logits_fn, min_new_tokens, match
     )
-    (row,) = stream_rows(cfg, params, [prompt], max_new_tokens, sampling, window_step, dtype)
+    check_config(cfg)
+    watch = check_watch(cfg, None, patches)
+    (row,) = stream_rows(cfg, params, [prompt], max_new_tokens, sampling, window_step, dtype, watch)
     return row
 
 
@@ -75,6 +80,7 @@ def stream_rows(
     sampling: Sampling,
     window_step: int,
     dtype: DTypeLike,
+    watch: Watch | None = None,
 ) -> list[Iterator[int]]:
     """Continue a batch of prompts and return an iterator over the new ids of each.
 
@@ -90,12 +96,13 @@ def stream_rows(
         sampling: how ids are chosen, and the ids that end a row.
         window_step: ids per reading of the last ids past the context; see `generate`.
         dtype: dtype to compute in.
+        watch: the intermediate values to replace.
 
     Raises:
         ValueError: an argument is invalid, or, while iterating, the logits of that row become NaN.
     """
     prepared = prepare(
-        cfg, params, prompts, max_new_tokens, sampling, dtype, window_step=window_step
+        cfg, params, prompts, max_new_tokens, sampling, dtype, window_step=window_step, watch=watch
     )
     plan = prepared.program.plan
     if prepared.request.logits_fn is None:

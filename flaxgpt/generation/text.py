@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +14,11 @@ from flaxgpt.generation.batch import generate
 from flaxgpt.generation.beam_options import BeamOptions, EarlyStopping, refuse_with_beams
 from flaxgpt.generation.grammar import Grammar, compile_grammar
 from flaxgpt.generation.hooks import LogitsFn
+from flaxgpt.generation.observed import check_watch
 from flaxgpt.generation.sampling import Sampling, check_grammar
 from flaxgpt.generation.stop_strings import StopStrings
 from flaxgpt.generation.streaming import stream_rows
+from flaxgpt.model.intermediates import Intervention
 from flaxgpt.tokenizer import Tokenizer, text_ids
 from flaxgpt.typing import Params
 
@@ -41,6 +43,7 @@ def generate_text(
     early_stopping: EarlyStopping = False,
     stop: Sequence[str] = (),
     include_stop: bool = False,
+    patches: Mapping[str, Intervention] | None = None,
     window_step: int = 1,
     dtype: DTypeLike = jnp.float32,
 ) -> list[str]:
@@ -90,11 +93,14 @@ def generate_text(
         refuse_with_beams(match=match)
     if stops.strings:
         if options.is_search:
-            refuse_with_beams(stop=stops.strings)
+            refuse_with_beams(stop=stops.strings, patches=patches is not None)
         sampling = Sampling(
             temperature, top_k, top_p, key, stop_ids, allowed, logits_fn, min_new_tokens, grammar
         )
-        rows = stream_rows(cfg, params, encoded, max_new_tokens, sampling, window_step, dtype)
+        watch = check_watch(cfg, None, patches)
+        rows = stream_rows(
+            cfg, params, encoded, max_new_tokens, sampling, window_step, dtype, watch
+        )
     else:
         rows = generate(
             cfg,
@@ -113,6 +119,7 @@ def generate_text(
             length_penalty=length_penalty,
             early_stopping=early_stopping,
             allowed=allowed,
+            patches=patches,
             window_step=window_step,
             dtype=dtype,
         )
@@ -139,6 +146,7 @@ def stream_text(
     match: str | Grammar | None = None,
     stop: Sequence[str] = (),
     include_stop: bool = False,
+    patches: Mapping[str, Intervention] | None = None,
     window_step: int = 1,
     dtype: DTypeLike = jnp.float32,
 ) -> Iterator[str]:
@@ -180,7 +188,8 @@ def stream_text(
     sampling = Sampling(
         temperature, top_k, top_p, key, stop_ids, allowed, logits_fn, min_new_tokens, grammar
     )
-    (row,) = stream_rows(cfg, params, [ids], max_new_tokens, sampling, window_step, dtype)
+    watch = check_watch(cfg, None, patches)
+    (row,) = stream_rows(cfg, params, [ids], max_new_tokens, sampling, window_step, dtype, watch)
     return _pieces(tokenizer, ids, row, stop_ids, stops, grammar)
 
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from flaxgpt.cache import LayerCache
 from flaxgpt.config import GPTConfig, block_index
-from flaxgpt.model.attend import attention_weights, by_head, mean_of_values
+from flaxgpt.model.attend import by_head, mean_of_values, weights_by_head
 from flaxgpt.model.attention import scale_query
 from flaxgpt.model.intermediates import Intervention
 from flaxgpt.model.visibility import Visibility
@@ -66,8 +66,10 @@ class Visits:
                 return self._visit("embeddings" if name == "drop_emb" else name, value)
             case ("att", "W_query" | "W_key" | "W_value" as projection):
                 role = projection.removeprefix("W_")
-                self.held[role] = self._visit(f"{block}/att/{role}", self._split(call(x)))
-                return self._join(self.held[role])
+                joined = self._join(self._visit(f"{block}/att/{role}", self._split(call(x))))
+                # As attention does it, so that XLA finds what is computed twice.
+                self.held[role] = self._split(joined)
+                return joined
             case ("att", "out_proj"):
                 heads = self._split(x)
                 if (place := f"{block}/att/weights") in {*self.wanted, *self.functions}:
@@ -101,10 +103,9 @@ class Visits:
         visibility, cache = self.attending
         query, keys, values = (self.held[role] for role in ("query", "key", "value"))
         if cache is not None and visibility.offset is not None:  # else there are only the new keys
-            cache = cache.append(keys, values)  # as attention does it, which XLA computes once
-            keys, values = by_head(query, cache.keys), by_head(query, cache.values)
-        mask = visibility.mask(range(query.shape[-2]), range(keys.shape[-2]))
-        return attention_weights(scale_query(self.cfg, layer, query), keys, mask), values
+            cache = cache.append(keys, values)
+            keys, values = cache.keys, by_head(query, cache.values)
+        return weights_by_head(scale_query(self.cfg, layer, query), keys, visibility), values
 
     def _split(self, x: jax.Array) -> jax.Array:  # [B, T, D] -> [B, N, T, H]
         return x.reshape(*x.shape[:-1], self.cfg.n_heads, self.cfg.head_dim).swapaxes(1, 2)

@@ -153,6 +153,21 @@ def test_rows_may_have_keys_of_their_own_and_stop_early():
     assert flaxgpt.generate(CFG, split((4, 1, 2)), RAGGED, 8, **options) == expected
 
 
+@slow
+@pytest.mark.parametrize("shape", [(2, 2, 2), (4, 1, 2)], ids=str)
+@pytest.mark.parametrize("cfg", [CFG, UNEVEN], ids=["even", "uneven"])
+def test_captured_and_patched_values_are_those_of_one_device(cfg, shape):
+    patches = {"trf_blocks_0/att/weights": lambda weights: weights.at[:, 1].multiply(0.5)}
+    new = cfg.context_length + 1 - max(map(len, RAGGED))
+    options = {"capture": ["*"], "patches": patches}
+    found = flaxgpt.generate(cfg, split(shape, cfg), RAGGED, new, **options)
+    expected = flaxgpt.generate(cfg, parameters(cfg), RAGGED, new, **options)
+    assert [row.ids for row in found] == [row.ids for row in expected]
+    for row, other in zip(found, expected, strict=True):
+        for name, value in other.activations.items():
+            np.testing.assert_allclose(row.activations[name], value, atol=1e-5)
+
+
 @shapes
 @pytest.mark.parametrize("cfg", [CFG, UNEVEN], ids=["even", "uneven"])
 def test_beams_are_those_of_one_device_ragged_and_past_the_context(cfg, shape):

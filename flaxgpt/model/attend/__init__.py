@@ -20,7 +20,13 @@ from jax.typing import DTypeLike
 from flaxgpt._checks import unknown_name
 from flaxgpt.model.attend.dot_product import dot_product_attend
 from flaxgpt.model.attend.joined import by_head
-from flaxgpt.model.attend.plain import attention_weights, mean_of_values, plain_attend, query_blocks
+from flaxgpt.model.attend.plain import (
+    attention_weights,
+    mean_of_values,
+    plain_attend,
+    query_blocks,
+    weights_by_head,
+)
 from flaxgpt.model.visibility import Visibility
 from flaxgpt.platform import Platform
 
@@ -31,6 +37,7 @@ __all__ = [
     "mean_of_values",
     "query_blocks",
     "resolve_attention",
+    "weights_by_head",
 ]
 
 IMPLEMENTATIONS = ("plain", "dot_product", "splash")

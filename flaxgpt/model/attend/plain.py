@@ -111,6 +111,24 @@ def attention_weights(
     return jax.nn.softmax(jnp.where(mask, _scores(query, keys), _HIDDEN))
 
 
+def weights_by_head(
+    query: jax.Array,  # [B, N, T, H]
+    keys: jax.Array,  # [B, N, S, H], [B*N, S, H] or [B, S, N*H]
+    visibility: Visibility,
+) -> jax.Array:  # float32 [B, N, T, S]
+    """Return the weights that attention gives to all keys, for keys as they are stored."""
+    batch, heads, queries, size = query.shape
+    if is_joined(query, keys):
+        keys = separate(keys, heads)
+    # In the shapes of `plain_attend`, so that XLA computes them once for both.
+    *rows, slots, _ = keys.shape
+    extent = (queries, slots)
+    mask = visibility.mask(range(queries), range(slots))
+    mask = jnp.broadcast_to(mask, (batch, heads, *extent)).reshape(*rows, *extent)
+    weights = attention_weights(query.reshape(*rows, queries, size), keys, mask)
+    return weights.reshape(batch, heads, *extent)
+
+
 def _scores(query: jax.Array, keys: jax.Array) -> jax.Array:  # float32 [..., T, S]
     scores = jnp.einsum("...th,...sh->...ts", query, keys, preferred_element_type=jnp.float32)
     return scores * (query.shape[-1] ** -0.5)
