@@ -55,6 +55,8 @@ def observed_read(
 ) -> Read:
     """Return the model's reading function, with some values replaced and some recorded.
 
+    All prompts are read at once, because a patch may treat rows differently.
+
     Args:
         cfg: the configuration.
         platform: choices without copies of rows.

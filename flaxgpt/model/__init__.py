@@ -1,5 +1,7 @@
 """The model, bottom up: `layers`, `visibility`, `attend`, `attention`, `block`, `gpt`.
 
+`intermediates` names the values within it, and `visits` reads and replaces them.
+
 Dimension letters mean the same in every signature, comment and einsum of the project:
 
     B  batch: rows computed together        N  attention heads (`n_heads`)
