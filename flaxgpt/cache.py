@@ -175,6 +175,45 @@ class KVCache:
         """
         return self.take(np.repeat(np.arange(self.batch), check_size("n", n)))
 
+    def place(self, start: ArrayLike, size: int) -> KVCache:
+        """Return a cache of another size in which the one row of this cache begins at `start`.
+
+        Pure and jittable. It turns what was read once into the beginning of a batch of prompts that
+        are padded on the left.
+
+        Args:
+            start: int [B], the first slot of each row of the result, from 0 to `size`.
+            size: slots of the result (S), at least `self.length`.
+
+        Returns:
+            A cache with as many slots filled as this one: rows that begin later have fewer ids.
+
+        Raises:
+            ValueError: this cache has more than one row.
+        """
+        if self.batch != 1:
+            raise ValueError(f"a cache of {self.batch} rows cannot be placed: take one of them")
+        start = jnp.asarray(start, jnp.int32)
+
+        def shift(buffer: jax.Array) -> jax.Array:
+            row = buffer if self.layout == "merged" else buffer[0]
+            row = row[..., : min(size, self.size), :]
+            around = [(0, 0)] * (row.ndim - 2) + [(size, size - row.shape[-2]), (0, 0)]
+            padded = jnp.pad(row, around)
+
+            def from_slot(first: jax.Array) -> jax.Array:
+                return lax.dynamic_slice_in_dim(padded, first, size, axis=row.ndim - 2)
+
+            rows = jax.vmap(from_slot)(size - start)
+            return rows.reshape(-1, *rows.shape[-2:]) if self.layout == "merged" else rows
+
+        return dataclasses.replace(
+            self,
+            keys=tuple(map(shift, self.keys)),
+            values=tuple(map(shift, self.values)),
+            start=start,
+        )
+
 
 class LayerCache(NamedTuple):
     """One block's share of a `KVCache`."""

@@ -249,6 +249,27 @@ def test_repeated_rows_stand_next_to_each_other(filled, layout, transform):
     assert cache.batch == 2 * ids.shape[0]
 
 
+@LAYOUTS
+@pytest.mark.parametrize("transform", [lambda f: f, jax.jit], ids=["eager", "jit"])
+@pytest.mark.parametrize("size", [8, 16])
+def test_a_placed_row_continues_from_every_place(filled, layout, transform, size):
+    cfg, params, ids, caches = filled
+    row, start = caches[layout].take([0]).rewind(5), np.array([0, 2, 5])
+    placed = transform(lambda cache: cache.place(start, size))(row)
+    assert (placed.batch, placed.size, int(placed.length)) == (3, size, 5)
+    # Slots up to 5 are filled: rows that begin later lack the last of the five ids.
+    more = np.stack([ids[0, 5 - first : 8 - first] for first in start])
+    logits, _ = flaxgpt.extend(cfg, params, more, placed)
+    whole = flaxgpt.forward(cfg, params, ids[:1, :8])[0]
+    expected = np.stack([whole[5 - first : 8 - first] for first in start])
+    golden.assert_logits_agree(logits, expected)
+
+
+def test_only_a_single_row_can_be_placed(filled):
+    with pytest.raises(ValueError, match="a cache of 2 rows cannot be placed"):
+        filled[3]["merged"].take([0, 1]).place([0, 1], 8)
+
+
 @pytest.mark.parametrize("length", [-1, 9])
 def test_rewinding_to_a_length_never_reached_is_refused_and_nan_under_jit(filled, length):
     cfg, params, ids, caches = filled
