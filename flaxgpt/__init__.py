@@ -8,7 +8,15 @@ _interrupt.exit_quietly_until_ready()
 from flaxgpt.cache import KVCache, init_cache
 from flaxgpt.config import GPTConfig
 from flaxgpt.evaluation import score
-from flaxgpt.generation import Sampling, generate, generate_text, stream, stream_text
+from flaxgpt.generation import (
+    Prefix,
+    Sampling,
+    generate,
+    generate_text,
+    prefill,
+    stream,
+    stream_text,
+)
 from flaxgpt.inspection import (
     activation_names,
     activations,
@@ -42,6 +50,8 @@ __all__ = [  # in the order in which data flows
     "KVCache",
     "init_cache",
     "extend",
+    "prefill",
+    "Prefix",
     "Sampling",
     "generate",
     "stream",

@@ -9,9 +9,11 @@ recording    how the loop does it
 decoding     the loop, with the model injected
 beams        the loop of beam search, also with the model injected
 programs     both loops with the GPT put in, compiled
+prefix       what prompts begin with, read before
 prompts      prompts and options to arrays
 abstract     the same without arrays, to compile for other devices
 beam_options the options of beam search, and its results
+prefilling   `prefill`, which makes a prefix
 batch        `generate`
 streaming    `stream`
 stop_strings where a text ends
@@ -23,6 +25,8 @@ from flaxgpt.generation.beam_options import Beam
 from flaxgpt.generation.grammar import Grammar, compile_grammar
 from flaxgpt.generation.log_probs import ScoredIds
 from flaxgpt.generation.observed import ObservedIds
+from flaxgpt.generation.prefilling import prefill
+from flaxgpt.generation.prefix import Prefix
 from flaxgpt.generation.sampling import Sampling
 from flaxgpt.generation.streaming import stream
 from flaxgpt.generation.text import generate_text, stream_text
@@ -31,11 +35,13 @@ __all__ = [
     "Beam",
     "Grammar",
     "ObservedIds",
+    "Prefix",
     "Sampling",
     "ScoredIds",
     "compile_grammar",
     "generate",
     "generate_text",
+    "prefill",
     "stream",
     "stream_text",
 ]

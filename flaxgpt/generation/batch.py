@@ -21,6 +21,7 @@ from flaxgpt.generation.grammar import Grammar
 from flaxgpt.generation.hooks import LogitsFn
 from flaxgpt.generation.log_probs import ScoredIds, check_alternatives, scored_rows
 from flaxgpt.generation.observed import ObservedIds, check_watch
+from flaxgpt.generation.prefix import Prefix
 from flaxgpt.generation.programs import compiled_decode, compiled_search
 from flaxgpt.generation.prompts import Prepared, check_number, check_places, prepare
 from flaxgpt.generation.sampling import NOT_A_NUMBER, Sampling
@@ -39,6 +40,7 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = None,
     key: jax.Array | None = None,
+    samples: int = 1,
     stop_ids: Sequence[int] = (),
     allowed: ArrayLike | None = None,
     logits_fn: LogitsFn | None = None,
@@ -53,6 +55,7 @@ def generate(
     capture: None = None,
     patches: Mapping[str, Intervention] | None = None,
     window_step: int = 1,
+    prefix: Prefix | None = None,
     dtype: DTypeLike = jnp.float32,
 ) -> list[list[int]]: ...
 
@@ -68,6 +71,7 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = None,
     key: jax.Array | None = None,
+    samples: int = 1,
     stop_ids: Sequence[int] = (),
     allowed: ArrayLike | None = None,
     logits_fn: LogitsFn | None = None,
@@ -77,6 +81,7 @@ def generate(
     top_logprobs: int = 0,
     patches: Mapping[str, Intervention] | None = None,
     window_step: int = 1,
+    prefix: Prefix | None = None,
     dtype: DTypeLike = jnp.float32,
 ) -> list[ScoredIds]: ...
 
@@ -119,6 +124,7 @@ def generate(
     length_penalty: float = 1.0,
     early_stopping: EarlyStopping = False,
     return_beams: int,
+    prefix: Prefix | None = None,
     dtype: DTypeLike = jnp.float32,
 ) -> list[list[Beam]]: ...
 
@@ -133,6 +139,7 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = None,
     key: jax.Array | None = None,
+    samples: int = 1,
     stop_ids: Sequence[int] = (),
     allowed: ArrayLike | None = None,
     logits_fn: LogitsFn | None = None,
@@ -147,6 +154,7 @@ def generate(
     capture: Iterable[str] | None = None,
     patches: Mapping[str, Intervention] | None = None,
     window_step: int = 1,
+    prefix: Prefix | None = None,
     dtype: DTypeLike = jnp.float32,
 ) -> list[list[int]] | list[list[Beam]] | list[ScoredIds] | list[ObservedIds]:
     """Continue every prompt and return the new ids only.
@@ -170,6 +178,9 @@ def generate(
         key: a JAX random key, from which row i uses `fold_in(key, i)`, or an array of B keys, one
             per row. Each id folds in the number of ids chosen before it. Required if
             temperature > 0.
+        samples: continuations of each prompt, which is read once for all of them. The result and
+            the keys are those of a list of prompts in which each is repeated that many times in a
+            row. 2 or more require temperature > 0.
         stop_ids: ids that end a row; the row includes the stop id.
         allowed: bool [V], ids that may be chosen; None for all. Top-k and top-p count only these.
         logits_fn: a pure function `logits_fn(ids, length, logits) -> logits` of the text so far,
@@ -210,10 +221,13 @@ def generate(
             last ids. 1 reads the last `context_length` ids for each new one. With n, the last
             `context_length - n + 1` are read, and n - 1 more steps extend the cache: much faster,
             with up to n - 1 fewer ids in view.
+        prefix: what all prompts begin with, from `flaxgpt.prefill` with the same `cfg`, `params`
+            and `dtype`, so that only the ids that follow are read. The result is the same, up to
+            rounding. Prompts include the ids of the prefix and must fit the context.
         dtype: dtype to compute in: float32, bfloat16 or float16.
 
     Returns:
-        B lists of at most `max_new_tokens` ids. With `return_beams`, B lists of that many
+        B * samples lists of at most `max_new_tokens` ids. With `return_beams`, B lists of that many
         `flaxgpt.generation.Beam`, best first; with `return_logprobs`, B
         `flaxgpt.generation.ScoredIds`; with `capture`, B `flaxgpt.generation.ObservedIds`.
 
@@ -231,6 +245,7 @@ def generate(
             capture=capture is not None,
             patches=patches is not None,
             window_step=None if window_step == 1 else window_step,
+            samples=None if samples == 1 else samples,
         )
     sampling = Sampling(
         temperature, top_k, top_p, key, stop_ids, allowed, logits_fn, min_new_tokens, match
@@ -241,14 +256,25 @@ def generate(
         cfg, capture, patches, return_logprobs=return_logprobs, window_step=window_step
     )
     prepared = prepare(
-        cfg, params, prompts, max_new_tokens, sampling, dtype, alternatives, window_step, watch
+        cfg,
+        params,
+        prompts,
+        max_new_tokens,
+        sampling,
+        dtype,
+        alternatives,
+        window_step,
+        watch,
+        samples,
+        prefix,
     )
     program, params, request, ids, start = prepared
+    rows_in_loop = len(ids) * program.plan.samples
     # Beam search keeps running and finished continuations.
-    places = len(ids) * program.plan.width * (2 * options.beams if options.is_search else 1)
+    places = rows_in_loop * program.plan.width * (2 * options.beams if options.is_search else 1)
     places *= 1 if alternatives is None else 2 + 2 * alternatives
     other = "fewer beams" if options.is_search else "`stream`, which keeps only the context"
-    check_places(places, len(ids), max_new_tokens, f"use {other}")
+    check_places(places, rows_in_loop, max_new_tokens, f"use {other}")
     if options.is_search:
         options.check_sizes(sampling, cfg.vocab_size, max_new_tokens)
         return _search(prepared, options)

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from flaxgpt.generation.decoding import Plan, Read, Request, last_window
+from flaxgpt.generation.decoding import Plan, Read, Request, last_window, unread_ids
 from flaxgpt.generation.sampling import mask
 
 
@@ -93,7 +93,7 @@ def search(
     rules: Rules,
     ids: jax.Array,  # int32 [B, prompt_width], `request.prompt_length` ids, padded on the left
     start: jax.Array,  # int32 [B], where each row begins
-    cache: Any,  # the model's, empty, of B rows
+    cache: Any,  # the model's, of B rows, empty or with what `request.unread` follows
 ) -> Finished:
     """Return the best finished beams of each row.
 
@@ -129,7 +129,7 @@ def search(
         return lax.while_loop(unfinished, body, state)
 
     state = _initial(plan, beams, request, ids, start, cache)
-    state = step(state, ids, request.prompt_length - 1)
+    state = step(state, *unread_ids(request, ids, cache))
     # Slots after the prompts hold padding, which the next ids overwrite.
     state = dataclasses.replace(state, cache=state.cache.rewind(state.length - 1))
     state = run(extend, jnp.minimum(request.final_length, plan.context_length + 1), state)

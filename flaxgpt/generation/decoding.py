@@ -20,6 +20,10 @@ the left, so that all rows write to the same slot:
     slot      0   1   2   3   4   5 ...
     row 0     a   b   c   d   .   .        start 0      . filled by the loop
     row 1     -   -   e   f   .   .        start 2      - padding, invisible to attention
+
+The cache may begin with ids that all prompts have in common: they were read before, and are placed
+where each row begins. Then the prefill reads `Request.unread`, the columns that follow in the
+longest prompt. In shorter ones, they include ids that the cache has: these get the same keys again.
 """
 
 from __future__ import annotations
@@ -57,6 +61,8 @@ class Request:
     final_length: Any  # int32 [], `prompt_length` plus the number of new ids
     allowed: Any = None  # bool [V], the ids that may be chosen; None for all
     rows: Any = None  # int32 [], rows that count, the others being copies; None for all
+    prefix: Any = None  # a cache of one row, with what all prompts begin with; None for nothing
+    unread: Any = None  # int32 [B, T], the columns of the prompts that follow in the cache, if any
     logits_fn: Any = None  # `jax.tree_util.Partial`, see `flaxgpt.generation.hooks`; None for none
     patches: Any = None  # {name: `jax.tree_util.Partial`} for the reading function; None for none
 
@@ -84,6 +90,7 @@ class Plan:
     exceeds_context: bool  # whether the ids can outgrow the context
     alternatives: int | None = None  # ids to record beside each new one's log-probability, or none
     window_step: int = 1  # ids per window that is read past the end of the context
+    samples: int = 1  # rows that continue each prompt
 
     @property
     def window(self) -> int:
@@ -97,9 +104,12 @@ def decode(
     request: Request,
     ids: jax.Array,  # int32 [B, prompt_width], `request.prompt_length` ids, padded on the left
     start: jax.Array,  # int32 [B], where each row begins
-    cache: Any,  # the model's, empty
+    cache: Any,  # the model's, empty or with what `request.unread` follows
 ) -> Any:  # int32 [B, W], and with `plan.alternatives` also `Scores`
-    """Return the prompts followed by new ids up to `request.final_length`."""
+    """Return the prompts followed by new ids up to `request.final_length`.
+
+    With `plan.samples` n, the result has n rows for each prompt, one after another.
+    """
     state = last_state(read, plan, request, ids, start, cache)
     return state.ids if state.scores is None else (state.ids, state.scores)
 
@@ -135,6 +145,10 @@ def prefill(
     read: Read, plan: Plan, request: Request, ids: jax.Array, start: jax.Array, cache: Any
 ) -> tuple[DecodeState, jax.Array]:
     """Return the state after the prompts and the first new ids, int32 [B]; see `decode`."""
+    unread, last = unread_ids(request, ids, cache)
+    cache = dataclasses.replace(cache, start=start)
+    if plan.samples > 1:
+        read, ids, start = _repeated(plan.samples, read, ids, start)
     batch = ids.shape[0]
     done = jnp.zeros(batch, bool) if request.rows is None else jnp.arange(batch) >= request.rows
     state = DecodeState(
@@ -142,15 +156,33 @@ def prefill(
         length=jnp.asarray(request.prompt_length, jnp.int32),
         start=start,
         done=done,
-        cache=dataclasses.replace(cache, start=start),
+        cache=cache,
         scores=no_scores(batch, plan.width, plan.alternatives)
         if plan.alternatives is not None
         else None,
     )
-    state, new = _step(read, request, state, ids, request.prompt_length - 1)
+    state, new = _step(read, request, state, unread, last)
     # Slots after the prompts hold padding, which the next ids overwrite.
     rewound = state.cache.rewind(state.length - 1)
     return dataclasses.replace(state, cache=rewound), new
+
+
+def unread_ids(request: Request, ids: jax.Array, cache: Any) -> tuple[jax.Array, ArrayLike]:
+    """Return the ids of the prompts that the cache lacks, and which of them is the last."""
+    last = request.prompt_length - 1
+    return (ids, last) if request.unread is None else (request.unread, last - cache.length)
+
+
+def _repeated(
+    samples: int, read: Read, ids: jax.Array, start: jax.Array
+) -> tuple[Read, jax.Array, jax.Array]:
+    """Return a function that reads prompts once for several rows each, and ids of these rows."""
+
+    def read_once(unread: jax.Array, last: ArrayLike, cache: Any) -> tuple[jax.Array, Any]:
+        logits, cache = read(unread, last, cache)
+        return jnp.repeat(logits, samples, axis=0), cache.repeat(samples)
+
+    return read_once, jnp.repeat(ids, samples, axis=0), jnp.repeat(start, samples)
 
 
 def extend_step(

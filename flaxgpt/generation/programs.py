@@ -49,10 +49,21 @@ class Program:
 
         return read
 
+    @property
+    def cache_size(self) -> int:
+        """Slots for as many ids as the loop writes, or the context if that is less."""
+        return min(self.plan.width, self.cfg.context_length)
+
     def empty_cache(self, batch: int) -> KVCache:
-        """Return a cache for as many ids as the loop writes, or the context if that is less."""
-        cache = self._cache(batch, min(self.plan.width, self.cfg.context_length))
+        """Return a cache of that size."""
+        cache = self._cache(batch, self.cache_size)
         return recording(cache) if self.capture else cache
+
+    def first_cache(self, request: Request, start: jax.Array) -> KVCache:
+        """Return a cache with the prefix of the prompts, or an empty one; `start` is int32 [B]."""
+        if request.prefix is None:
+            return self.empty_cache(start.shape[0])
+        return request.prefix.place(start, self.cache_size)
 
     def _cache(self, batch: int, length: int) -> KVCache:
         layout = self.platform.cache_layout
@@ -67,7 +78,7 @@ def decode(
     With `program.capture`, also return what was recorded.
     """
     with in_force(program.mesh):
-        cache = program.empty_cache(ids.shape[0])
+        cache = program.first_cache(request, start)
         arguments = program.read_with(params, request.patches), program.plan, request, ids, start
         if program.capture:
             state = decoding.last_state(*arguments, cache)
@@ -94,7 +105,7 @@ def search(
 ) -> Finished:
     """Run `flaxgpt.generation.beams.search` with a GPT and `width` beams. Pure, not compiled."""
     with in_force(program.mesh):
-        cache = program.empty_cache(ids.shape[0])
+        cache = program.first_cache(request, start)
         read, plan = program.read_with(params), program.plan
         found = beams.search(read, plan, width, request, rules, ids, start, cache)
         return jax.tree.map(replicated, found)
@@ -112,7 +123,7 @@ def prefill(
 ) -> tuple[DecodeState, jax.Array]:
     """Return the state after the prompts, and the first new ids."""
     with in_force(program.mesh):
-        cache = program.empty_cache(ids.shape[0])
+        cache = program.first_cache(request, start)
         read = program.read_with(params, request.patches)
         state, new = decoding.prefill(read, program.plan, request, ids, start, cache)
         return state, replicated(new)

@@ -19,6 +19,7 @@ from flaxgpt.generation.decoding import Plan, Request
 from flaxgpt.generation.hooks import least_length, within
 from flaxgpt.generation.loop_params import loop_params
 from flaxgpt.generation.observed import Watch
+from flaxgpt.generation.prefix import Prefix, check_prefix
 from flaxgpt.generation.programs import Program
 from flaxgpt.generation.sampling import NOT_A_NUMBER, Sampling
 from flaxgpt.model import param_shapes
@@ -47,6 +48,8 @@ def prepare(
     alternatives: int | None = None,
     window_step: int = 1,
     watch: Watch | None = None,
+    samples: int = 1,
+    prefix: Prefix | None = None,
 ) -> Prepared:
     """Return the arguments of the decoding loop, or raise ValueError; see `generate`."""
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(params)):
@@ -70,22 +73,36 @@ def prepare(
         raise ValueError(
             f"min_new_tokens={sampling.min_new_tokens} exceeds max_new_tokens={max_new_tokens}"
         )
+    samples = check_samples(samples, sampling.temperature)
+    count = samples * len(rows)
     key = jax.random.key(0) if sampling.key is None else sampling.key  # any, if nothing is random
-    if key.shape not in ((), (len(rows),)):
-        raise ValueError(f"keys of shape {key.shape} must be one key, or one per row: {len(rows)}")
+    if key.shape not in ((), (count,)):
+        raise ValueError(f"keys of shape {key.shape} must be one key, or one per row: {count}")
     dtype = check_dtype(dtype)
     watch = Watch() if watch is None else watch
     watch.check_length(max(map(len, rows)), max_new_tokens, cfg.context_length)
+    if prefix is not None:
+        check_prefix(prefix).check_prompts(cfg, rows)
+        if watch.names is not None or watch.patches:
+            name = "patches" if watch.patches else "capture"
+            raise ValueError(
+                f"prefix does not work with {name}, which needs all ids to be read: leave it out"
+            )
+    if samples > 1 and watch.names is not None:
+        raise ValueError("samples does not work with capture: repeat the prompts in the list")
 
     rows = [row[-cfg.context_length :] for row in rows]  # the model reads no further back
     params = to_automatic(params)
-    mesh, count = mesh_of(params), len(rows)
-    if copies := -count % batch_parts(mesh):  # every device gets as many rows
+    mesh = mesh_of(params)
+    if copies := -len(rows) % batch_parts(mesh):  # every device gets as many rows
         rows += copies * rows[-1:]
-        key = key[np.minimum(np.arange(len(rows)), count - 1)] if key.ndim else key
+        key = key[np.minimum(np.arange(samples * len(rows)), count - 1)] if key.ndim else key
     longest = max(map(len, rows))
     plan = dataclasses.replace(
-        loop_sizes(cfg, longest, max_new_tokens), alternatives=alternatives, window_step=window_step
+        loop_sizes(cfg, longest, max_new_tokens),
+        alternatives=alternatives,
+        window_step=window_step,
+        samples=samples,
     )
     if watch.places:  # the buckets may exceed the context, the ids do not
         plan = dataclasses.replace(plan, exceeds_context=False)
@@ -106,10 +123,15 @@ def prepare(
         final_length=np.int32(longest + max_new_tokens),
         allowed=sampling.allowed,
         rows=np.int32(count) if copies else None,
-        logits_fn=_hook(sampling, longest - start, max_new_tokens),
+        logits_fn=_hook(sampling, np.repeat(longest - start, samples), max_new_tokens),
         patches=dict(watch.patches) or None,
     )
     platform = watch.platform(platform_of(params))
+    if prefix is not None:
+        prefix.check_model(cfg, params, platform, dtype)
+        columns = unread_columns(len(prefix.ids), longest, plan.prompt_width)
+        known, unread = prefix.first(columns.start), ids[:, columns]
+        request = dataclasses.replace(request, prefix=known, unread=unread)
     params = loop_params(platform, dtype, params)
     program = Program(cfg, plan, platform, dtype, mesh, watch.places)
     return Prepared(program, params, request, ids, start)
@@ -137,6 +159,28 @@ def loop_sizes(cfg: GPTConfig, longest: int, max_new_tokens: int) -> Plan:
         context_length=cfg.context_length,
         exceeds_context=most > cfg.context_length + 1,  # the last id is never read
     )
+
+
+def check_samples(samples: int, temperature: float) -> int:
+    """Return the number of rows that continue each prompt, or raise ValueError."""
+    samples = check_size("samples", samples)
+    if samples > 1 and temperature == 0:
+        raise ValueError(
+            f"samples={samples} at temperature 0 would be the same ids {samples} times: set a "
+            "temperature such as 0.8, or use beams and return_beams"
+        )
+    return samples
+
+
+def unread_columns(known: int, length: int, width: int) -> slice:
+    """Return the columns to read where the first `known` of `length` ids are in a cache.
+
+    They include the last id, whose logits are needed, and are as many as a bucket, but end within
+    `width` columns. Ids that are read again get the keys that they had.
+    """
+    size = min(bucket(length - min(known, length - 1)), width)
+    first = min(known, length - 1, width - size)
+    return slice(first, first + size)
 
 
 def bucket(length: int) -> int:

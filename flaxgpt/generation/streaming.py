@@ -16,6 +16,7 @@ from flaxgpt.generation import programs
 from flaxgpt.generation.grammar import Grammar
 from flaxgpt.generation.hooks import LogitsFn
 from flaxgpt.generation.observed import Watch, check_watch
+from flaxgpt.generation.prefix import Prefix
 from flaxgpt.generation.prompts import Prepared, bucket, check_number, check_places, prepare
 from flaxgpt.generation.sampling import Sampling
 from flaxgpt.model.intermediates import Intervention
@@ -39,6 +40,7 @@ def stream(
     match: Grammar | None = None,
     patches: Mapping[str, Intervention] | None = None,
     window_step: int = 1,
+    prefix: Prefix | None = None,
     dtype: DTypeLike = jnp.float32,
 ) -> Iterator[int]:
     """Continue one prompt and yield each new id as it is generated.
@@ -68,7 +70,9 @@ def stream(
     )
     check_config(cfg)
     watch = check_watch(cfg, None, patches)
-    (row,) = stream_rows(cfg, params, [prompt], max_new_tokens, sampling, window_step, dtype, watch)
+    (row,) = stream_rows(
+        cfg, params, [prompt], max_new_tokens, sampling, window_step, dtype, watch, prefix=prefix
+    )
     return row
 
 
@@ -81,6 +85,8 @@ def stream_rows(
     window_step: int,
     dtype: DTypeLike,
     watch: Watch | None = None,
+    samples: int = 1,
+    prefix: Prefix | None = None,
 ) -> list[Iterator[int]]:
     """Continue a batch of prompts and return an iterator over the new ids of each.
 
@@ -97,21 +103,32 @@ def stream_rows(
         window_step: ids per reading of the last ids past the context; see `generate`.
         dtype: dtype to compute in.
         watch: the intermediate values to replace.
+        samples: rows that continue each prompt; see `generate`.
+        prefix: what all prompts begin with; see `generate`.
 
     Raises:
         ValueError: an argument is invalid, or, while iterating, the logits of that row become NaN.
     """
     prepared = prepare(
-        cfg, params, prompts, max_new_tokens, sampling, dtype, window_step=window_step, watch=watch
+        cfg,
+        params,
+        prompts,
+        max_new_tokens,
+        sampling,
+        dtype,
+        window_step=window_step,
+        watch=watch,
+        samples=samples,
+        prefix=prefix,
     )
     plan = prepared.program.plan
     if prepared.request.logits_fn is None:
         plan = dataclasses.replace(plan, width=min(plan.width, bucket(cfg.context_length + 1)))
     else:  # a hook reads the whole text
-        rows, advice = len(prepared.ids), "leave out logits_fn, min_new_tokens and match"
+        rows, advice = samples * len(prepared.ids), "leave out logits_fn, min_new_tokens and match"
         check_places(rows * plan.width, rows, max_new_tokens, advice)
     program = dataclasses.replace(prepared.program, plan=plan)
-    copies = itertools.tee(_steps(prepared._replace(program=program)), len(prompts))
+    copies = itertools.tee(_steps(prepared._replace(program=program)), samples * len(prompts))
     stop_ids = frozenset(sampling.stop_ids)
     return [_row(steps, row, stop_ids) for row, steps in enumerate(copies)]
 
@@ -130,6 +147,7 @@ def _steps(prepared: Prepared) -> Iterator[list[int]]:
     context_length = program.plan.context_length
     prompt_length, final_length = int(request.prompt_length), int(request.final_length)
     state, new = programs.prefill(program, params, request, ids, start)
+    request = dataclasses.replace(request, prefix=None, unread=None)  # read by now
     filled, read = prompt_length + 1, prompt_length  # columns of `state.ids`, slots of the cache
     for count in range(final_length - prompt_length):
         if count:

@@ -15,6 +15,7 @@ from flaxgpt.generation.beam_options import BeamOptions, EarlyStopping, refuse_w
 from flaxgpt.generation.grammar import Grammar, compile_grammar
 from flaxgpt.generation.hooks import LogitsFn
 from flaxgpt.generation.observed import check_watch
+from flaxgpt.generation.prefix import Prefix
 from flaxgpt.generation.sampling import Sampling, check_grammar
 from flaxgpt.generation.stop_strings import StopStrings
 from flaxgpt.generation.streaming import stream_rows
@@ -34,6 +35,7 @@ def generate_text(
     top_k: int | None = None,
     top_p: float | None = None,
     key: jax.Array | None = None,
+    samples: int = 1,
     stop_ids: Sequence[int] = (),
     logits_fn: LogitsFn | None = None,
     min_new_tokens: int = 0,
@@ -45,6 +47,7 @@ def generate_text(
     include_stop: bool = False,
     patches: Mapping[str, Intervention] | None = None,
     window_step: int = 1,
+    prefix: Prefix | None = None,
     dtype: DTypeLike = jnp.float32,
 ) -> list[str]:
     """Continue every text and return the new text only.
@@ -71,8 +74,9 @@ def generate_text(
         include_stop: whether a text includes the string that ended it.
 
     Returns:
-        One text per prompt. Bytes that are not UTF-8 become U+FFFD. A special token that ends a
-        text, such as GPT-2's end of text as a stop id, is left out.
+        One text per prompt, or `samples` of them one after another. Bytes that are not UTF-8
+        become U+FFFD. A special token that ends a text, such as GPT-2's end of text as a stop id,
+        is left out.
 
     Raises:
         ValueError: an argument is out of range, a prompt has ids that the model lacks, or no match
@@ -99,7 +103,16 @@ def generate_text(
         )
         watch = check_watch(cfg, None, patches)
         rows = stream_rows(
-            cfg, params, encoded, max_new_tokens, sampling, window_step, dtype, watch
+            cfg,
+            params,
+            encoded,
+            max_new_tokens,
+            sampling,
+            window_step,
+            dtype,
+            watch,
+            samples,
+            prefix,
         )
     else:
         rows = generate(
@@ -111,6 +124,7 @@ def generate_text(
             top_k=top_k,
             top_p=top_p,
             key=key,
+            samples=samples,
             stop_ids=stop_ids,
             logits_fn=logits_fn,
             min_new_tokens=min_new_tokens,
@@ -121,11 +135,13 @@ def generate_text(
             allowed=allowed,
             patches=patches,
             window_step=window_step,
+            prefix=prefix,
             dtype=dtype,
         )
+    repeated = [prompt for prompt in encoded for _ in range(samples)]
     return [
         "".join(_pieces(tokenizer, prompt, row, stop_ids, stops, grammar))
-        for prompt, row in zip(encoded, rows, strict=True)
+        for prompt, row in zip(repeated, rows, strict=True)
     ]
 
 
@@ -148,6 +164,7 @@ def stream_text(
     include_stop: bool = False,
     patches: Mapping[str, Intervention] | None = None,
     window_step: int = 1,
+    prefix: Prefix | None = None,
     dtype: DTypeLike = jnp.float32,
 ) -> Iterator[str]:
     """Continue one text and yield the new text as it is generated.
@@ -189,7 +206,9 @@ def stream_text(
         temperature, top_k, top_p, key, stop_ids, allowed, logits_fn, min_new_tokens, grammar
     )
     watch = check_watch(cfg, None, patches)
-    (row,) = stream_rows(cfg, params, [ids], max_new_tokens, sampling, window_step, dtype, watch)
+    (row,) = stream_rows(
+        cfg, params, [ids], max_new_tokens, sampling, window_step, dtype, watch, prefix=prefix
+    )
     return _pieces(tokenizer, ids, row, stop_ids, stops, grammar)
 
 
