@@ -10,6 +10,7 @@ from flaxgpt.config import GPTConfig
 from flaxgpt.evaluation import score
 from flaxgpt.generation import (
     Prefix,
+    PrefixStore,
     Sampling,
     generate,
     generate_text,
@@ -52,6 +53,7 @@ __all__ = [  # in the order in which data flows
     "extend",
     "prefill",
     "Prefix",
+    "PrefixStore",
     "Sampling",
     "generate",
     "stream",

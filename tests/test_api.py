@@ -28,6 +28,7 @@ def test_the_public_names_are_in_the_order_data_flows():
         "extend",
         "prefill",
         "Prefix",
+        "PrefixStore",
         "Sampling",
         "generate",
         "stream",

@@ -14,6 +14,7 @@ prompts      prompts and options to arrays
 abstract     the same without arrays, to compile for other devices
 beam_options the options of beam search, and its results
 prefilling   `prefill`, which makes a prefix
+prefix_store prefixes that repeat
 batch        `generate`
 streaming    `stream`
 stop_strings where a text ends
@@ -27,6 +28,7 @@ from flaxgpt.generation.log_probs import ScoredIds
 from flaxgpt.generation.observed import ObservedIds
 from flaxgpt.generation.prefilling import prefill
 from flaxgpt.generation.prefix import Prefix
+from flaxgpt.generation.prefix_store import PrefixStore
 from flaxgpt.generation.sampling import Sampling
 from flaxgpt.generation.streaming import stream
 from flaxgpt.generation.text import generate_text, stream_text
@@ -36,6 +38,7 @@ __all__ = [
     "Grammar",
     "ObservedIds",
     "Prefix",
+    "PrefixStore",
     "Sampling",
     "ScoredIds",
     "compile_grammar",
