@@ -17,7 +17,9 @@ from flaxgpt.cli.hook_options import HookOptions
 from flaxgpt.cli.streams import check_text, read_prompt
 from flaxgpt.config import GPTConfig
 from flaxgpt.generation.beam_options import BeamOptions
+from flaxgpt.generation.prompts import bucket
 from flaxgpt.tokenizer import Tokenizer
+from flaxgpt.typing import Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,6 +127,7 @@ class GenerateCommand:
         cfg, params, tokenizer = load_with_tokenizer(self.model)
         stop_ids = _stop_ids(cfg, tokenizer, self.stop)
         key = jax.random.key(self.seed)
+        prefix = self._prefix(cfg, params, tokenizer, prompt)
         for i in range(self.n):
             pieces: Iterable[str]
             if self.beams > 1:
@@ -157,12 +160,23 @@ class GenerateCommand:
                     stop=stop,
                     include_stop=self.include_stop,
                     window_step=self.window_step,
+                    prefix=prefix,
                     dtype=self.dtype,
                 )
             say(("\n" if i else "") + (prompt if self.echo else ""))
             for piece in pieces:
                 say(piece)
             say("\n")
+
+    def _prefix(
+        self, cfg: GPTConfig, params: Params, tokenizer: Tokenizer, prompt: str
+    ) -> flaxgpt.Prefix | None:
+        """Return the prompt, read once for all continuations, or None if that saves nothing."""
+        ids = tokenizer.encode(prompt)
+        fewest = bucket(1)  # ids that each continuation reads anyway
+        if self.n == 1 or not fewest < len(ids) <= cfg.context_length:
+            return None
+        return flaxgpt.prefill(cfg, params, ids, dtype=self.dtype)
 
     def _stop_strings(self) -> list[str]:
         stop = [check_text("--stop-text", text) for text in self.stop_text]
