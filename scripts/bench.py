@@ -3,6 +3,7 @@
     python scripts/bench.py decode --preset gpt2 --batch 1 --prompt-length 32 --new-tokens 128
     python scripts/bench.py decode --batch 8 --against "peers/bin/python peers.py decode --batch 8"
     python scripts/bench.py train --recipe shakespeare-char --batch 12 --length 64 --steps 50
+    python scripts/bench.py prefix --prefix-length 896 --batch 4
     python scripts/bench.py device
 
 Weights and text are random. Decoding is greedy and never stops early. Its throughput counts only
@@ -12,6 +13,10 @@ lost, because the device works meanwhile. The first call compiles and warms up a
 separately. With --against, this command and the peer alternate, each in a new process. The peer
 must print a JSON object with "tokens_per_s" as its last line. Each ratio compares two consecutive
 runs.
+
+The task `prefix` measures the time to the first new id of prompts that begin with the same ids:
+read whole, after `prefill`, and with a prefix that a `PrefixStore` has. The calls alternate, and
+each ratio compares two consecutive ones.
 
 The task `device` measures an accelerator in under 9 minutes and prints its table before the JSON
 object; see scripts/device_table.py.
@@ -29,7 +34,7 @@ from typing import Any, Literal
 
 import tyro
 from device_table import Device
-from timing import Figures, in_turn, machine, peak_memory, timed
+from timing import Figures, in_turn, machine, peak_memory, spread, timed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,15 +162,82 @@ class Train:
         return figures | {"ms_per_step": ms, "data_share": share, "peak_memory_mb": peak_memory()}
 
 
+@dataclasses.dataclass(frozen=True)
+class Prefix:
+    """Milliseconds to the first new id, of prompts read whole and after a shared prefix."""
+
+    preset: str = "gpt2"
+    """Name of a `GPTConfig` preset."""
+    batch: int = 1
+    prefix_length: int = 512
+    prompt_length: int = 16
+    """Ids that follow the prefix in each prompt."""
+    repeats: int = 5
+    """Timed calls of each kind, after one that compiles."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+    def run(self) -> Figures:
+        """Measure the three ways in turn in this process."""
+        import jax
+        import numpy as np
+
+        import flaxgpt
+
+        _check(self, "batch", "prefix_length", "prompt_length", "repeats")
+        cfg = flaxgpt.GPTConfig.preset(self.preset)
+        length = self.prefix_length + self.prompt_length
+        if length > cfg.context_length:
+            raise ValueError(
+                f"--prefix-length {self.prefix_length} and --prompt-length {self.prompt_length} "
+                f"are more than context_length={cfg.context_length} of {self.preset}"
+            )
+        params = jax.block_until_ready(flaxgpt.init(cfg, jax.random.key(0)))
+        rng = np.random.default_rng(0)
+        prompts = rng.integers(0, cfg.vocab_size, (self.batch, length))
+        shared = prompts[0, : self.prefix_length].tolist()
+        prompts[:, : self.prefix_length] = shared
+        prefix = flaxgpt.prefill(cfg, params, shared, dtype=self.dtype)
+        store = flaxgpt.PrefixStore(cfg, params, max_bytes=prefix.nbytes, dtype=self.dtype)
+        store.prefill(shared)
+
+        def first_ids(prefix: flaxgpt.Prefix | None = None) -> list[list[int]]:
+            return flaxgpt.generate(cfg, params, prompts, 1, prefix=prefix, dtype=self.dtype)
+
+        calls: dict[str, Callable[[], object]] = {
+            "whole": first_ids,
+            "prefix": lambda: first_ids(prefix),
+            "stored": lambda: first_ids(store.prefill(shared)),
+            "prefill": lambda: jax.block_until_ready(
+                flaxgpt.prefill(cfg, params, shared, dtype=self.dtype)
+            ),
+        }
+        ms: dict[str, list[float]] = {name: [] for name in calls}
+        for _ in range(1 + self.repeats):
+            for name, call in calls.items():
+                start = time.perf_counter()
+                call()
+                ms[name].append(1000 * (time.perf_counter() - start))
+        timed_ms = {name: values[1:] for name, values in ms.items()}
+        ratios = [a / b for a, b in zip(timed_ms["whole"], timed_ms["prefix"], strict=True)]
+        return {
+            "ms": {name: spread(values) for name, values in timed_ms.items()},
+            "ratio": spread(ratios),
+        }
+
+
 def main() -> None:
     """Parse the command line, run the benchmark and print the result."""
-    tasks: dict[str, Callable[..., Decode | Train | Device]] = {
+    tasks: dict[str, Callable[..., Decode | Train | Prefix | Device]] = {
         "decode": Decode,
         "train": Train,
+        "prefix": Prefix,
         "device": Device,
     }
     task = tyro.extras.subcommand_cli_from_dict(tasks, description=__doc__)
     try:
+        if isinstance(task, Prefix):
+            _print(task, task.run())
+            return
         _check(task, "rounds")
         if isinstance(task, Device):
             task.run()
@@ -189,10 +261,15 @@ def _measure(task: Decode | Train) -> None:
             elif option not in ("against", "rounds"):
                 alone += [f"--{flag}", str(value)]
         figures = in_turn(alone, task.against, task.rounds)
+    _print(task, figures)
+
+
+def _print(task: Decode | Train | Prefix, figures: Figures) -> None:
+    name = type(task).__name__.lower()
     print(json.dumps({"task": name} | dataclasses.asdict(task) | machine() | figures))
 
 
-def _check(task: Decode | Train | Device, *names: str) -> None:
+def _check(task: Decode | Train | Prefix | Device, *names: str) -> None:
     """Raise ValueError unless these options are whole numbers, 1 or more."""
     from flaxgpt._checks import check_size
 

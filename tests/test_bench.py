@@ -46,6 +46,16 @@ def test_the_device_task_measures_every_row_and_compares_with_a_peer(tmp_path):
     assert sum(line.startswith("| ---") for line in table) == len(SECTIONS)
 
 
+@pytest.mark.slow
+def test_the_prefix_task_measures_each_way_to_the_first_id():
+    sizes = ("--preset", "gpt2", "--prefix-length", "16", "--prompt-length", "1", "--repeats", "1")
+    _, found = run_bench("prefix", *sizes)
+    assert found["task"] == "prefix"
+    assert list(found["ms"]) == ["whole", "prefix", "stored", "prefill"]
+    assert all(0 < ms["min"] <= ms["median"] <= ms["max"] for ms in found["ms"].values())
+    assert found["ratio"]["median"] > 0
+
+
 SECTIONS = ("peer", "roofline", "decode", "train", "prefill", "attention")
 
 
@@ -81,6 +91,8 @@ def test_the_device_task_prints_what_it_has_when_a_row_outlasts_the_budget(tmp_p
         (["train", "--batch", "0"], "--batch=0 must be a whole number"),
         (["train", "--steps-per-call", "0"], "--steps-per-call=0 must be a whole number"),
         (["train", "--steps", "7"], "--steps 7 must be a multiple of 10"),
+        (["prefix", "--batch", "0"], "--batch=0 must be a whole number"),
+        (["prefix", "--prefix-length", "1020"], "more than context_length=1024 of gpt2"),
         (["device", "--budget", "-1"], "--budget=-1.0 must be a positive number"),
         (["device", "--rounds", "0"], "--rounds=0 must be a whole number"),
     ],
