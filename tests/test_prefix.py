@@ -314,7 +314,11 @@ def test_samples_may_have_keys_of_their_own_hooks_and_log_probabilities():
 
 
 @slow
-@pytest.mark.parametrize("options", [{}, {"stop": ["a", "b", "c"]}], ids=["", "stop strings"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"stop": ["a", "b", "c"]}, {"match": "[a-f]{2,5}!", "stop_ids": [99]}],
+    ids=["free", "stop strings", "match"],
+)
 def test_samples_of_texts_are_those_of_repeated_texts(options):
     prompts = ["Once upon", "The king"]
     text = partial(flaxgpt.generate_text, CFG, PARAMS, TOKENIZER, max_new_tokens=12, **options)
