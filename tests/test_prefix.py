@@ -239,6 +239,16 @@ def test_a_prefix_of_another_layout_is_refused(prefix, monkeypatch):
         generate([SHARED], 3, prefix=prefix)
 
 
+@pytest.mark.parametrize("name", ["capture", "patches"])
+def test_a_prefix_cannot_be_observed(prefix, name):
+    options = {"capture": ["hidden_*"], "patches": {"hidden_0": jnp.tanh}}
+    with pytest.raises(ValueError, match=f"prefix does not work with {name}"):
+        generate([SHARED], 3, prefix=prefix, **{name: options[name]})
+    if name == "capture":
+        with pytest.raises(ValueError, match="samples does not work with capture"):
+            generate([SHARED], 3, samples=2, capture=["hidden_*"], **sampled())
+
+
 @pytest.mark.parametrize("given", [SHARED, "text"])
 def test_only_a_prefix_is_a_prefix(given):
     with pytest.raises(ValueError, match=r"prefix must be a flaxgpt\.Prefix, .* got"):
