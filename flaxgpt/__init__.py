@@ -32,7 +32,7 @@ from flaxgpt.model import GPT, extend, forward, init, logits, states
 from flaxgpt.planning import GenerateTask, TrainTask, plan
 from flaxgpt.sharding import ShardRules, make_mesh, shard, shard_rules
 from flaxgpt.tokenizer import load_tokenizer
-from flaxgpt.weights import book_params, load, save
+from flaxgpt.weights import book_params, dequantize, load, quantize, save
 
 __version__ = "0.1.0"
 
@@ -42,6 +42,8 @@ __all__ = [  # in the order in which data flows
     "book_params",
     "load",
     "save",
+    "quantize",
+    "dequantize",
     "load_tokenizer",
     "GPT",
     "forward",

@@ -17,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from flaxgpt._quantized import dtype_faults, take_scales
+
 
 def check_size(name: str, value: Any, least: int = 1) -> int:
     """Return `value` as an int, or raise ValueError unless it is whole and at least `least`."""
@@ -151,16 +153,20 @@ def _integers(ids: Any) -> Any:
 
 
 def check_params(expected: Any, params: Any) -> None:
-    """Raise ValueError unless `params` has exactly the names and shapes of `expected`."""
+    """Raise ValueError unless `params` has exactly the names and shapes of `expected`.
+
+    An int8 weight and its scales, as `flaxgpt.quantize` returns them, count as one array.
+    """
     if not isinstance(params, dict):
         raise ValueError(f"params must be a nested dict of arrays, got {type(params).__name__}")
     if params.keys() == {"params"}:
         raise ValueError('params are a linen variables dict: pass variables["params"]')
-    shapes, found = (
-        {path: getattr(leaf, "shape", None) for path, leaf in jax.tree.leaves_with_path(tree)}
-        for tree in (expected, params)
-    )
-    if shapes == found:
+    leaves = dict(jax.tree.leaves_with_path(params))
+    scales = take_scales(leaves)
+    found = {path: getattr(leaf, "shape", None) for path, leaf in leaves.items()}
+    shapes = {path: leaf.shape for path, leaf in jax.tree.leaves_with_path(expected)}
+    of_dtypes = dtype_faults(leaves, scales)
+    if shapes == found and not of_dtypes:
         return
     name = partial(jax.tree_util.keystr, simple=True, separator="/")
     faults = [f"missing {name(path)}" for path in shapes if path not in found]
@@ -170,6 +176,7 @@ def check_params(expected: Any, params: Any) -> None:
         for path, shape in shapes.items()
         if path in found and found[path] != shape
     ]
+    faults += of_dtypes
     raise ValueError(f"params do not fit the configuration: {listed(faults, '; ')}")
 
 

@@ -26,6 +26,7 @@ class Platform:
     attention: ByDtype = ()  # what `attention="auto"` selects; "plain" for other dtypes
     least_rows: ByDtype = ()  # rows that a matrix product has at least; 1 for other dtypes
     round_products: bool = False  # whether narrow products are computed in float32, then rounded
+    round_to_int8: bool = True  # whether the activations that meet int8 weights are rounded too
     lookup_by_bits: bool = False  # whether rows of a narrow table are looked up as integers
     fused_qkv: bool = False  # whether decoding computes query, key and value by one product
     one_pass_norms: bool = False  # mean and variance from one pass over the numbers
@@ -54,13 +55,16 @@ class Platform:
         return dataclasses.replace(self, cache_layout="separate", fused_qkv=False)
 
 
+# Before jax 0.10, XLA:CPU multiplied one row of int8 faster than several.
+_INT8_ROWS: ByDtype = (("int8", 2),) if jax.__version_info__ >= (0, 10) else ()
+
 PLATFORMS = {
     "cpu": Platform(
         # XLA:CPU copies a [B, N, S, H] buffer whole each time a loop writes one slot, but updates
         # [B*N, S, H] in place: one row of GPT-2 decodes 10 to 20 % faster.
         cache_layout="merged",
         # XLA:CPU multiplies one narrow row in a naive loop: GPT-2's head takes 128 ms instead of 8.
-        least_rows=(("bfloat16", 2), ("float16", 2)),
+        least_rows=(("bfloat16", 2), ("float16", 2), *_INT8_ROWS),
         # For a narrow result it converts the factors to float32, and keeps such copies of all
         # weights beside a loop.
         round_products=True,
@@ -84,6 +88,8 @@ PLATFORMS = {
         # Fewer rows than a tile has are multiplied by the vector unit: the head takes 18 times as
         # long for one row as for 8.
         least_rows=(("float32", 8), ("bfloat16", 8), ("float16", 8)),
+        # To round them takes four operations per product, each of which costs over a microsecond.
+        round_to_int8=False,
         # One product of 8 rows waits for memory once instead of three times.
         fused_qkv=True,
         # Each operation costs over a microsecond, and this form of a norm has two fewer.

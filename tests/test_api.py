@@ -17,6 +17,8 @@ def test_the_public_names_are_in_the_order_data_flows():
         "book_params",
         "load",
         "save",
+        "quantize",
+        "dequantize",
         "load_tokenizer",
         "GPT",
         "forward",

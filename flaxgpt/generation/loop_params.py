@@ -27,14 +27,17 @@ def loop_params(platform: Platform, dtype: Any, params: Params) -> Params:
 
 
 def cast_for_products(params: Params, dtype: Any) -> Params:
-    """Return the parameters with weights and biases in `dtype`; what has it is not copied."""
+    """Return the parameters with weights and biases in `dtype`; what has it is not copied.
+
+    int8 weights and their scales stay as they are.
+    """
     # Biases would be converted in each step otherwise. Norms are computed in float32.
     paths, tree = jax.tree_util.tree_flatten_with_path(params)
     leaves = [leaf for _, leaf in paths]
     chosen = [
         i
         for i, (path, leaf) in enumerate(paths)
-        if leaf.dtype != dtype and (leaf.ndim > 1 or path[-1].key == "bias")
+        if leaf.dtype not in (dtype, jnp.int8) and (leaf.ndim > 1 or path[-1].key == "bias")
     ]
     for i, leaf in zip(chosen, _cast([leaves[i] for i in chosen], dtype), strict=True):
         leaves[i] = leaf

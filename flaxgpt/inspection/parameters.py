@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from flaxgpt._quantized import SCALE
 from flaxgpt.config import GPTConfig, block_index, block_name
 from flaxgpt.model import param_shapes
 
@@ -79,8 +80,13 @@ class Leaf:
         return "/".join(self.path) or "(array)"
 
     @property
-    def count(self) -> int:
+    def elements(self) -> int:
         return math.prod(self.value.shape)
+
+    @property
+    def count(self) -> int:
+        """The number of parameters; scales of int8 weights are none."""
+        return 0 if self.path[-1:] == (SCALE,) else self.elements
 
     @property
     def dtype(self) -> str:
@@ -92,7 +98,7 @@ class Leaf:
 
     @property
     def bytes(self) -> int:
-        return int(self.count * jnp.dtype(self.value.dtype).itemsize)
+        return int(self.elements * jnp.dtype(self.value.dtype).itemsize)
 
 
 def count_params(tree: Any) -> ParamCount:
@@ -107,7 +113,8 @@ def count_params(tree: Any) -> ParamCount:
 
     Args:
         tree: a `GPTConfig`, or a pytree of parameters as arrays or `jax.ShapeDtypeStruct`. A head
-            that is the same array as the token embedding is counted once.
+            that is the same array as the token embedding is counted once. The scales of int8
+            weights are counted in bytes only.
 
     Returns:
         The numbers, and their size in bytes.
@@ -120,7 +127,7 @@ def count_params(tree: Any) -> ParamCount:
     tokens, head = table.get(("tok_emb", "weight")), table.get(("out_head", "weight"))
     shared = tokens and head and head.value is tokens.value
     if head and shared and not isinstance(head.value, jax.ShapeDtypeStruct):
-        leaves.remove(head)
+        leaves = [leaf for leaf in leaves if leaf.path[:1] != ("out_head",)]
         head = None
 
     by_part = dict.fromkeys(PARTS, 0)

@@ -47,9 +47,7 @@ class MultiHeadAttention(nn.Module):
         # A cache has no copies of rows.
         rows = batch if visibility.start is None else visibility.start.shape[0]
 
-        linear = partial(
-            Linear, dtype=self.dtype, rounded=self.platform.round_products, heads=heads
-        )
+        linear = partial(Linear, dtype=self.dtype, platform=self.platform, heads=heads)
 
         def project(features: int, name: str) -> jax.Array:  # [B, T, features]
             return drop_copies(

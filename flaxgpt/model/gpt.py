@@ -51,21 +51,19 @@ class GPT(nn.Module):
     platform: Platform = Platform()
 
     def setup(self) -> None:
-        cfg, by_bits = self.cfg, self.platform.lookup_by_bits
-        table = partial(Embedding, features=cfg.emb_dim, dtype=self.dtype, by_bits=by_bits)
+        cfg, platform = self.cfg, self.platform
+        table = partial(Embedding, features=cfg.emb_dim, dtype=self.dtype, platform=platform)
         self.tok_emb = table(cfg.vocab_size)
         self.pos_emb = table(cfg.context_length, letters="SD")
         self.drop_emb = nn.Dropout(cfg.drop_rates.emb)
         block: Any = TransformerBlock
         if self.remat:
             block = nn.remat(block, static_argnums=4)  # `deterministic`, counting `self`
-        self.trf_blocks = [block(cfg, self.dtype, self.platform, i) for i in range(cfg.n_layers)]
-        one_pass = self.platform.one_pass_norms
-        self.final_norm = LayerNorm(cfg.norm_eps, cfg.bias, self.dtype, one_pass)
+        self.trf_blocks = [block(cfg, self.dtype, platform, i) for i in range(cfg.n_layers)]
+        self.final_norm = LayerNorm(cfg.norm_eps, cfg.bias, self.dtype, platform.one_pass_norms)
         if not cfg.tie_embeddings:
-            self.out_head = Linear(
-                cfg.vocab_size, use_bias=False, dtype=self.dtype, out_dtype=jnp.float32
-            )
+            head = partial(Linear, use_bias=False, dtype=self.dtype, out_dtype=jnp.float32)
+            self.out_head = head(cfg.vocab_size, platform=platform)
 
     def __call__(self, ids: jax.Array, deterministic: bool = True) -> jax.Array:
         """Return the logits float32 [B, T, V] that follow each of the ids, int [B, T]."""
