@@ -1,4 +1,7 @@
-"""The book's layout: the state dict of its PyTorch `GPTModel`, and its config dict as JSON."""
+"""The book's layout: the state dict of its PyTorch `GPTModel`, and its config dict as JSON.
+
+`INT8` has the same names, and scales beside the weights.
+"""
 
 from __future__ import annotations
 
@@ -26,6 +29,9 @@ def _torch_name(path: str) -> str:
     return re.sub(r"_(\d|\{l\})/", r".\1/", path).replace("/", ".")
 
 
+_SCALES = tuple(f"{path}_scale" for path in _PATHS if path.endswith("/weight"))
+
+
 BOOK = Layout(
     title="the book's",
     entries=tuple(Entry(path, _torch_name(path)) for path in _PATHS),
@@ -33,4 +39,10 @@ BOOK = Layout(
     # The book's GPTModel always has an output head, and load_state_dict requires it.
     writes_tied_head=True,
     write_config=GPTConfig.to_dict,
+)
+INT8 = Layout(
+    title="flaxgpt's for int8 weights",
+    entries=tuple(Entry(path, _torch_name(path)) for path in (*_PATHS, *_SCALES)),
+    write_config=GPTConfig.to_dict,
+    is_int8=True,
 )

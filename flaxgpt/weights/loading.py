@@ -15,7 +15,6 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
 from flaxgpt.config import GPTConfig
-from flaxgpt.model import param_shapes
 from flaxgpt.sharding import ShardRules, check_mesh, shard, shard_rules
 from flaxgpt.tokenizer import Tokenizer, load_tokenizer
 from flaxgpt.tokenizer.folder import UnreadableTokenizerWarning, read_model_tokenizer
@@ -24,8 +23,8 @@ from flaxgpt.weights.book_init import book_params
 from flaxgpt.weights.matching import match_layout
 from flaxgpt.weights.parts import Targets, put_on_mesh, same_bits
 from flaxgpt.weights.source import locate, read_config_file, weight_files
-from flaxgpt.weights.table import TOKEN_EMBEDDING, Slot
-from flaxgpt.weights.tensors import FLOATS, Tensor, read, stamp, tensors_in
+from flaxgpt.weights.table import TOKEN_EMBEDDING, Slot, stored_shapes
+from flaxgpt.weights.tensors import STORED, Tensor, read, stamp, tensors_in
 
 _FILES = "vocab.json and merges.txt, tokenizer.json, vocab.txt or flaxgpt_tokenizer.json"
 _OTHERS = "flaxgpt.load_tokenizer('gpt2') if it was trained with GPT-2's"
@@ -61,10 +60,11 @@ def load(
         rules: how to split them, if not by `flaxgpt.shard_rules(cfg)`.
 
     Returns:
-        The configuration; the parameters, as nested float32 arrays whatever the dtype in the file;
-        and the tokenizer stored with the model, whose `stop_ids` are the model's. Without one, a
-        model with GPT-2's vocabulary size gets GPT-2's tokenizer, unless its files name another. A
-        missing or unreadable tokenizer gives an `UnreadableTokenizerWarning` and None.
+        The configuration; the parameters, as nested float32 arrays whatever the dtype in the file,
+        or int8 weights and their scales if they were saved so (see `flaxgpt.quantize`); and the
+        tokenizer stored with the model, whose `stop_ids` are the model's. Without one, a model with
+        GPT-2's vocabulary size gets GPT-2's tokenizer, unless its files name another. A missing or
+        unreadable tokenizer gives an `UnreadableTokenizerWarning` and None.
 
     Raises:
         FileNotFoundError: there is no such folder, file or model.
@@ -94,7 +94,6 @@ def load(
     path = locate(source)
     paths = weight_files(path)
     cfg = read_config_file(path)
-    targets = None if mesh is None else _targets(cfg, mesh, rules)
     folder = path if path.is_dir() else path.parent
     tokenizer = None
     try:
@@ -105,7 +104,7 @@ def load(
     if tokenizer is None:
         # The weights are still useful.
         warnings.warn(f"no tokenizer{reason}", UnreadableTokenizerWarning, stacklevel=2)
-    return cfg, _read_params(cfg, paths, progress, targets), tokenizer
+    return cfg, _read_params(cfg, paths, progress, mesh, rules), tokenizer
 
 
 def read_config(source: str | os.PathLike[str]) -> GPTConfig:
@@ -119,20 +118,18 @@ def read_config(source: str | os.PathLike[str]) -> GPTConfig:
 def read_stored_bytes(source: str | os.PathLike[str]) -> dict[str, int]:
     """Return the size of a model's weights in its files, in bytes by dtype, largest first.
 
-    The dtypes are those of the files; `load` converts all weights to float32. `source` and the
-    exceptions are those of `load`; `book` is computed and has no files.
+    The dtypes are those of the files; `load` converts all floating-point weights to float32.
+    `source` and the exceptions are those of `load`; `book` is computed and has no files.
     """
     sizes: Counter[str] = Counter()
     paths = [] if source == "book" else weight_files(locate(source))
     for tensor in tensors_in(paths):
-        if dtype := FLOATS.get(tensor.dtype):
+        if dtype := STORED.get(tensor.dtype):
             sizes[dtype] += tensor.size * int(jnp.dtype(dtype).itemsize)
     return dict(sizes.most_common())
 
 
-def _targets(cfg: GPTConfig, mesh: Mesh, rules: ShardRules | None) -> Targets:
-    rules = shard_rules(cfg) if rules is None else rules
-    shapes = param_shapes(cfg)
+def _targets(shapes: Params, mesh: Mesh, rules: ShardRules) -> Targets:
     shardings = flatten_dict(rules.shardings(shapes, mesh), sep="/")
     return {
         path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=shardings[path])
@@ -141,10 +138,17 @@ def _targets(cfg: GPTConfig, mesh: Mesh, rules: ShardRules | None) -> Targets:
 
 
 def _read_params(
-    cfg: GPTConfig, paths: Sequence[Path], progress: Progress | None, targets: Targets | None
+    cfg: GPTConfig,
+    paths: Sequence[Path],
+    progress: Progress | None,
+    mesh: Mesh | None,
+    rules: ShardRules | None,
 ) -> Params:
     stamps = [stamp(path) for path in paths]
     layout, tensors = match_layout(cfg, paths)
+    targets: Targets | None = None
+    if mesh is not None:
+        targets = _targets(stored_shapes(layout, cfg), mesh, rules or shard_rules(cfg))
     # The largest tensors are read first, while there is room for a copy of them, so that host
     # memory stays near the size of the parameters. A tied head comes after the token embedding,
     # which has its size, because it is compared to it.

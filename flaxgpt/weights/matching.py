@@ -11,7 +11,7 @@ from flaxgpt._checks import listed
 from flaxgpt.config import GPTConfig
 from flaxgpt.weights.layouts import READABLE
 from flaxgpt.weights.table import Layout, Slot, slots
-from flaxgpt.weights.tensors import FLOATS, Tensor, tensors_in
+from flaxgpt.weights.tensors import INT8, Tensor, tensors_in
 
 
 class Fault(NamedTuple):
@@ -38,7 +38,9 @@ class _Match(NamedTuple):
 def match_layout(cfg: GPTConfig, paths: Sequence[Path]) -> tuple[Layout, list[tuple[Tensor, Slot]]]:
     """Return the layout that knows the most names in the files, and their tensors with slots."""
     tensors = list(tensors_in(paths))
-    matches = [_match(layout, cfg, tensors) for layout in READABLE]
+    has_int8 = any(tensor.dtype == INT8 for tensor in tensors)
+    layouts = [layout for layout in READABLE if has_int8 or not layout.is_int8]
+    matches = [_match(layout, cfg, tensors) for layout in layouts]
     best = max(matches, key=lambda match: (match.known, -match.unfit, -len(match.faults)))
     if not best.known:
         names = listed(sorted(tensor.name for tensor in tensors)) or "none"
@@ -46,7 +48,7 @@ def match_layout(cfg: GPTConfig, paths: Sequence[Path]) -> tuple[Layout, list[tu
             names += ". They are a LoRA adapter: merge it into its base model with peft"
         expected = " or ".join(
             f"{layout.title} ({', '.join(entry.theirs for entry in layout.entries[:2])}, ...)"
-            for layout in READABLE
+            for layout in layouts
         )
         raise ValueError(
             f"{paths[0]} has no GPT-2 weights in a known layout. Its tensors: {names}. Expected "
@@ -96,8 +98,9 @@ def _match(layout: Layout, cfg: GPTConfig, tensors: Sequence[Tensor]) -> _Match:
             if tensor.shape != slot.shape:
                 detail = f"has shape {tensor.shape} instead of {slot.shape}"
                 faults.append(Fault("unfit", tensor.name, block, detail))
-            if tensor.dtype not in FLOATS:
-                detail = f"is {tensor.dtype} instead of floating point"
+            if tensor.dtype not in slot.dtypes:
+                expected = "int8" if slot.is_int8 else "floating point"
+                detail = f"is {tensor.dtype} instead of {expected}"
                 faults.append(Fault("unfit", tensor.name, block, detail))
     for name, slot in wanted.items():
         if name not in fitting and slot.role != "tied head":

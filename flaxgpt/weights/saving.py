@@ -8,19 +8,22 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+from flax.traverse_util import flatten_dict
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from flaxgpt._checks import check_params, unknown_name
 from flaxgpt._files import replacing_folder
+from flaxgpt._quantized import is_quantized, refuse_quantized
 from flaxgpt.config import GPTConfig
 from flaxgpt.model import param_shapes
 from flaxgpt.sharding import gather_on_first, is_shared, wait_for_all
 from flaxgpt.tokenizer import Tokenizer
 from flaxgpt.tokenizer.folder import save_tokenizer
 from flaxgpt.typing import Params
+from flaxgpt.weights.book import INT8
 from flaxgpt.weights.layouts import LAYOUTS
-from flaxgpt.weights.table import export
+from flaxgpt.weights.table import export, stored_shapes
 from flaxgpt.weights.tensors import INDEXES, SINGLE
 
 # The files that `save` and transformers' save_pretrained write: only these may be replaced.
@@ -36,7 +39,7 @@ def save(
     cfg: GPTConfig,
     params: Params,
     *,
-    layout: Literal["huggingface", "book"] = "huggingface",
+    layout: Literal["huggingface", "book"] | None = None,
     tokenizer: Tokenizer | None = None,
 ) -> None:
     """Write a model to a folder atomically.
@@ -52,17 +55,26 @@ def save(
     Args:
         folder: a new folder, or one that holds only a saved model, which is replaced.
         cfg: the configuration.
-        params: its parameters; bfloat16 and float16 are written unchanged, the rest as float32.
+        params: its parameters; bfloat16 and float16 are written unchanged, and so are int8 weights
+            with their scales (see `flaxgpt.quantize`), the rest as float32.
         layout: `huggingface`, for transformers' `GPT2LMHeadModel`, or `book`, for its `GPTModel`.
+            By default the first; for int8 weights, a layout of flaxgpt's own with the book's names.
         tokenizer: if given, stored with the weights, as are its `stop_ids`.
 
     Raises:
-        ValueError: params do not fit `cfg`, the layout is unknown, or the folder holds other files.
+        ValueError: params do not fit `cfg`, the layout is unknown or has no int8 weights, or the
+            folder holds other files.
         OSError: the folder cannot be written. Its previous contents are unchanged.
     """
-    if layout not in LAYOUTS:
+    if layout is not None and layout not in LAYOUTS:
         raise unknown_name("layout", layout, LAYOUTS)
     check_params(param_shapes(cfg), params)
+    table = LAYOUTS[layout or "huggingface"]
+    if is_quantized(params):
+        if layout is not None:
+            refuse_quantized(params, f"the layout {layout!r}")
+        table = INT8
+        _check_all_quantized(cfg, params)
     if is_shared(params):
         params = gather_on_first(params)
         try:
@@ -71,7 +83,6 @@ def save(
         finally:
             wait_for_all("flaxgpt.save")
         return
-    table = LAYOUTS[layout]
     assert table.write_config is not None
     with replacing_folder(Path(folder).expanduser(), REPLACEABLE) as temporary:
         values = table.write_config(cfg)
@@ -85,6 +96,15 @@ def save(
             save_file(export(table, cfg, params), temporary / SINGLE, table.metadata)
         except SafetensorError as error:
             raise OSError(f"the weights cannot be written to {folder}: {error}") from error
+
+
+def _check_all_quantized(cfg: GPTConfig, params: Params) -> None:
+    expected, found = flatten_dict(stored_shapes(INT8, cfg)), flatten_dict(params)
+    if expected.keys() != found.keys():
+        raise ValueError(
+            "some weights of params are int8 and others are not, which no file layout has: use "
+            "flaxgpt.dequantize(params), or flaxgpt.quantize on all of them"
+        )
 
 
 def _token_ids(tokenizer: Tokenizer) -> dict[str, Any]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
@@ -15,6 +16,8 @@ from flax.traverse_util import flatten_dict
 from flaxgpt.config import GPTConfig, block_name
 from flaxgpt.model import param_shapes
 from flaxgpt.typing import Params
+from flaxgpt.weights.quantize import quantize
+from flaxgpt.weights.tensors import FLOATS, INT8
 
 TOKEN_EMBEDDING, HEAD = "tok_emb/weight", "out_head/weight"
 _PLACEHOLDER = "{l}"  # stands for the number of the block, in our paths and in tensor names
@@ -55,6 +58,7 @@ class Layout:
     # Returns the contents of config.json; None for a layout that is only read.
     write_config: Callable[[GPTConfig], dict[str, Any]] | None = None
     metadata: dict[str, str] | None = None  # of the safetensors file
+    is_int8: bool = False  # whether weights are int8, with scales; see `quantize`
 
     def is_apart(self, name: str) -> bool:
         """Return whether a tensor is outside the language model, as a classification head is."""
@@ -84,13 +88,19 @@ class Slot(NamedTuple):
     entries: tuple[Entry, ...]  # the parameters it holds, in the order of their thirds
     role: Literal["weights", "zero bias", "tied head"]  # the last two have no parameter
     block: int  # -1 outside the blocks
+    is_int8: bool = False  # else floating point
+
+    @property
+    def dtypes(self) -> Collection[str]:
+        """The dtypes that the tensor can have, in safetensors' spelling."""
+        return (INT8,) if self.is_int8 else FLOATS
 
 
 def slots(layout: Layout, cfg: GPTConfig) -> dict[str, Slot]:
     """Return every tensor that a file in this layout has, by its full name."""
-    used = flatten_dict(param_shapes(cfg), sep="/")
+    used = flatten_dict(stored_shapes(layout, cfg), sep="/")
     largest = dataclasses.replace(cfg, bias=True, qkv_bias=True, tie_embeddings=False)
-    shapes = flatten_dict(param_shapes(largest), sep="/")
+    shapes = flatten_dict(stored_shapes(layout, largest), sep="/")
     found: dict[str, Slot] = {}
     for entry in layout.entries:
         for block in range(cfg.n_layers) if _PLACEHOLDER in entry.ours else (-1,):
@@ -103,13 +113,19 @@ def slots(layout: Layout, cfg: GPTConfig) -> dict[str, Slot]:
             earlier = found[theirs].entries if theirs in found else ()
             entries = (*earlier, entry._replace(ours=ours, theirs=theirs))
             if ours in used:
-                found[theirs] = Slot(shape, entries, "weights", block)
-            elif ours == HEAD:
+                found[theirs] = Slot(shape, entries, "weights", block, used[ours].dtype == np.int8)
+            elif ours == HEAD and not layout.is_int8:
                 head = entry._replace(ours=TOKEN_EMBEDDING, theirs=theirs)
                 found[theirs] = Slot(shape, (head,), "tied head", block)
             elif layout.has_all_biases:
                 found[theirs] = Slot(shape, entries, "zero bias", block)
     return found
+
+
+def stored_shapes(layout: Layout, cfg: GPTConfig) -> Params:
+    """Return the shapes and dtypes of the parameters that a layout stores."""
+    shapes = param_shapes(cfg)
+    return jax.eval_shape(quantize, shapes) if layout.is_int8 else shapes
 
 
 def export(layout: Layout, cfg: GPTConfig, params: Params) -> dict[str, np.ndarray]:
@@ -133,7 +149,7 @@ def export(layout: Layout, cfg: GPTConfig, params: Params) -> dict[str, np.ndarr
 
 def _as_stored(path: str, values: Any) -> np.ndarray:
     array = np.asarray(values)
-    if not jnp.issubdtype(array.dtype, jnp.floating):
+    if array.dtype != np.int8 and not jnp.issubdtype(array.dtype, jnp.floating):
         raise ValueError(f"{path} has dtype {array.dtype}: weights must be floating point")
-    keep = array.dtype.name in ("bfloat16", "float16")
+    keep = array.dtype.name in ("bfloat16", "float16", "int8")
     return array if keep else array.astype(np.float32, copy=False)

@@ -20,6 +20,8 @@ SINGLE = "model.safetensors"
 FLAX_SINGLE = "flax_model.msgpack"
 INDEXES = ("model.safetensors.index.json", "flax_model.msgpack.index.json")  # of shards
 FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
+INT8 = "I8"
+STORED = FLOATS | {INT8: "int8"}  # dtypes of parameters
 _SPELLINGS = {name: dtype for dtype, name in FLOATS.items()}
 _CHUNK = 1 << 22  # values of a file in memory at once while part of a tensor is read
 
@@ -40,6 +42,11 @@ class Tensor(NamedTuple):
     def size(self) -> int:
         return math.prod(self.shape)
 
+    @property
+    def dtype_read(self) -> type[np.generic]:
+        """The dtype of the values as they are read."""
+        return np.int8 if self.dtype == INT8 else np.float32
+
 
 def tensors_in(paths: Sequence[Path]) -> Iterator[Tensor]:
     """Yield the tensors in safetensors or msgpack files, or raise ValueError for a damaged one."""
@@ -54,20 +61,20 @@ def tensors_in(paths: Sequence[Path]) -> Iterator[Tensor]:
 
 
 def read(tensor: Tensor) -> np.ndarray:
-    """Return a tensor's values as float32."""
+    """Return a tensor's values as float32, or int8 if they are stored so."""
     if tensor.values is not None:
-        return tensor.values.astype(np.float32, copy=False)
+        return tensor.values.astype(tensor.dtype_read, copy=False)
     # Everything read from a file counts as memory of this process until the file is closed.
     with _open(tensor.path) as file:
-        return file.get_tensor(tensor.name).astype(np.float32, copy=False)
+        return file.get_tensor(tensor.name).astype(tensor.dtype_read, copy=False)
 
 
 def read_part(tensor: Tensor, part: Part) -> np.ndarray:
-    """Return part of a tensor's values as float32, in memory of their own."""
+    """Return part of a tensor's values, as `read` does, in memory of their own."""
     rows, *others = (slice(indices.start, indices.stop) for indices in part)
     if tensor.values is not None:
-        return np.array(tensor.values[rows, *others], np.float32)
-    values = np.empty([len(indices) for indices in part], np.float32)
+        return np.array(tensor.values[rows, *others], tensor.dtype_read)
+    values = np.empty([len(indices) for indices in part], tensor.dtype_read)
     step = max(1, _CHUNK * tensor.shape[0] // tensor.size)
     for first in range(0, len(values), step):
         chunk = values[first : first + step]
