@@ -29,15 +29,19 @@ _ATTENTION = "/att/"
 
 TABLE: Mapping[str, PartitionSpec] = {  # weights are [out, in]
     "*tok_emb/weight": P("tensor", "fsdp"),  # [V, D]
+    "*tok_emb/weight_scale": P("tensor"),  # [V], of int8 weights
     "*pos_emb/weight": P(None, "fsdp"),  # [context_length, D]
     "*/att/W_*/weight": P("tensor", "fsdp"),  # [N H, D]
+    "*/att/W_*/weight_scale": P("tensor"),  # [N H]
     "*/att/W_*/bias": P("tensor"),  # [N H]
     "*/att/out_proj/weight": P("fsdp", "tensor"),  # [D, N H]
     "*/ff/layers_0/weight": P("tensor", "fsdp"),  # [F, D]
+    "*/ff/layers_0/weight_scale": P("tensor"),  # [F]
     "*/ff/layers_0/bias": P("tensor"),  # [F]
     "*/ff/layers_2/weight": P("fsdp", "tensor"),  # [D, F]
     "*out_head/weight": P("tensor", "fsdp"),  # [V, D]
-    "*": P(),  # biases and norms [D], which are small: whole on every device
+    "*out_head/weight_scale": P("tensor"),  # [V]
+    "*": P(),  # biases, norms and scales [D], which are small: whole on every device
 }
 """The default rules. The first pattern that matches a path decides; `*` matches anything."""
 
