@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from flaxgpt._quantized import refuse_quantized
 from flaxgpt.config import GPTConfig, check_config
 from flaxgpt.inspection.intermediates import Intervention, patch
 from flaxgpt.model.gpt import check_inputs
@@ -30,6 +31,7 @@ def gradient_norms(
     Raises:
         ValueError: as for `patch`, or too few ids.
     """
+    refuse_quantized(params, "a gradient")
     checked = check_inputs(cfg, params, ids)
     if checked.shape[1] < 2:
         raise ValueError(

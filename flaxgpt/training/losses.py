@@ -12,6 +12,7 @@ import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
 from flaxgpt._checks import check_ids
+from flaxgpt._quantized import is_quantized
 from flaxgpt.config import GPTConfig
 from flaxgpt.model.gpt import head_weight, logits, states
 from flaxgpt.model.head_loss import head_loss, width_of
@@ -101,7 +102,8 @@ def token_loss(
     weights = None if batch.weights is None else _checked_weights(batch.weights, targets.shape)
     inputs = ids[:, :-1]
     final = states(cfg, params, inputs, dropout_key=dropout_key, dtype=dtype, remat=remat)
-    if (positions := platform_of(params).loss_positions) is not None:
+    positions = platform_of(params).loss_positions
+    if positions is not None and not is_quantized(params):
         rows = max(1, ids.shape[0] // batch_parts(jax.sharding.get_abstract_mesh()))
         width = width_of(rows, targets.shape[1], positions)
         counted = jnp.ones(targets.shape, jnp.float32) if weights is None else weights

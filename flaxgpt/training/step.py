@@ -12,6 +12,7 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
+from flaxgpt._quantized import refuse_quantized
 from flaxgpt.config import GPTConfig
 from flaxgpt.model import init
 from flaxgpt.sharding import (
@@ -86,8 +87,10 @@ def init_state(
         rules: how to split the parameters over the mesh, if not by `flaxgpt.shard_rules(cfg)`.
 
     Raises:
-        ValueError: the mesh has an unknown axis, or does not divide the rows of a batch.
+        ValueError: the mesh has an unknown axis, or does not divide the rows of a batch; or the
+            weights are int8.
     """
+    refuse_quantized(params, "training")
     params_key, dropout_key = jax.random.split(jax.random.key(train_cfg.seed))
     mesh = None if mesh is None else check_mesh(mesh)
     rules = check_rules(rules, cfg, mesh)
