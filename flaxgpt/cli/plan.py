@@ -16,7 +16,7 @@ from flaxgpt.planning import GenerateTask, Plan, TrainTask, largest_batch_plan, 
 from flaxgpt.planning.tasks import Dtype, Optimizer
 from flaxgpt.sharding import parse_mesh
 
-_FOR_GENERATE = ("prompt_length", "new_tokens")
+_FOR_GENERATE = ("prompt_length", "new_tokens", "int8")
 _FOR_TRAIN = ("length", "remat", "accumulate", "optimizer", "drop_rate")
 
 
@@ -62,6 +62,9 @@ class PlanCommand:
 
     dtype: Dtype = "float32"
     """Dtype to compute in; in training, weights and optimizer state are float32."""
+
+    int8: bool = False
+    """int8 weights, as of flaxgpt.quantize; for generate."""
 
     remat: bool = False
     """Recompute each block's activations in the backward pass; for train."""
@@ -137,6 +140,7 @@ class PlanCommand:
                 prompt_length=128 if self.prompt_length is None else self.prompt_length,
                 new_tokens=128 if self.new_tokens is None else self.new_tokens,
                 dtype=self.dtype,
+                int8=self.int8,
             )
         return TrainTask(
             batch=self.batch,

@@ -7,7 +7,7 @@ import math
 
 from flaxgpt.cli.common import say
 from flaxgpt.cli.tables import format_bytes, print_collectives, print_table
-from flaxgpt.planning import CHIPS, Operation, Plan, TrainTask
+from flaxgpt.planning import CHIPS, GenerateTask, Operation, Plan, TrainTask
 from flaxgpt.planning.chips import chip_count
 
 _ROWS = 10
@@ -56,7 +56,8 @@ def print_plan(found: Plan, is_largest: bool = False) -> None:
         ]
     if found.prefill is not None:
         rows.append(("estimated prefill, once", _seconds(found.prefill.seconds)))
-    print_table([f"{kind} on {place}, {task.dtype}", "per chip"], rows)
+    weights = ", int8 weights" if isinstance(task, GenerateTask) and task.int8 else ""
+    print_table([f"{kind} on {place}, {task.dtype}{weights}", "per chip"], rows)
     if found.operations:
         say("\n")
         _print_parts(found.operations)
@@ -78,6 +79,8 @@ def _advice(found: Plan, is_largest: bool) -> str:
         options.append("a smaller --batch")
     if task.dtype == "float32":
         options.append("--dtype bfloat16")
+    if isinstance(task, GenerateTask) and not task.int8:
+        options.append("--int8")
     if isinstance(task, TrainTask):
         if not task.remat:
             options.append("--remat")

@@ -19,6 +19,7 @@ from flaxgpt.generation.prompts import Prepared, loop_sizes
 from flaxgpt.model import param_shapes
 from flaxgpt.platform import Platform
 from flaxgpt.sharding import Mesh, ShardRules, batch_parts, shard_rules
+from flaxgpt.typing import Params
 
 
 def abstract_arguments(
@@ -31,6 +32,7 @@ def abstract_arguments(
     platform: Platform,
     mesh: Mesh,
     rules: ShardRules | None = None,
+    params: Params | None = None,
 ) -> Prepared:
     """Return what `generate` passes to its program, with a `jax.ShapeDtypeStruct` for each array.
 
@@ -43,6 +45,7 @@ def abstract_arguments(
         platform: the choices for the devices of the mesh.
         mesh: the mesh, also for one device.
         rules: how to split the parameters, if not by `flaxgpt.shard_rules(cfg)`.
+        params: shapes and dtypes of the parameters, if not `flaxgpt.model.param_shapes(cfg)`.
 
     Raises:
         ValueError: an argument is out of range.
@@ -69,7 +72,8 @@ def abstract_arguments(
         rows=integer if copies else None,
     )
     platform = platform.over_devices() if mesh.size > 1 else platform
-    params = jax.eval_shape(partial(loop_params, platform, dtype), param_shapes(cfg))
+    params = param_shapes(cfg) if params is None else params
+    params = jax.eval_shape(partial(loop_params, platform, dtype), params)
     shardings = (rules or shard_rules(cfg)).shardings(params, mesh)
     params = jax.tree.map(lambda leaf, s: leaf.update(sharding=s), params, shardings)
     program = Program(cfg, plan, platform, dtype, mesh if mesh.size > 1 else None)

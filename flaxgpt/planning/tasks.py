@@ -6,6 +6,7 @@ import dataclasses
 import math
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+import jax
 from jax.sharding import AbstractMesh, Mesh
 
 from flaxgpt._checks import check_context, check_dtype, check_rate, check_size, unknown_name
@@ -13,9 +14,11 @@ from flaxgpt.config import GPTConfig, check_config
 from flaxgpt.generation.abstract import abstract_arguments
 from flaxgpt.generation.programs import compiled_decode
 from flaxgpt.inspection import flops
+from flaxgpt.model import param_shapes
 from flaxgpt.planning.step_cost import abstract_step
 from flaxgpt.platform import PLATFORMS, Platform
 from flaxgpt.sharding import batch_parts, shard_rules
+from flaxgpt.weights import quantize
 
 if TYPE_CHECKING:
     from flaxgpt.training import TrainConfig
@@ -33,6 +36,7 @@ class GenerateTask:
         prompt_length: ids per prompt.
         new_tokens: new ids per prompt.
         dtype: dtype to compute in and of the cache.
+        int8: whether the weights are int8, as `flaxgpt.quantize` returns them.
 
     Raises:
         ValueError: a value is out of range.
@@ -42,11 +46,14 @@ class GenerateTask:
     prompt_length: int = 128
     new_tokens: int = 128
     dtype: Dtype = "float32"
+    int8: bool = False
 
     def __post_init__(self) -> None:
         for name in ("batch", "prompt_length", "new_tokens"):
             object.__setattr__(self, name, check_size(name, getattr(self, name)))
         object.__setattr__(self, "dtype", _check_dtype(self.dtype))
+        if not isinstance(self.int8, bool):
+            raise ValueError(f"int8={self.int8!r} must be True or False")
 
     def check(self, cfg: GPTConfig, mesh: Mesh) -> None:
         """Raise ValueError if the ids do not fit the context of a model."""
@@ -81,10 +88,12 @@ class GenerateTask:
     def program(self, cfg: GPTConfig, mesh: Mesh) -> tuple[Any, tuple[Any, ...]]:
         """Return the program of `generate`, and its arguments on the devices of a mesh."""
         platform = PLATFORMS.get("tpu", Platform())
+        shapes = param_shapes(cfg)
         arguments = abstract_arguments(
             *(cfg, self.batch, self.prompt_length, self.new_tokens, self.dtype),
             platform=platform,
             mesh=mesh,
+            params=jax.eval_shape(quantize, shapes) if self.int8 else shapes,
         )
         return compiled_decode(platform.decode_options), arguments
 
