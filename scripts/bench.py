@@ -2,6 +2,7 @@
 
     python scripts/bench.py decode --preset gpt2 --batch 1 --prompt-length 32 --new-tokens 128
     python scripts/bench.py decode --batch 8 --against "peers/bin/python peers.py decode --batch 8"
+    python scripts/bench.py decode --int8 --against "python scripts/bench.py decode"
     python scripts/bench.py train --recipe shakespeare-char --batch 12 --length 64 --steps 50
     python scripts/bench.py prefix --prefix-length 896 --batch 4
     python scripts/bench.py device
@@ -50,6 +51,8 @@ class Decode:
     """Timed calls, after one that compiles."""
     temperature: float = 0.0
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    int8: bool = False
+    """Whether weights are int8, by `flaxgpt.quantize`."""
     driver: Literal["generate", "stream"] = "generate"
     against: str | None = None
     """Command of a peer to alternate with."""
@@ -67,7 +70,8 @@ class Decode:
         if self.driver == "stream" and self.batch != 1:
             raise ValueError(f"--driver stream decodes one row: use --batch 1, not {self.batch}")
         cfg = flaxgpt.GPTConfig.preset(self.preset)
-        params = jax.block_until_ready(flaxgpt.init(cfg, jax.random.key(0)))
+        params = flaxgpt.init(cfg, jax.random.key(0))
+        params = jax.block_until_ready(flaxgpt.quantize(params) if self.int8 else params)
         shape = (self.batch, self.prompt_length)
         prompts = np.random.default_rng(0).integers(0, cfg.vocab_size, shape)
         options: dict[str, Any] = {

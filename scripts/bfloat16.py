@@ -1,4 +1,4 @@
-"""Compare bfloat16 with float32, and print the tables of docs/precision.md in Markdown.
+"""Compare bfloat16 and int8 with float32, and print the tables of docs/precision.md in Markdown.
 
     python scripts/bfloat16.py models --text val.txt
     python scripts/bfloat16.py training --text shakespeare.txt --steps 1000
@@ -54,12 +54,13 @@ class Models:
     def run(self) -> None:
         """Print a table."""
         names = [("float32", "float32"), ("bfloat16", "float32"), ("bfloat16", "bfloat16")]
+        names += [("float32", "int8"), ("bfloat16", "int8")]
         header = "computed in | weights | logit error | cache error | same next id | same ids of "
         print(f"| model | {header}{NEW_TOKENS} | perplexity |\n|{' --- |' * 8}")
         for name, cfg, params, ids in self._models():
             reference = _reference(cfg, params, ids)
             for dtype, stored in names:
-                weights = jax.tree.map(lambda p, stored=stored: p.astype(stored), params)
+                weights = _stored_as(stored, params)
                 found = _measure(cfg, weights, ids, dtype, reference)
                 print(
                     f"| `{name}` | {dtype} | {stored} | {found.error:.1e} | "
@@ -77,6 +78,12 @@ class Models:
             cfg, params, _ = flaxgpt.load(folder.parent)
             with np.load(folder) as file:
                 yield folder.parent.name, cfg, params, file["input_ids"].ravel()
+
+
+def _stored_as(dtype: str, params: Any) -> Any:
+    if dtype == "int8":
+        return flaxgpt.quantize(params)
+    return jax.tree.map(lambda p: p.astype(dtype), params)
 
 
 def _reference(cfg: flaxgpt.GPTConfig, params: Any, ids: np.ndarray) -> dict[str, Any]:
