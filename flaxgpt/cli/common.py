@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 import flaxgpt
+from flaxgpt._quantized import is_quantized
 from flaxgpt.config import PRESETS, GPTConfig
 from flaxgpt.tokenizer import Tokenizer
 from flaxgpt.tokenizer.folder import UnreadableTokenizerWarning
@@ -19,8 +20,11 @@ from flaxgpt.typing import Params, Progress
 from flaxgpt.weights import read_config
 
 
-def load_with_tokenizer(model: str) -> tuple[GPTConfig, Params, Tokenizer]:
-    """Call `flaxgpt.load` with a progress bar, and raise ValueError if there is no tokenizer."""
+def load_with_tokenizer(model: str, *, int8: bool = False) -> tuple[GPTConfig, Params, Tokenizer]:
+    """Call `flaxgpt.load` with a progress bar, and raise ValueError if there is no tokenizer.
+
+    With `int8`, weights that are not int8 yet are quantized.
+    """
     with progress(f"loading {model}") as advance, warnings.catch_warnings():
         warnings.simplefilter("error", UnreadableTokenizerWarning)
         try:
@@ -32,6 +36,8 @@ def load_with_tokenizer(model: str) -> tuple[GPTConfig, Params, Tokenizer]:
             f"{model} has no tokenizer for its {cfg.vocab_size} tokens: add vocab.json and "
             "merges.txt, tokenizer.json or flaxgpt_tokenizer.json to its folder"
         )
+    if int8 and not is_quantized(params):
+        params = flaxgpt.quantize(params)
     return cfg, params, tokenizer
 
 

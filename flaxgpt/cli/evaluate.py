@@ -46,6 +46,9 @@ class EvalCommand:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Dtype of the computation."""
 
+    int8: bool = False
+    """Round the weights to int8: a quarter of the memory, and faster on CPU, but less exact."""
+
     def run(self) -> None:
         """Evaluate, and print the results."""
         if self.stride is not None:
@@ -60,7 +63,7 @@ class EvalCommand:
             )
         for note in text.notes:
             print(note, file=sys.stderr)
-        cfg, params, tokenizer = load_with_tokenizer(self.model)
+        cfg, params, tokenizer = load_with_tokenizer(self.model, int8=self.int8)
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "text.npy"
             with progress("tokenizing") as advance:

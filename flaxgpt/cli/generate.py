@@ -83,6 +83,9 @@ class GenerateCommand:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Dtype of the computation."""
 
+    int8: bool = False
+    """Round the weights to int8: a quarter of the memory, and faster on CPU, but less exact."""
+
     echo: bool = True
     """Print the prompt before its continuation."""
 
@@ -124,7 +127,7 @@ class GenerateCommand:
         if not prompt:
             raise ValueError("the prompt is empty: give at least one character to continue from")
 
-        cfg, params, tokenizer = load_with_tokenizer(self.model)
+        cfg, params, tokenizer = load_with_tokenizer(self.model, int8=self.int8)
         stop_ids = _stop_ids(cfg, tokenizer, self.stop)
         key = jax.random.key(self.seed)
         prefix = self._prefix(cfg, params, tokenizer, prompt)
