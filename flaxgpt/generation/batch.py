@@ -162,7 +162,8 @@ def generate(
     In float32, a row gets the same ids in a batch as alone, unless two ids are equally likely up to
     rounding. (For random sampling this holds with JAX's default keys, threefry; `rbg` keys draw
     differently in a batch.) In bfloat16 and float16 the ids can differ, because the matrix products
-    of a batch are blocked differently, so they round differently. Where prompt and new ids
+    of a batch are blocked differently, so they round differently; so can they with int8 weights
+    (`flaxgpt.quantize`), whose products round activations. Where prompt and new ids
     outgrow `cfg.context_length`, the model reads the last `context_length` of them with positions
     counted from 0, as the book's `generate_text_simple` does (section 4.7).
 
