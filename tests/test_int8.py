@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import string
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +12,13 @@ from safetensors.numpy import load_file, save_file
 
 import flaxgpt
 import golden
+from command import call
 from flaxgpt.evaluation import evaluate_text
 from flaxgpt.generation.loop_params import cast_for_products, fuse_projections
 from flaxgpt.inspection import gradient_norms
 from flaxgpt.model.int8 import int8_product, quantize_rows
 from flaxgpt.platform import PLATFORMS, Platform
+from flaxgpt.tokenizer import CharTokenizer
 from flaxgpt.training import TrainConfig, init_state
 from flaxgpt.training import loss as mean_loss
 from flaxgpt.weights import read_stored_bytes
@@ -355,6 +358,32 @@ def test_a_file_without_scales_is_an_error(quantized, tmp_path):
     save_file(tensors, path)
     with pytest.raises(ValueError, match=r"missing tok_emb\.weight_scale"):
         flaxgpt.load(tmp_path / "model")
+
+
+# --- Command line
+
+
+@pytest.mark.slow
+def test_the_command_line_quantizes_what_is_not_int8_yet(tmp_path):
+    cfg = dataclasses.replace(CFG, vocab_size=100)
+    params, tokenizer = flaxgpt.init(cfg, jax.random.key(0)), CharTokenizer(string.printable)
+    quantized = flaxgpt.quantize(params)
+    flaxgpt.save(tmp_path / "float32", cfg, params, tokenizer=tokenizer)
+    flaxgpt.save(tmp_path / "int8", cfg, quantized, tokenizer=tokenizer)
+    expected = "".join(flaxgpt.stream_text(cfg, quantized, tokenizer, "Hello", 6))
+    for name in ("float32", "int8"):
+        flags = ("--int8", "--temperature", 0, "--max-new-tokens", 6)
+        process = call("generate", "Hello", "--model", tmp_path / name, *flags)
+        assert process.stdout.decode() == f"Hello{expected}\n"
+
+
+@pytest.mark.slow
+def test_the_command_line_evaluates_int8_weights(tales):
+    cfg, params, ids = tales
+    path = golden.DATA / "verdict" / "the-verdict.txt"
+    process = call("eval", "--data", path, "--int8")
+    loss = evaluate_text(cfg, flaxgpt.quantize(params), ids).loss
+    assert f"loss           {loss:.3f}" in process.stdout.decode()
 
 
 # --- Where gradients are needed

@@ -360,6 +360,7 @@ def test_the_largest_batch_is_found_by_few_compilations(
         (lambda: flaxgpt.GenerateTask(batch=0), "batch=0 must be a whole number"),
         (lambda: flaxgpt.GenerateTask(new_tokens=-1), "new_tokens=-1 must be a whole number"),
         (lambda: flaxgpt.GenerateTask(dtype="int8"), "dtype='int8' must be"),
+        (lambda: flaxgpt.GenerateTask(int8="yes"), "int8='yes' must be True or False"),
         (lambda: flaxgpt.TrainTask(length=0), "length=0 must be a whole number"),
         (lambda: flaxgpt.TrainTask(accumulate=0), "accumulate=0 must be a whole number"),
         (lambda: flaxgpt.TrainTask(optimizer="sgd"), "optimizer"),
