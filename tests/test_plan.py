@@ -534,8 +534,9 @@ TRAIN, GENERATE = flaxgpt.TrainTask, flaxgpt.GenerateTask
         ),
         (TRAIN(batch=8, dtype="bfloat16", remat=True), {"fsdp": 8}, False, "more chips"),
         (TRAIN(batch=1, dtype="bfloat16"), {}, True, "--remat, --mesh with fsdp or more chips"),
-        (GENERATE(batch=8), {}, False, "a smaller --batch, --dtype bfloat16 or more chips"),
-        (GENERATE(batch=1, dtype="bfloat16"), {}, True, "more chips"),
+        (GENERATE(batch=8), {}, False, "a smaller --batch, --dtype bfloat16, --int8 or more chips"),
+        (GENERATE(batch=1, dtype="bfloat16"), {}, True, "--int8 or more chips"),
+        (GENERATE(batch=1, dtype="bfloat16", int8=True), {}, True, "more chips"),
     ],
 )
 def test_the_advice_names_what_is_left_to_try(capsys, task, sizes, is_largest, advice):
