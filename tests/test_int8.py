@@ -30,6 +30,10 @@ IDS = np.random.default_rng(0).integers(0, 61, (2, 9))
 TWO_ROWS = Platform(least_rows=(("int8", 2),))
 
 
+def slow(value):
+    return pytest.param(value, marks=pytest.mark.slow)
+
+
 @pytest.fixture(scope="module")
 def params():
     return flaxgpt.init(CFG, jax.random.key(0))
@@ -72,7 +76,7 @@ def test_a_row_of_zeros_stays_zero():
     assert not rows.any() and scales.tolist() == [1.0, 1.0]
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("value", [np.nan, slow(np.inf)])
 def test_a_row_that_is_not_finite_spoils_its_own_product_only(value):
     x, (weight, scales) = random(2, 8), quantize_rows(random(3, 8))
     x[1, 2] = value
@@ -84,7 +88,9 @@ def test_a_row_that_is_not_finite_spoils_its_own_product_only(value):
 
 
 @pytest.mark.parametrize("platform", [Platform(), TWO_ROWS], ids=["plain", "two rows"])
-@pytest.mark.parametrize("shape", [(16,), (1, 16), (1, 1, 16), (3, 1, 16), (2, 5, 16)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [slow((16,)), slow((1, 16)), (1, 1, 16), slow((3, 1, 16)), slow((2, 5, 16))], ids=str
+)
 def test_sums_are_those_of_whole_numbers(shape, platform):
     x = random(*shape)
     weight, scales = quantize_rows(random(7, 16, seed=1))
@@ -127,6 +133,7 @@ def test_weights_become_int8_and_nothing_else_changes(params, quantized):
     assert after.keys() == before.keys()
 
 
+@pytest.mark.slow
 def test_dequantized_weights_are_within_half_a_scale(params, quantized):
     restored = leaves(flaxgpt.dequantize(quantized))
     for path, leaf in leaves(params).items():
@@ -138,6 +145,7 @@ def test_floating_point_params_stay_as_they_are_when_dequantized(params):
     assert leaves(flaxgpt.dequantize(params)) == leaves(params)
 
 
+@pytest.mark.slow
 def test_params_are_quantized_under_jit_and_as_shapes(params, quantized):
     jax.tree.map(np.testing.assert_array_equal, jax.jit(flaxgpt.quantize)(params), quantized)
     shapes = jax.eval_shape(flaxgpt.quantize, flaxgpt.model.param_shapes(CFG))
@@ -323,7 +331,7 @@ def test_the_choices_for_tpu_change_activations_by_rounding_only(dtype, quantize
 # --- Files
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tied", [False, slow(True)])
 def test_a_saved_model_is_loaded_with_the_same_bits(tied, tmp_path):
     cfg = dataclasses.replace(CFG, tie_embeddings=tied)
     params = flaxgpt.quantize(flaxgpt.init(cfg, jax.random.key(0)))
