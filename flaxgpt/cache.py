@@ -36,7 +36,7 @@ class KVCache:
         keys: L float arrays, [B, N, S, H], or [B*N, S, H] if `layout` is "merged", or [B, S, N*H]
             if it is "joined".
         values: the same for values.
-        length: int32 [], slots filled so far, shared by all rows.
+        length: int32 [], slots filled so far, shared by all rows; or [B], those of each row.
         start: int32 [B], the first slot that belongs to each row. Slots before it are padding:
             prompts of different lengths are padded on the left to share one `length`.
         layout: how batch and heads are stored, static.
@@ -61,7 +61,7 @@ class KVCache:
     @property
     def is_empty(self) -> bool:
         """Whether no slot is filled, as far as is known while a program is traced."""
-        return not isinstance(self.length, jax.core.Tracer) and int(self.length) == 0
+        return not isinstance(self.length, jax.core.Tracer) and not np.any(self.length)
 
     def layers(self) -> list[LayerCache]:
         """Return the part of the cache that each block reads and writes."""
@@ -84,15 +84,21 @@ class KVCache:
         padding after a prompt. `rewind(0)` is known to be empty also under `jit`.
 
         Args:
-            length: int [], at least 0 and at most `self.length`. Under `jit`, where it cannot be
-                checked, a length outside that range makes the next logits NaN.
+            length: int [], at least 0 and at most `self.length`, or int [B], one for each row,
+                whose next ids then follow in its own slots. Under `jit`, where it cannot be
+                checked, a length outside that range makes the row's next logits NaN.
 
         Raises:
             ValueError: `length` is out of range.
         """
         if not any(isinstance(x, jax.core.Tracer) for x in (length, self.length)):
-            filled = int(self.length)
-            if not 0 <= int(np.asarray(length)) <= filled:
+            wanted, filled = np.asarray(length), np.asarray(self.length)
+            if wanted.shape not in ((), (self.batch,)):
+                raise ValueError(
+                    f"length of shape {wanted.shape} must be one number, or one per row: "
+                    f"{self.batch}"
+                )
+            if ((wanted < 0) | (wanted > filled)).any():
                 raise ValueError(
                     f"length={length} is out of range: {filled} slots are filled, so the cache can "
                     f"rewind to any length from 0 to {filled}"
@@ -141,6 +147,9 @@ class KVCache:
             self,
             keys=tuple(map(gather, self.keys)),
             values=tuple(map(gather, self.values)),
+            length=self.length.at[index].get(mode="fill", fill_value=0)
+            if self.length.ndim
+            else self.length,
             start=self.start.at[index].get(mode="fill", fill_value=0),
         )
 
@@ -224,6 +233,7 @@ class LayerCache(NamedTuple):
 
     def append(self, keys: jax.Array, values: jax.Array) -> LayerCache:
         """Return the cache with keys and values [B, N, T, H] in slots `length` to `length + T`."""
+        rows = keys.shape[0]
 
         def write(buffer: jax.Array, new: jax.Array) -> jax.Array:
             if buffer.shape[-1] != new.shape[-1]:  # heads are joined
@@ -232,9 +242,28 @@ class LayerCache(NamedTuple):
             else:
                 new = new.reshape(*buffer.shape[:-2], *new.shape[-2:])
             new = new.astype(buffer.dtype)
+            if self.length.ndim:
+                return _write_by_row(buffer, new, self.length, rows)
             return lax.dynamic_update_slice_in_dim(buffer, new, self.length, axis=buffer.ndim - 2)
 
         return self._replace(keys=write(self.keys, keys), values=write(self.values, values))
+
+
+def as_column(length: jax.Array) -> jax.Array:
+    """Return the lengths of rows, [B], as [B, 1]; one length of all rows, [], stays as it is."""
+    return length[:, None] if length.ndim else length
+
+
+def _write_by_row(
+    buffer: jax.Array, new: jax.Array, length: jax.Array, rows: int
+) -> jax.Array:
+    """Return a buffer with each row's new entries in the slots from its own length on."""
+
+    def by_row(x: jax.Array) -> jax.Array:
+        return x.reshape(rows, -1, *x.shape[1:]) if x.shape[0] != rows else x
+
+    write = jax.vmap(partial(lax.dynamic_update_slice_in_dim, axis=-2))
+    return write(by_row(buffer), by_row(new), length).reshape(buffer.shape)
 
 
 def layer_shape(cfg: GPTConfig, batch: int, length: int, layout: CacheLayout) -> tuple[int, ...]:
@@ -283,12 +312,20 @@ def init_cache(
     if layout not in get_args(CacheLayout):
         raise unknown_name("cache layout", layout, (*get_args(CacheLayout), "auto"))
     dtype = check_dtype(dtype)
-    shape = layer_shape(cfg, batch, length, layout)
     device = None
     if mesh is not None:
         if layout != "separate":
             raise ValueError(f'layout={layout!r} cannot be split over a mesh: use "separate"')
+        shape = layer_shape(cfg, batch, length, layout)
         device = activation_sharding("BNSH", shape, check_mesh(mesh))
+    return zero_cache(cfg, batch, length, dtype, layout, device)
+
+
+def zero_cache(
+    cfg: GPTConfig, batch: int, length: int, dtype: Any, layout: CacheLayout, device: Any = None
+) -> KVCache:
+    """Return an empty cache, without checks. Slots past the context are for drafts alone."""
+    shape = layer_shape(cfg, batch, length, layout)
     return KVCache(
         keys=tuple(jnp.zeros(shape, dtype, device=device) for _ in range(cfg.n_layers)),
         values=tuple(jnp.zeros(shape, dtype, device=device) for _ in range(cfg.n_layers)),

@@ -17,6 +17,7 @@ from flaxgpt.generation.beam_options import (
     EarlyStopping,
     refuse_with_beams,
 )
+from flaxgpt.generation.drafting import Draft, Drafting
 from flaxgpt.generation.grammar import Grammar
 from flaxgpt.generation.hooks import LogitsFn
 from flaxgpt.generation.log_probs import ScoredIds, check_alternatives, scored_rows
@@ -54,6 +55,9 @@ def generate(
     top_logprobs: int = 0,
     capture: None = None,
     patches: Mapping[str, Intervention] | None = None,
+    lookup: int | None = None,
+    draft: Draft | None = None,
+    draft_length: int = 4,
     window_step: int = 1,
     prefix: Prefix | None = None,
     dtype: DTypeLike = jnp.float32,
@@ -80,6 +84,9 @@ def generate(
     return_logprobs: Literal[True],
     top_logprobs: int = 0,
     patches: Mapping[str, Intervention] | None = None,
+    lookup: int | None = None,
+    draft: Draft | None = None,
+    draft_length: int = 4,
     window_step: int = 1,
     prefix: Prefix | None = None,
     dtype: DTypeLike = jnp.float32,
@@ -153,6 +160,9 @@ def generate(
     top_logprobs: int = 0,
     capture: Iterable[str] | None = None,
     patches: Mapping[str, Intervention] | None = None,
+    lookup: int | None = None,
+    draft: Draft | None = None,
+    draft_length: int = 4,
     window_step: int = 1,
     prefix: Prefix | None = None,
     dtype: DTypeLike = jnp.float32,
@@ -218,6 +228,12 @@ def generate(
             padded on both sides, then [B, 1, ...] of each new id; attention weights have an axis
             S of the prompts' columns, then of the cache's slots. It is compiled once per function
             object; `jax.tree_util.Partial(function, array)` binds arrays that may change.
+        lookup: how many ids to draft per step from what followed the latest ids of the row earlier
+            in its text; None for none. One step verifies them all, which is faster for text that
+            repeats itself. It changes no id, unless two are equally likely up to rounding.
+        draft: a small model that drafts ids instead, `(cfg, params)` of the same vocabulary, with
+            the same effect on the ids.
+        draft_length: how many ids it drafts per step.
         window_step: past the end of the context, how many ids are chosen with each reading of the
             last ids. 1 reads the last `context_length` ids for each new one. With n, the last
             `context_length - n + 1` are read, and n - 1 more steps extend the cache: much faster,
@@ -235,6 +251,7 @@ def generate(
     Raises:
         ValueError: an argument is out of range, params do not fit, or the logits become NaN.
     """
+    drafting = Drafting(lookup, draft, draft_length)
     options = BeamOptions(beams, length_penalty, early_stopping, return_beams)
     options.check_sampling(temperature, top_k, top_p)
     if options.is_search:
@@ -245,6 +262,8 @@ def generate(
             return_logprobs=return_logprobs,
             capture=capture is not None,
             patches=patches is not None,
+            lookup=lookup,
+            draft=draft,
             window_step=None if window_step == 1 else window_step,
             samples=None if samples == 1 else samples,
         )
@@ -280,8 +299,11 @@ def generate(
         options.check_sizes(sampling, cfg.vocab_size, max_new_tokens)
         return _search(prepared, options)
     watch.check_size(cfg, len(ids), min(program.plan.width, cfg.context_length), program.dtype)
-    decode = compiled_decode(program.platform.decode_options)
-    out = decode(program, params, request, ids, start)
+    if drafting.is_on:
+        out, _ = drafting.add_to(prepared).decode()
+    else:
+        decode = compiled_decode(program.platform.decode_options)
+        out = decode(program, params, request, ids, start)
     out, recorded = out if isinstance(out, tuple) else (out, {})
     out = np.asarray(out)
     new = out[:, request.prompt_length : request.final_length]

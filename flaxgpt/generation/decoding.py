@@ -38,6 +38,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
+from flaxgpt.cache import as_column
 from flaxgpt.generation.log_probs import Scores, no_scores, record
 from flaxgpt.generation.sampling import NOT_A_NUMBER, mask, sample
 
@@ -73,7 +74,9 @@ class DecodeState:
     """The loop's carry."""
 
     ids: jax.Array  # int32 [B, W], padding, prompt, then new ids; unwritten from `length` on
-    length: jax.Array  # int32 [], entries of `ids` written so far, one more than the cache has read
+    # int32 [], entries of `ids` written so far, one more than the cache has read; while drafts are
+    # verified, int32 [B], those of each row
+    length: jax.Array
     start: jax.Array  # int32 [B], the position of each row's first id
     done: jax.Array  # bool [B], rows that have met a stop id
     cache: Any  # the model's cache of `ids[:, :length - 1]`
@@ -118,27 +121,44 @@ def last_state(
     read: Read, plan: Plan, request: Request, ids: jax.Array, start: jax.Array, cache: Any
 ) -> DecodeState:
     """Return the state after the last new id; see `decode`."""
-
-    def run(step: Callable[..., Any], limit: ArrayLike, state: DecodeState) -> DecodeState:
-        def unfinished(state: DecodeState) -> jax.Array:
-            return (state.length < limit) & ~state.done.all()
-
-        return lax.while_loop(unfinished, lambda old: step(read, plan, request, old)[0], state)
-
     state, _ = prefill(read, plan, request, ids, start, cache)
-    full = jnp.minimum(request.final_length, plan.context_length + 1)
-    state = run(extend_step, full, state)
+    limit = jnp.minimum(request.final_length, plan.context_length + 1)
+    state = _run(extend_step, read, plan, request, limit, state)
+    return decode_past_context(read, plan, request, state)
+
+
+def decode_past_context(
+    read: Read, plan: Plan, request: Request, state: DecodeState
+) -> DecodeState:
+    """Return the state with all ids, from one whose cache has read a context or that is done."""
+    run = partial(_run, read=read, plan=plan, request=request)
     if plan.exceeds_context and plan.window_step == 1:
-        state = run(window_step, request.final_length, state)
+        state = run(window_step, limit=request.final_length, state=state)
     elif plan.exceeds_context:
 
         def read_window(*arguments: Any) -> tuple[DecodeState, Any]:
             state, _ = window_step(*arguments)
             more = jnp.minimum(request.final_length, state.length + plan.window_step - 1)
-            return run(extend_step, more, state), None
+            return run(extend_step, limit=more, state=state), None
 
-        state = run(read_window, request.final_length, state)
+        state = run(read_window, limit=request.final_length, state=state)
     return state
+
+
+def _run(
+    step: Callable[..., Any],
+    read: Read,
+    plan: Plan,
+    request: Request,
+    limit: ArrayLike,
+    state: DecodeState,
+) -> DecodeState:
+    """Return the state after as many steps as it takes to have `limit` ids."""
+
+    def unfinished(state: DecodeState) -> jax.Array:
+        return (state.length < limit) & ~state.done.all()
+
+    return lax.while_loop(unfinished, lambda old: step(read, plan, request, old)[0], state)
 
 
 def prefill(
@@ -236,16 +256,24 @@ def _step(
     last: ArrayLike,  # int32 []: which of them the next id follows
 ) -> tuple[DecodeState, jax.Array]:
     logits, cache = read(unread, last, state.cache)
-    eligible = logits
-    if request.logits_fn is not None:
-        eligible = _hooked(request, state, logits)
-    new = choose(eligible, request, state.length - request.prompt_length)
-    ended = (new[:, None] == request.stop_ids[None]).any(axis=-1) | (new == NOT_A_NUMBER)
+    new, ended = next_ids(request, state, logits)
     ids = lax.dynamic_update_slice_in_dim(state.ids, new[:, None], state.length, axis=1)
     scores = state.scores
     if scores is not None:
         scores = record(scores, logits, new, state.length)
     return DecodeState(ids, state.length + 1, state.start, state.done | ended, cache, scores), new
+
+
+def next_ids(
+    request: Request, state: DecodeState, logits: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Return the id that follows each row's text, int32 [B], and whether it ends the row."""
+    eligible = logits
+    if request.logits_fn is not None:
+        eligible = _hooked(request, state, logits)
+    new = choose(eligible, request, state.length - request.prompt_length)
+    ended = (new[:, None] == request.stop_ids[None]).any(axis=-1) | (new == NOT_A_NUMBER)
+    return new, ended
 
 
 def _hooked(request: Request, state: DecodeState, logits: jax.Array) -> jax.Array:
@@ -266,14 +294,17 @@ def texts(ids: jax.Array, start: jax.Array, length: jax.Array) -> tuple[jax.Arra
     """Return the ids of each row from its first column on, then -1, and how many they are, [B]."""
     columns = jnp.arange(ids.shape[1], dtype=jnp.int32)[None] + start[:, None]
     own = jnp.take_along_axis(ids, jnp.minimum(columns, ids.shape[1] - 1), axis=1)
-    return jnp.where(columns < length, own, -1), length - start
+    return jnp.where(columns < as_column(length), own, -1), length - start
 
 
 def choose(logits: jax.Array, request: Request, count: jax.Array) -> jax.Array:
-    """Return the next id of each row, int32 [B], for logits [B, V], after `count` new ids."""
+    """Return the next id of each row, int32 [B], for logits [B, V], after `count` new ids.
+
+    The count is one number, or one per row.
+    """
     keys = request.key
     if keys.ndim == 0:
         keys = jax.vmap(partial(jax.random.fold_in, keys))(jnp.arange(logits.shape[0]))
-    keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, count)
+    keys = jax.vmap(jax.random.fold_in, in_axes=(0, 0 if count.ndim else None))(keys, count)
     logits = mask(logits, request.allowed)
     return sample(logits, keys, request.temperature, request.top_k, request.top_p)

@@ -13,6 +13,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from flaxgpt.config import GPTConfig, check_config
 from flaxgpt.generation import programs
+from flaxgpt.generation.drafting import Draft, Drafting, Speculative
 from flaxgpt.generation.grammar import Grammar
 from flaxgpt.generation.hooks import LogitsFn
 from flaxgpt.generation.observed import Watch, check_watch
@@ -39,6 +40,9 @@ def stream(
     min_new_tokens: int = 0,
     match: Grammar | None = None,
     patches: Mapping[str, Intervention] | None = None,
+    lookup: int | None = None,
+    draft: Draft | None = None,
+    draft_length: int = 4,
     window_step: int = 1,
     prefix: Prefix | None = None,
     dtype: DTypeLike = jnp.float32,
@@ -56,6 +60,8 @@ def stream(
         prompt: int [T], or a list of 1 or more ids.
         max_new_tokens: new ids to yield at most, 1 or more.
         key: a JAX random key, used as `generate` uses it for row 0, or an array of one key.
+        lookup: as in `generate`, like `draft`: a step then yields several ids where drafts are
+            right.
 
     Yields:
         At most `max_new_tokens` ids.
@@ -71,7 +77,16 @@ def stream(
     check_config(cfg)
     watch = check_watch(cfg, None, patches)
     (row,) = stream_rows(
-        cfg, params, [prompt], max_new_tokens, sampling, window_step, dtype, watch, prefix=prefix
+        cfg,
+        params,
+        [prompt],
+        max_new_tokens,
+        sampling,
+        window_step,
+        dtype,
+        watch,
+        prefix=prefix,
+        drafting=Drafting(lookup, draft, draft_length),
     )
     return row
 
@@ -87,6 +102,7 @@ def stream_rows(
     watch: Watch | None = None,
     samples: int = 1,
     prefix: Prefix | None = None,
+    drafting: Drafting | None = None,
 ) -> list[Iterator[int]]:
     """Continue a batch of prompts and return an iterator over the new ids of each.
 
@@ -105,6 +121,7 @@ def stream_rows(
         watch: the intermediate values to replace.
         samples: rows that continue each prompt; see `generate`.
         prefix: what all prompts begin with; see `generate`.
+        drafting: whether ids are drafted.
 
     Raises:
         ValueError: an argument is invalid, or, while iterating, the logits of that row become NaN.
@@ -127,36 +144,42 @@ def stream_rows(
     else:  # a hook reads the whole text
         rows, advice = samples * len(prepared.ids), "leave out logits_fn, min_new_tokens and match"
         check_places(rows * plan.width, rows, max_new_tokens, advice)
-    program = dataclasses.replace(prepared.program, plan=plan)
-    copies = itertools.tee(_steps(prepared._replace(program=program)), samples * len(prompts))
+    prepared = prepared._replace(program=dataclasses.replace(prepared.program, plan=plan))
+    speculative = drafting.add_to(prepared) if drafting is not None and drafting.is_on else None
+    copies = itertools.tee(_steps(prepared, speculative), samples * len(prompts))
     stop_ids = frozenset(sampling.stop_ids)
     return [_row(steps, row, stop_ids) for row, steps in enumerate(copies)]
 
 
-def _row(steps: Iterator[list[int]], row: int, stop_ids: frozenset[int]) -> Iterator[int]:
-    for count, new in enumerate(steps):
-        check_number(new[row], row, count)
-        yield new[row]
-        if new[row] in stop_ids:
+def _row(steps: Iterator[list[list[int]]], row: int, stop_ids: frozenset[int]) -> Iterator[int]:
+    for count, token in enumerate(itertools.chain.from_iterable(new[row] for new in steps)):
+        check_number(token, row, count)
+        yield token
+        if token in stop_ids:
             return
 
 
-def _steps(prepared: Prepared) -> Iterator[list[int]]:
-    """Yield the new ids of all rows, one step at a time."""
+def _steps(prepared: Prepared, speculative: Speculative | None) -> Iterator[list[list[int]]]:
+    """Yield the new ids of each row, one step at a time."""
     program, params, request, ids, start = prepared
     context_length = program.plan.context_length
     prompt_length, final_length = int(request.prompt_length), int(request.final_length)
-    state, new = programs.prefill(program, params, request, ids, start)
+    if speculative is None:
+        state, new = programs.prefill(program, params, request, ids, start)
+        yield np.asarray(new)[:, None].tolist()
+        filled = prompt_length + 1  # columns of `state.ids`
+    else:
+        state = yield from speculative.steps()
+        filled = min(final_length, context_length + 1)
     request = dataclasses.replace(request, prefix=None, unread=None)  # read by now
-    filled, read = prompt_length + 1, prompt_length  # columns of `state.ids`, slots of the cache
-    for count in range(final_length - prompt_length):
-        if count:
-            if filled == program.plan.width:
-                state, request = programs.keep_last_window(program.plan, request, state)
-                filled = context_length
-            step, read = programs.extend_step, read + 1
-            if read > context_length:
-                step, read = programs.window_step, program.plan.window
-            state, new = step(program, params, request, state)
-            filled += 1
-        yield np.asarray(new).tolist()
+    read = filled - 1  # slots of the cache
+    for _ in range(final_length - filled):
+        if filled == program.plan.width:
+            state, request = programs.keep_last_window(program.plan, request, state)
+            filled = context_length
+        step, read = programs.extend_step, read + 1
+        if read > context_length:
+            step, read = programs.window_step, program.plan.window
+        state, new = step(program, params, request, state)
+        filled += 1
+        yield np.asarray(new)[:, None].tolist()

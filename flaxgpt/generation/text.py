@@ -12,6 +12,7 @@ from flaxgpt._checks import check_stop_ids
 from flaxgpt.config import GPTConfig, check_config
 from flaxgpt.generation.batch import generate
 from flaxgpt.generation.beam_options import BeamOptions, EarlyStopping, refuse_with_beams
+from flaxgpt.generation.drafting import Draft, Drafting
 from flaxgpt.generation.grammar import Grammar, compile_grammar
 from flaxgpt.generation.hooks import LogitsFn
 from flaxgpt.generation.observed import check_watch
@@ -46,6 +47,9 @@ def generate_text(
     stop: Sequence[str] = (),
     include_stop: bool = False,
     patches: Mapping[str, Intervention] | None = None,
+    lookup: int | None = None,
+    draft: Draft | None = None,
+    draft_length: int = 4,
     window_step: int = 1,
     prefix: Prefix | None = None,
     dtype: DTypeLike = jnp.float32,
@@ -102,6 +106,7 @@ def generate_text(
             temperature, top_k, top_p, key, stop_ids, allowed, logits_fn, min_new_tokens, grammar
         )
         watch = check_watch(cfg, None, patches)
+        drafting = Drafting(lookup, draft, draft_length)
         rows = stream_rows(
             cfg,
             params,
@@ -134,6 +139,9 @@ def generate_text(
             early_stopping=early_stopping,
             allowed=allowed,
             patches=patches,
+            lookup=lookup,
+            draft=draft,
+            draft_length=draft_length,
             window_step=window_step,
             prefix=prefix,
             dtype=dtype,
@@ -163,6 +171,9 @@ def stream_text(
     stop: Sequence[str] = (),
     include_stop: bool = False,
     patches: Mapping[str, Intervention] | None = None,
+    lookup: int | None = None,
+    draft: Draft | None = None,
+    draft_length: int = 4,
     window_step: int = 1,
     prefix: Prefix | None = None,
     dtype: DTypeLike = jnp.float32,

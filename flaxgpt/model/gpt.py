@@ -15,11 +15,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax.typing import ArrayLike, DTypeLike
 
 from flaxgpt._checks import check_dtype, check_ids, check_params
-from flaxgpt.cache import KVCache, LayerCache, layer_shape
+from flaxgpt.cache import KVCache, LayerCache, as_column, layer_shape
 from flaxgpt.config import GPTConfig, block_name, check_config
 from flaxgpt.model.attend import resolve_attention
 from flaxgpt.model.block import TransformerBlock
@@ -79,10 +80,13 @@ class GPT(nn.Module):
         visibility = Visibility()
         layers: list[LayerCache | None] = [None] * self.cfg.n_layers
         if cache is not None:
-            positions = cache.length + positions - cache.start[:, None]  # [B, T]
+            filled = as_column(cache.length)
+            positions = filled + positions - cache.start[:, None]  # [B, T]
             positions = jnp.maximum(positions, 0)  # padding, which no query sees
+            if cache.length.ndim:  # drafts may lie past the context, and are dropped there
+                positions = jnp.minimum(positions, self.cfg.context_length - 1)
             # A write past the end would overwrite earlier slots; return NaN instead.
-            overflow = cache.length + queries > cache.size
+            overflow = filled + queries > cache.size
             positions = jnp.where(overflow, self.cfg.context_length, positions)
             offset = None if cache.is_empty else cache.length
             visibility, layers = Visibility(cache.start, offset), [*cache.layers()]
@@ -352,7 +356,7 @@ def extend(
             f"{cfg.n_layers} layers and {cfg.n_heads} heads of {cfg.head_dim}: create it with "
             "init_cache and the same configuration"
         )
-    filled = 0 if isinstance(cache.length, jax.core.Tracer) else int(cache.length)
+    filled = 0 if isinstance(cache.length, jax.core.Tracer) else int(np.max(cache.length))
     if filled + queries > cache.size:
         raise ValueError(
             f"{queries} more ids do not fit: {filled} of the cache's {cache.size} slots are "

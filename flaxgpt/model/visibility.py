@@ -14,7 +14,7 @@ import jax.numpy as jnp
 class Visibility:
     """The rule of causal attention. Each attention implementation builds what it needs from it.
 
-    Query t is at position `p = offset + t` among the keys. In row b it sees key s if
+    Query t is at position `p = offset[b] + t` among the keys. In row b it sees key s if
 
         start[b] <= s <= p    and, with a window,    s > p - window
 
@@ -22,7 +22,8 @@ class Visibility:
     """
 
     start: jax.Array | None = None  # int32 [B], each row's first key; None if key 0 for all
-    offset: jax.Array | None = None  # int32 [], the first query's position; None if it is key 0's
+    # int32 [] or [B], the first query's position; None if it is key 0's
+    offset: jax.Array | None = None
     window: int | None = None  # static; keys that a query sees at most, its own included
 
     def mask(self, queries: range, keys: range) -> jax.Array:
@@ -30,7 +31,8 @@ class Visibility:
         key = jnp.arange(keys.start, keys.stop)[None, None, None, :]
         position = jnp.arange(queries.start, queries.stop)[None, None, :, None]
         if self.offset is not None:
-            position = position + self.offset
+            offset = self.offset
+            position = position + (offset[:, None, None, None] if offset.ndim else offset)
         mask = key <= position
         if self.window is not None:
             mask &= key > position - self.window
