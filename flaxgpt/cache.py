@@ -254,9 +254,7 @@ def as_column(length: jax.Array) -> jax.Array:
     return length[:, None] if length.ndim else length
 
 
-def _write_by_row(
-    buffer: jax.Array, new: jax.Array, length: jax.Array, rows: int
-) -> jax.Array:
+def _write_by_row(buffer: jax.Array, new: jax.Array, length: jax.Array, rows: int) -> jax.Array:
     """Return a buffer with each row's new entries in the slots from its own length on."""
 
     def by_row(x: jax.Array) -> jax.Array:

@@ -17,6 +17,7 @@ from flaxgpt.cli.hook_options import HookOptions
 from flaxgpt.cli.streams import check_text, read_prompt
 from flaxgpt.config import GPTConfig
 from flaxgpt.generation.beam_options import BeamOptions
+from flaxgpt.generation.drafting import Draft
 from flaxgpt.generation.prompts import bucket
 from flaxgpt.tokenizer import Tokenizer
 from flaxgpt.typing import Params
@@ -57,6 +58,12 @@ class GenerateCommand:
 
     length_penalty: float = 1.0
     """With --beams: above 0 favors longer texts, 0 and below shorter ones."""
+
+    lookup: int | None = None
+    """Draft this many tokens per step from earlier text, such as 8; faster if the text repeats."""
+
+    draft: str | None = None
+    """A small model with the same tokenizer that drafts 4 tokens per step, named as in --model."""
 
     seed: int = 0
     """Random seed; the same seed gives the same text on the same machine."""
@@ -108,6 +115,7 @@ class GenerateCommand:
             self.hooks.refuse_with("--beams")
             if self.window_step > 1:
                 raise ValueError("--window-step does not work with --beams: leave one of them out")
+        self._check_drafts()
         stop = self._stop_strings()
         if stop:
             self.hooks.refuse_with("--stop-text", ["match"])
@@ -128,6 +136,7 @@ class GenerateCommand:
             raise ValueError("the prompt is empty: give at least one character to continue from")
 
         cfg, params, tokenizer = load_with_tokenizer(self.model, int8=self.int8)
+        draft = self._load_draft(tokenizer, prompt)
         stop_ids = _stop_ids(cfg, tokenizer, self.stop)
         key = jax.random.key(self.seed)
         prefix = self._prefix(cfg, params, tokenizer, prompt)
@@ -162,6 +171,8 @@ class GenerateCommand:
                     match=self.hooks.pattern,
                     stop=stop,
                     include_stop=self.include_stop,
+                    lookup=self.lookup,
+                    draft=draft,
                     window_step=self.window_step,
                     prefix=prefix,
                     dtype=self.dtype,
@@ -170,6 +181,26 @@ class GenerateCommand:
             for piece in pieces:
                 say(piece)
             say("\n")
+
+    def _load_draft(self, tokenizer: Tokenizer, prompt: str) -> Draft | None:
+        if self.draft is None:
+            return None
+        cfg, params, own = load_with_tokenizer(self.draft, int8=self.int8)
+        if own.encode(prompt) != tokenizer.encode(prompt):
+            raise ValueError(
+                f"--draft {self.draft} splits the prompt into other tokens than --model "
+                f"{self.model}: use a model with the same tokenizer"
+            )
+        return cfg, params
+
+    def _check_drafts(self) -> None:
+        if self.lookup is not None:
+            check_size("--lookup", self.lookup)
+        names = [name for name in ("lookup", "draft") if getattr(self, name) is not None]
+        if len(names) == 2:
+            raise ValueError("--lookup and --draft both draft tokens: leave one of them out")
+        if names and self.beams > 1:
+            raise ValueError(f"--{names[0]} does not work with --beams: leave one of them out")
 
     def _prefix(
         self, cfg: GPTConfig, params: Params, tokenizer: Tokenizer, prompt: str

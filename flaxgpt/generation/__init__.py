@@ -8,11 +8,16 @@ observed     intermediate values to record and to replace
 recording    how the loop does it
 decoding     the loop, with the model injected
 beams        the loop of beam search, also with the model injected
-programs     both loops with the GPT put in, compiled
+speculation  the loop that verifies several drafted ids at once, also with the model injected
+lookup       drafts from earlier text
+draft_model  drafts from a smaller model
+programs     the first two loops with the GPT put in, compiled
+speculative_programs  the third
 prefix       what prompts begin with, read before
 prompts      prompts and options to arrays
 abstract     the same without arrays, to compile for other devices
 beam_options the options of beam search, and its results
+drafting     the options of drafts
 prefilling   `prefill`, which makes a prefix
 prefix_store prefixes that repeat
 batch        `generate`

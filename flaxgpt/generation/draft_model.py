@@ -33,7 +33,10 @@ def read_prompts(
 ) -> KVCache:
     """Return a cache that has read the prompts, `length` ids that are padded on the left."""
     # A length per row, because then positions past the small model's context are no error.
-    cache = dataclasses.replace(cache, start=start, length=np.zeros(len(ids), np.int32))
+    none: Any = np.zeros(
+        len(ids), np.int32
+    )  # known to be empty, so the prompts see only themselves
+    cache = dataclasses.replace(cache, start=start, length=none)
     _, cache = read(ids, 0, cache)
     return cache.rewind(jnp.full_like(start, length))
 

@@ -13,8 +13,8 @@ from flaxgpt.config import GPTConfig
 from flaxgpt.generation import speculative_programs as programs
 from flaxgpt.generation.decoding import DecodeState, Request
 from flaxgpt.generation.loop_params import loop_params
-from flaxgpt.generation.prompts import Prepared
 from flaxgpt.generation.programs import Program
+from flaxgpt.generation.prompts import Prepared
 from flaxgpt.generation.speculation import Counts
 from flaxgpt.generation.speculative_programs import SpeculativeProgram
 from flaxgpt.model import param_shapes

@@ -3,21 +3,22 @@
 A draft is a guess of the next K ids of a row. The model reads the latest id and the draft together,
 which takes little longer than one id, and gives the logits after each of them. From these, ids are
 chosen one after another by the function of the plain loop, with the same key for each. As long as
-the chosen id is the drafted one, the logits that follow are of the row's text, and the next id is
-chosen too. The first one that differs is a new id like any other, and the rest of the draft is
-dropped: a step yields between 1 and K + 1 ids.
+the chosen id is the drafted one, the logits that follow are those of the row's text, and the next
+id is chosen too. The first one that differs is a new id like any other, and the rest of the draft
+is dropped. A step yields between 1 and K + 1 ids.
 
-So the ids are those of the plain loop with the same key, whatever the drafts are, and hooks, filters
-and log-probabilities see the same text. For drafts that are not random, such as those of prompt
-lookup, this is the rejection rule of Leviathan et al. 2023 and Chen et al. 2023: a draft is accepted
-with the probability that the model gives it.
+So the ids are those of the plain loop with the same key, whatever the drafts are. Hooks, filters and
+log-probabilities see the same text. For drafts that are not random, such as those of prompt lookup,
+this is the rejection rule of Leviathan et al. 2023 and Chen et al. 2023: an id is accepted with the
+probability that the model gives it, and otherwise another one is drawn from the rest.
 
 Rows accept different numbers of ids, so each has its own length. `KVCache.rewind` drops what was
-read of rejected ids, and later ids overwrite it. Past the context, where every id takes a full pass,
-all rows have the same length again, and the plain loop goes on.
+read of rejected ids, and later ids overwrite it. Past the context, where every id takes a full
+pass, all rows have the same length again, and the plain loop goes on.
 
 A step in which no row has a draft is a plain one. Where drafts fail, the loop pauses them for twice
-as many steps each time, because a step is longer with them.
+as many steps each time, because a step is longer with them. All rows pause together: one draft
+makes the step longer for all of them.
 """
 
 from __future__ import annotations

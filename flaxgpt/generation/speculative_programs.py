@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from flaxgpt.cache import KVCache, zero_cache
 from flaxgpt.config import GPTConfig
 from flaxgpt.generation import draft_model, lookup, speculation
-from flaxgpt.generation.decoding import DecodeState, Request
+from flaxgpt.generation.decoding import DecodeState, Read, Request
 from flaxgpt.generation.programs import Program
-from flaxgpt.generation.speculation import Counts, ReadAll, Speculation, SpeculativeState
+from flaxgpt.generation.speculation import Counts, Propose, Speculation, SpeculativeState
 from flaxgpt.model.gpt import apply_logits, apply_states
 from flaxgpt.sharding import in_force, replicated
 from flaxgpt.typing import Params
@@ -32,10 +32,18 @@ class SpeculativeProgram:
 
     def functions(self, params: Params, draft_params: Params, request: Request) -> Speculation:
         """Return the functions of the loop."""
-        read_all = self._read_all_with(params)
-        return Speculation(
-            self.program.read_with(params), read_all, self._propose(draft_params, request), self.size
-        )
+        cfg, platform = self.program.cfg, self.program.platform
+
+        def read_all(ids: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
+            states, cache = apply_states(cfg, platform, params, ids, cache)
+            return apply_logits(cfg, platform, params, states), cache
+
+        propose: Propose = partial(_look_up, self.size)
+        if self.draft is not None:
+            read = self._draft_read(self.draft, draft_params)
+            length = self.draft.context_length
+            propose = partial(draft_model.propose, read, length, self.size, request)
+        return Speculation(self.program.read_with(params), read_all, propose, self.size)
 
     def empty_cache(self, batch: int) -> KVCache:
         """Return a cache for the ids of the loop, and the drafts after them."""
@@ -49,7 +57,7 @@ class SpeculativeProgram:
             return ()
         spare = 1 + max(self.size, draft_model.CATCH_UP)
         cache = self._cache(self.draft, len(ids), spare)
-        read = self._small().read_with(draft_params)
+        read = self._draft_read(self.draft, draft_params)
         return draft_model.read_prompts(read, ids, start, request.prompt_length, cache)
 
     def _cache(self, cfg: GPTConfig, batch: int, spare: int) -> KVCache:
@@ -57,27 +65,11 @@ class SpeculativeProgram:
         layout = self.program.platform.cache_layout
         return zero_cache(cfg, batch, length, self.program.dtype, layout).rewind(0)
 
-    def _small(self) -> Program:
-        return dataclasses.replace(self.program, cfg=self.draft)
-
-    def _read_all_with(self, params: Params) -> ReadAll:
-        def read_all(ids: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
-            cfg, platform = self.program.cfg, self.program.platform
-            states, cache = apply_states(cfg, platform, params, ids, cache)
-            return apply_logits(cfg, platform, params, states), cache
-
-        return read_all
-
-    def _propose(self, draft_params: Params, request: Request) -> speculation.Propose:
-        if self.draft is None:
-            return partial(_look_up, self.size)
-        read, length = self._small().read_with(draft_params), self.draft.context_length
-        return partial(draft_model.propose, read, length, self.size, request)
+    def _draft_read(self, cfg: GPTConfig, draft_params: Params) -> Read:
+        return dataclasses.replace(self.program, cfg=cfg).read_with(draft_params)
 
 
-def _look_up(
-    size: int, text: DecodeState, memory: Any, wanted: jax.Array
-) -> tuple[jax.Array, Any]:
+def _look_up(size: int, text: DecodeState, memory: Any, wanted: jax.Array) -> tuple[jax.Array, Any]:
     return lookup.find(text.ids, text.start, text.length, size), memory
 
 
