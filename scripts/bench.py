@@ -5,6 +5,7 @@
     python scripts/bench.py decode --int8 --against "python scripts/bench.py decode"
     python scripts/bench.py train --recipe shakespeare-char --batch 12 --length 64 --steps 50
     python scripts/bench.py prefix --prefix-length 896 --batch 4
+    python scripts/bench.py drafts --preset gpt2 --lookup 8 --peer peers/bin/python
     python scripts/bench.py device
 
 Weights and text are random. Decoding is greedy and never stops early. Its throughput counts only
@@ -18,6 +19,9 @@ runs.
 The task `prefix` measures the time to the first new id of prompts that begin with the same ids:
 read whole, after `prefill`, and with a prefix that a `PrefixStore` has. The calls alternate, and
 each ratio compares two consecutive ones.
+
+The task `drafts` compares `generate` with and without prompt lookup on texts of several kinds; see
+scripts/drafts.py.
 
 The task `device` measures an accelerator in under 9 minutes and prints its table before the JSON
 object; see scripts/device_table.py.
@@ -35,6 +39,7 @@ from typing import Any, Literal
 
 import tyro
 from device_table import Device
+from drafts import Drafts
 from timing import Figures, in_turn, machine, peak_memory, spread, timed
 
 
@@ -231,10 +236,11 @@ class Prefix:
 
 def main() -> None:
     """Parse the command line, run the benchmark and print the result."""
-    tasks: dict[str, Callable[..., Decode | Train | Prefix | Device]] = {
+    tasks: dict[str, Callable[..., Decode | Train | Prefix | Drafts | Device]] = {
         "decode": Decode,
         "train": Train,
         "prefix": Prefix,
+        "drafts": Drafts,
         "device": Device,
     }
     task = tyro.extras.subcommand_cli_from_dict(tasks, description=__doc__)
@@ -268,12 +274,12 @@ def _measure(task: Decode | Train) -> None:
     _print(task, figures)
 
 
-def _print(task: Decode | Train | Prefix, figures: Figures) -> None:
+def _print(task: Decode | Train | Prefix | Drafts, figures: Figures) -> None:
     name = type(task).__name__.lower()
     print(json.dumps({"task": name} | dataclasses.asdict(task) | machine() | figures))
 
 
-def _check(task: Decode | Train | Prefix | Device, *names: str) -> None:
+def _check(task: Decode | Train | Prefix | Drafts | Device, *names: str) -> None:
     """Raise ValueError unless these options are whole numbers, 1 or more."""
     from flaxgpt._checks import check_size
 

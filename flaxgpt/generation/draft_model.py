@@ -32,10 +32,9 @@ def read_prompts(
     read: Read, ids: jax.Array, start: jax.Array, length: Any, cache: KVCache
 ) -> KVCache:
     """Return a cache that has read the prompts, `length` ids that are padded on the left."""
-    # A length per row, because then positions past the small model's context are no error.
-    none: Any = np.zeros(
-        len(ids), np.int32
-    )  # known to be empty, so the prompts see only themselves
+    # With a length per row, positions past the small model's context are no error. NumPy's zeros
+    # are known to be an empty cache, also under `jit`.
+    none: Any = np.zeros(len(ids), np.int32)
     cache = dataclasses.replace(cache, start=start, length=none)
     _, cache = read(ids, 0, cache)
     return cache.rewind(jnp.full_like(start, length))

@@ -7,18 +7,19 @@ the chosen id is the drafted one, the logits that follow are those of the row's 
 id is chosen too. The first one that differs is a new id like any other, and the rest of the draft
 is dropped. A step yields between 1 and K + 1 ids.
 
-So the ids are those of the plain loop with the same key, whatever the drafts are. Hooks, filters and
-log-probabilities see the same text. For drafts that are not random, such as those of prompt lookup,
-this is the rejection rule of Leviathan et al. 2023 and Chen et al. 2023: an id is accepted with the
-probability that the model gives it, and otherwise another one is drawn from the rest.
+So the ids are those of the plain loop with the same key, whatever the drafts are. Hooks, filters
+and log-probabilities see the same text. For drafts that are not random, such as those of prompt
+lookup, this is the rejection rule of Leviathan et al. 2023 and Chen et al. 2023: an id is accepted
+with the probability that the model gives it, and otherwise another one is drawn from the rest.
 
 Rows accept different numbers of ids, so each has its own length. `KVCache.rewind` drops what was
 read of rejected ids, and later ids overwrite it. Past the context, where every id takes a full
 pass, all rows have the same length again, and the plain loop goes on.
 
 A step in which no row has a draft is a plain one. Where drafts fail, the loop pauses them for twice
-as many steps each time, because a step is longer with them. All rows pause together: one draft
-makes the step longer for all of them.
+as many steps each time, because a step is longer with them. Where a row gains one id or more on
+average, the pause gets half as long, and where it gains half of the draft or more, it ends. All
+rows pause together, because one draft makes the step longer for all of them.
 """
 
 from __future__ import annotations
@@ -189,7 +190,8 @@ def verifying_step(
 
     gain, rows = accepted.sum(), live.sum()
     longer = jnp.clip(2 * state.pause, 1, LONGEST_PAUSE)
-    pause = jnp.where(gain < rows, longer, jnp.where(2 * gain < size * rows, state.pause, 0))
+    shorter = jnp.where(2 * gain < size * rows, state.pause // 2, 0)
+    pause = jnp.where(gain < rows, longer, shorter)
     counts = dataclasses.replace(
         state.counts,
         verifying=state.counts.verifying + 1,

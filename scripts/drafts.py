@@ -1,0 +1,190 @@
+"""What drafts save: the task `drafts` of scripts/bench.py.
+
+The weights are random, but the texts are not: a hook makes the model write a given text, so drafts
+are accepted as they would be by a model that writes it. The texts are tokens of GPT-2:
+
+    ordinary   a story
+    quote      the same story, which repeats a passage of the prompt
+    list       lines that differ in a few tokens
+    code       a module of flaxgpt
+
+For each, `generate` with and without drafts takes turns, all in one process. The peer is Hugging
+Face's `generate` with and without `prompt_lookup_num_tokens`, in a process of its own, in the same
+turns (scripts/drafts_peer.py, which needs torch and transformers).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from timing import Figures, spread
+
+_ROOT = Path(__file__).resolve().parents[1]
+TEXTS = ("ordinary", "quote", "list", "code")
+
+
+@dataclasses.dataclass(frozen=True)
+class Drafts:
+    """Tokens per second of `generate` with and without `lookup`, on texts of several kinds."""
+
+    preset: str = "gpt2"
+    """Name of a `GPTConfig` preset with GPT-2's vocabulary."""
+    lookup: int = 8
+    """Ids in a draft."""
+    batch: int = 1
+    prompt_length: int = 192
+    new_tokens: int = 128
+    rounds: int = 5
+    """Timed calls of each kind, after one that compiles."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    peer: str | None = None
+    """Python with torch and transformers, to time Hugging Face's prompt lookup too."""
+
+    def run(self) -> Figures:
+        """Measure, one kind of text after another."""
+        import jax
+
+        import flaxgpt
+        from flaxgpt._checks import check_size
+
+        for name in ("lookup", "batch", "prompt_length", "new_tokens"):
+            check_size(f"--{name.replace('_', '-')}", getattr(self, name))
+        if self.peer and self.batch > 1:
+            raise ValueError(f"--peer looks up drafts for one row: use --batch 1, not {self.batch}")
+        cfg = flaxgpt.GPTConfig.preset(self.preset)
+        params = jax.block_until_ready(flaxgpt.init(cfg, jax.random.key(0)))
+        return {"texts": {name: self._measure(cfg, params, _text(name, self)) for name in TEXTS}}
+
+    def _measure(self, cfg: Any, params: Any, ids: list[int]) -> Figures:
+        import numpy as np
+        from jax.tree_util import Partial
+
+        import flaxgpt
+        from flaxgpt.generation import Sampling
+        from flaxgpt.generation.drafting import Drafting
+        from flaxgpt.generation.prompts import prepare
+
+        prompts = [ids[: self.prompt_length]] * self.batch
+        hook = Partial(_write, np.array(ids, np.int32))
+
+        def call(lookup: int | None) -> None:
+            rows = flaxgpt.generate(
+                cfg,
+                params,
+                prompts,
+                self.new_tokens,
+                logits_fn=hook,
+                lookup=lookup,
+                dtype=self.dtype,
+            )
+            assert rows == [ids[self.prompt_length :]] * self.batch
+
+        calls: dict[str, Callable[[], object]] = {
+            "plain": partial(call, None),
+            "lookup": partial(call, self.lookup),
+        }
+        peer = _Peer(self, cfg, ids) if self.peer else None
+        if peer:
+            calls |= {"peer plain": partial(peer, 0), "peer lookup": partial(peer, self.lookup)}
+        rates = _in_turn(calls, self.rounds, self.batch * self.new_tokens)
+        if peer:
+            peer.close()
+
+        sampling = Sampling(logits_fn=hook)
+        prepared = prepare(cfg, params, prompts, self.new_tokens, sampling, self.dtype)
+        _, counts = Drafting(lookup=self.lookup).add_to(prepared).decode()
+        verifying, accepted = int(counts.verifying), float(np.mean(counts.accepted))
+        figures = {name: spread(values) for name, values in rates.items()}
+        pairs = [("lookup", "plain")] + [("lookup", "peer lookup")] * bool(peer)
+        for ours, other in pairs:
+            ratios = [a / b for a, b in zip(rates[ours], rates[other], strict=True)]
+            figures[f"{ours} / {other}"] = spread(ratios)
+        return figures | {
+            "plain_steps": int(counts.plain),
+            "verifying_steps": verifying,
+            "accepted_per_verifying_step": accepted / max(1, verifying),
+            "ids_per_step": (self.new_tokens - 1) / (int(counts.plain) + verifying),
+        }
+
+
+def _write(text: Any, ids: Any, length: Any, logits: Any) -> Any:
+    """Make the next id of a text the most likely one, whatever the model says."""
+    import jax.numpy as jnp
+
+    right = text[jnp.minimum(length, len(text) - 1)]
+    return jnp.where(jnp.arange(logits.shape[1])[None] == right[:, None], 1e9, logits)
+
+
+def _in_turn(
+    calls: dict[str, Callable[[], object]], rounds: int, tokens: int
+) -> dict[str, list[float]]:
+    """Return the tokens per second of each call in each round, after one round that compiles."""
+    rates: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(1 + rounds):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            seconds = call()
+            seconds = seconds if isinstance(seconds, float) else time.perf_counter() - start
+            rates[name].append(tokens / seconds)
+    return {name: values[1:] for name, values in rates.items()}
+
+
+class _Peer:
+    """Hugging Face's `generate` in another process; a call returns how many seconds it took."""
+
+    def __init__(self, task: Drafts, cfg: Any, ids: list[int]) -> None:
+        command = [str(task.peer), str(Path(__file__).with_name("drafts_peer.py"))]
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        first = {"cfg": cfg.to_dict(), "ids": ids, "new_tokens": task.new_tokens}
+        self._send(first | {"batch": task.batch, "dtype": task.dtype})
+
+    def __call__(self, lookup: int) -> float:
+        self._send({"lookup": lookup})
+        assert self._process.stdout
+        return float(self._process.stdout.readline())
+
+    def _send(self, message: Figures) -> None:
+        assert self._process.stdin
+        self._process.stdin.write(json.dumps(message) + "\n")
+        self._process.stdin.flush()
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.communicate()
+
+
+def _text(name: str, task: Drafts) -> list[int]:
+    """Return the ids of a text: the prompt and what the model is to write."""
+    import flaxgpt
+
+    total = task.prompt_length + task.new_tokens
+    encode = flaxgpt.load_tokenizer("gpt2").encode
+    story = encode((_ROOT / "tests/data/verdict/the-verdict.txt").read_text())
+    match name:
+        case "quote":
+            passage, lead = story[: task.prompt_length - 8], encode("\n\nHe read it again:\n\n")
+            before = (passage + lead)[-task.prompt_length :]
+            ids = before + passage * (1 + task.new_tokens // len(passage))
+        case "list":
+            prices = ((i * 37) % 90 + 10 for i in range(total))
+            ids = encode(
+                "".join(f"- item {i}: {price} dollars\n" for i, price in enumerate(prices))
+            )
+        case "code":
+            ids = encode((_ROOT / "flaxgpt/cache.py").read_text())
+        case _:
+            ids = story
+    if len(ids) < total:
+        raise ValueError(
+            f"the text has {len(ids)} tokens, but --prompt-length and --new-tokens ask for {total}"
+        )
+    return ids[:total]
