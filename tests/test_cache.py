@@ -292,6 +292,45 @@ def test_a_row_that_is_not_there_is_refused_and_nan_under_jit(filled, layout, ro
     assert jnp.isfinite(logits[0]).all() and jnp.isnan(logits[1]).all()
 
 
+# --- A length per row
+
+
+@LAYOUTS
+@pytest.mark.parametrize("transform", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_rows_rewound_to_different_lengths_continue_each_on_its_own(filled, layout, transform):
+    cfg, params, ids, caches = filled
+    lengths = np.array([3, 6], np.int32)
+    rewound = transform(lambda cache: cache.rewind(lengths))(caches[layout].take([0, 1]))
+    other = (ids[:2, 5:8] + 1) % cfg.vocab_size
+    logits, cache = flaxgpt.extend(cfg, params, other, rewound)
+    assert cache.length.tolist() == [6, 9]
+    for row, length in enumerate(lengths):
+        whole = np.concatenate([ids[row, :length], other[row]])[None]
+        expected = flaxgpt.forward(cfg, params, whole)[:, length:]
+        golden.assert_logits_agree(logits[row : row + 1], expected)
+    swapped, _ = flaxgpt.extend(cfg, params, ids[:2, :1], cache.take([1, 0]))
+    expected, _ = flaxgpt.extend(cfg, params, ids[:2, :1][::-1], cache)
+    golden.assert_logits_agree(swapped, expected[::-1])
+
+
+def test_a_row_without_room_is_refused_and_nan_under_jit(filled):
+    cfg, params, ids, caches = filled
+    cache = caches["merged"].take([0, 1]).rewind([8, 2])
+    with pytest.raises(ValueError, match="5 more ids do not fit: 8 of the cache's 12 slots"):
+        flaxgpt.extend(cfg, params, ids[:2, :5], cache)
+    logits, _ = jax.jit(partial(flaxgpt.extend, cfg))(params, ids[:2, :5], cache)
+    assert jnp.isnan(logits[0]).all() and jnp.isfinite(logits[1]).all()
+
+
+@pytest.mark.parametrize(
+    ("lengths", "message"),
+    [([3, 9], "is out of range: 8 slots"), ([3, 3, 3], r"length of shape \(3,\) must be one")],
+)
+def test_lengths_that_rows_never_had_are_refused(filled, lengths, message):
+    with pytest.raises(ValueError, match=message):
+        filled[3]["merged"].take([0, 1]).rewind(lengths)
+
+
 @pytest.mark.parametrize("rows", [[], [[0]], [0.5], 0])
 def test_rows_that_are_no_list_of_integers_are_refused(filled, rows):
     with pytest.raises(ValueError, match="must be a flat list of one or more integers"):

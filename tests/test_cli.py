@@ -54,6 +54,20 @@ def test_generate_prints_the_best_beam(folder):
     assert process.stdout.decode() == f"Hello{best}\n"
 
 
+@pytest.mark.slow
+def test_drafted_tokens_are_printed_like_others(folder):
+    flags = ("--model", folder, "--max-new-tokens", 12, *GREEDY)
+    plain = call("generate", "Hello Hello", *flags).stdout
+    assert plain.decode() == "Hello Hello" + expected(folder, "Hello Hello", 12) + "\n"
+    for drafts in (("--lookup", 3), ("--draft", folder)):
+        assert call("generate", "Hello Hello", *flags, *drafts).stdout == plain
+
+
+def test_a_draft_model_with_another_tokenizer_is_refused(folder, byte_folder):
+    process = call("generate", "Hello", "--model", folder, "--draft", byte_folder)
+    assert_refused(process, "splits the prompt into other tokens than --model")
+
+
 @both_ways
 def test_the_prompt_can_come_from_standard_input(start, folder):
     options = ("--model", folder, "--max-new-tokens", 6, "--no-echo", *GREEDY)
@@ -229,6 +243,9 @@ def test_help_of_a_command_lists_its_options(start):
         ([*BEAMS, "--repetition-penalty", 2], "--repetition-penalty does not work with --beams"),
         ([*BEAMS, "--min-new-tokens", 2], "--min-new-tokens does not work with --beams"),
         ([*BEAMS, "--window-step", 2], "--window-step does not work with --beams"),
+        (["--lookup", 0], "--lookup=0 must be a whole number"),
+        (["--lookup", 2, "--draft", "tales"], "--lookup and --draft both draft tokens"),
+        ([*GREEDY, "--lookup", 2, "--beams", 2], "--lookup does not work with --beams"),
     ],
 )
 def test_an_invalid_option_is_an_error_before_the_model_is_loaded(start, arguments, message):

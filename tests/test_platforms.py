@@ -122,6 +122,17 @@ def test_generated_ids_are_the_default_ones(rows, params, tpu_choices, monkeypat
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("rows", [1, 3])
+def test_drafts_change_no_ids_with_the_choices_for_tpu(rows, params, tpu_choices):
+    prompts = [
+        [*row[:4], *row[:4], *row[: 2 + i]] for i, row in enumerate(ids_of(rows, 32).tolist())
+    ]
+    plain = flaxgpt.generate(CFG, params, prompts, 12)
+    for drafts in ({"lookup": 3}, {"lookup": 9}, {"draft": (CFG, params)}):
+        assert flaxgpt.generate(CFG, params, prompts, 12, **drafts) == plain
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_training_step_is_the_default_one(tied, tpu_choices, monkeypatch):
     cfg = dataclasses.replace(CFG, tie_embeddings=tied)

@@ -23,7 +23,7 @@ from flaxgpt.generation.prompts import prepare
 from flaxgpt.generation.speculation import Speculation
 from flaxgpt.generation.speculative_programs import SpeculativeProgram
 from flaxgpt.platform import PLATFORMS
-from test_generation import FakeCache, abstract_call, count_on, model, primitives, read_successor
+from test_generation import FakeCache, abstract_call, model, primitives, read_successor
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -63,32 +63,35 @@ def run(rows, new, drafting, **options):
 # --- Drafts from earlier text
 
 
-def look_up(rows, size, start=0):
-    """Return the drafts for rows of text, padded on the left by zeros."""
-    width = max(map(len, rows)) + start + 3
-    ids = np.zeros((len(rows), width), np.int32)
-    for i, row in enumerate(rows):
-        ids[i, start : start + len(row)] = row
-    length = np.array([start + len(row) for row in rows], np.int32)
-    return lookup.find(ids, jnp.full(len(rows), start), jnp.asarray(length), size).tolist()
+_find = jax.jit(partial(lookup.find, size=5))
+
+
+def look_up(*row, start=0):
+    """Return the draft of five ids for a text, padded on the left by zeros."""
+    ids = np.zeros((1, 16), np.int32)
+    ids[0, start : start + len(row)] = row
+    return _find(ids, np.array([start], np.int32), np.array([start + len(row)], np.int32)).tolist()[
+        0
+    ]
 
 
 def test_a_draft_is_what_followed_the_latest_ids_before():
-    assert look_up([[1, 2, 3, 4, 5, 6, 1, 2]], 3) == [[3, 4, 5]]
+    assert look_up(1, 2, 3, 4, 5, 6, 7, 1, 2) == [3, 4, 5, 6, 7]
 
 
 def test_the_longest_match_counts_and_of_several_the_last_one():
-    assert look_up([[1, 2, 3, 4, 9, 2, 3, 5, 1, 2, 3]], 1) == [[4]]
-    assert look_up([[2, 3, 4, 9, 2, 3, 5, 8, 2, 3]], 1) == [[5]]
+    assert look_up(1, 2, 3, 4, 9, 2, 3, 5, 1, 2, 3)[:1] == [4]
+    assert look_up(2, 3, 4, 9, 2, 3, 5, 8, 2, 3)[:1] == [5]
 
 
 def test_a_repeated_sequence_is_continued_however_short():
-    assert look_up([[7, 8, 9, 8, 9, 8, 9], [4, 4, 4]], 5) == [[8, 9, 8, 9, 8], [4] * 5]
+    assert look_up(7, 8, 9, 8, 9, 8, 9) == [8, 9, 8, 9, 8]
+    assert look_up(4, 4, 4) == [4] * 5
 
 
-def test_padding_is_no_text_and_one_id_alone_no_match():
-    rows = [[5, 0, 0], [1, 2, 1], [1], [0, 1], [1, 2, 3]]
-    assert look_up(rows, 2, start=4) == [[-1, -1]] * 5
+@pytest.mark.parametrize("text", [(5, 0, 0), (1, 2, 1), (1,), (0, 1), (1, 2, 3)])
+def test_padding_is_no_text_and_one_id_alone_no_match(text):
+    assert look_up(*text, start=4) == [-1] * 5
 
 
 def reference(row, size):
@@ -106,13 +109,7 @@ def reference(row, size):
 @settings(max_examples=50)
 @given(st.lists(st.integers(0, 2), min_size=1, max_size=12), st.integers(0, 3))
 def test_drafts_are_those_of_a_search_in_a_list(row, start):
-    ids = np.zeros((1, 16), np.int32)
-    ids[0, start : start + len(row)] = row
-    found = _find(ids, np.array([start], np.int32), np.array([start + len(row)], np.int32))
-    assert found.tolist() == [reference(row, 4)]
-
-
-_find = jax.jit(partial(lookup.find, size=4))
+    assert look_up(*row, start=start) == reference(row, 5)
 
 
 # --- A fake model drives the loop
@@ -131,10 +128,13 @@ def from_table(text, table, wanted):
     return (right + table[text.length, rows]) % 10, table
 
 
-def count_with(table, rows, new, context_length, stop_ids=(-1,)):
+ROWS = [[3], [7, 8]]
+
+
+def count_with(table, new=14, context_length=13, stop_ids=(-1, -1)):
     """Return the new ids and the counts of the loop with the fake model."""
-    longest = max(map(len, rows))
-    ids = np.array([[0] * (longest - len(row)) + row for row in rows], np.int32)
+    longest = max(map(len, ROWS))
+    ids = np.array([[0] * (longest - len(row)) + row for row in ROWS], np.int32)
     width = longest + new
     plan = Plan(longest, width, context_length, exceeds_context=width > context_length + 1)
     request = Request(
@@ -146,7 +146,7 @@ def count_with(table, rows, new, context_length, stop_ids=(-1,)):
         prompt_length=np.int32(longest),
         final_length=np.int32(width),
     )
-    start = np.array([longest - len(row) for row in rows], np.int32)
+    start = np.array([longest - len(row) for row in ROWS], np.int32)
     out, counts = _decode_fake(plan, request, ids, start, np.asarray(table, np.int32))
     return out[:, longest:].tolist(), jax.device_get(counts)
 
@@ -158,36 +158,57 @@ def _decode_fake(plan, request, ids, start, table):
     return speculation.decode(functions, plan, request, ids, jnp.asarray(start), cache, table)
 
 
+PLAIN = [[*range(4, 10), *range(8)], [9, *range(10), 0, 1, 2]]
+
+
 @settings(max_examples=30)
 @given(st.integers(0, 2**32 - 1))
 def test_ids_do_not_depend_on_the_drafts(seed):
     rng = np.random.default_rng(seed)
     table = rng.integers(0, 2, (20, 2, 3)) * rng.integers(0, 2, (20, 1, 1))
     stop = int(rng.integers(-1, 10))
-    ids, _ = count_with(table, [[3], [7, 8]], 14, 9, [stop])
-    for row, plain in zip(ids, count_on([[3], [7, 8]], 14), strict=True):
+    ids, _ = count_with(table, stop_ids=[stop, -1])
+    for row, plain in zip(ids, PLAIN, strict=True):
         end = plain.index(stop) + 1 if stop in plain else len(plain)
         assert row[:end] == plain[:end]
 
 
 def test_rows_accept_different_numbers_of_ids():
-    right, wrong = [0, 0, 0], [0, 1, 0]
-    ids, counts = count_with([[right, wrong]] * 20, [[3], [7]], 9, 20)
-    assert ids == count_on([[3], [7]], 9)
-    assert counts.accepted.tolist() == [6, 4]  # 1 + 2 * 4 ids and 1 + 4 * 2
-    assert (int(counts.verifying), int(counts.plain)) == (4, 0)
-
-
-def test_drafts_that_fail_pause_for_twice_as_many_steps_each_time():
-    _, counts = count_with(np.ones((140, 1, 2)), [[3]], 1 + 6 + 1 + 2 + 4 + 8 + 16 + 32, 138)
-    assert (int(counts.verifying), int(counts.plain)) == (6, 1 + 2 + 4 + 8 + 16 + 32)
-    assert counts.accepted.tolist() == [0]
+    all_right, first_right = [0, 0, 0], [0, 1, 0]
+    ids, counts = count_with([[all_right, first_right]] * 20)
+    assert ids == PLAIN
+    # From 3 to 14 columns: 4 + 4 + 3, and 2 * 5 + 1. The rest is past the context.
+    assert counts.accepted.tolist() == [9, 6]
+    assert (int(counts.verifying), int(counts.plain)) == (6, 0)
 
 
 def test_the_loop_ends_when_every_row_has_stopped():
-    ids, counts = count_with(np.zeros((20, 2, 3)), [[3], [4]], 12, 20, stop_ids=[6])
-    assert ids == [[4, 5, 6, *[0] * 9], [5, 6, *[0] * 10]]
+    ids, counts = count_with(np.zeros((20, 2, 3)), stop_ids=[6, 0])
+    assert ids == [[4, 5, 6, *[0] * 11], [9, 0, *[0] * 12]]
     assert int(counts.verifying) == 1
+
+
+@SLOW
+def test_drafts_that_fail_pause_for_twice_as_many_steps_each_time():
+    new = 1 + 6 + 1 + 2 + 4 + 8 + 16 + 32
+    _, counts = count_with(np.ones((140, 2, 2)), new, 138)
+    assert (int(counts.verifying), int(counts.plain)) == (6, 1 + 2 + 4 + 8 + 16 + 32)
+    assert counts.accepted.tolist() == [0, 0]
+
+
+@SLOW
+@pytest.mark.parametrize(
+    ("later", "steps"),
+    [
+        ([0, 1, 1], (3 + 2 + 21, 7 + 2 + 1)),  # pauses of 2, 1 and 0 steps after one right id
+        ([0, 0, 0], (3 + 13, 7)),
+    ],
+)
+def test_a_pause_is_halved_by_some_right_ids_and_ends_with_many(later, steps):
+    table = np.ones((140, 2, 3))  # wrong at 3, 5 and 8 columns, so pauses of 1, 2 and 4 steps
+    table[11:] = later  # at 13 columns and after that
+    _, counts = count_with(table, 60, 138)
+    assert (int(counts.verifying), int(counts.plain)) == steps
 
 
 # --- The ids are those without drafts
@@ -334,8 +355,8 @@ def test_a_model_that_gives_nan_is_an_error_with_its_place():
 @pytest.mark.parametrize("source", ["lookup", "draft"])
 def test_sampled_ids_have_the_distribution_of_the_model(source):
     cfg = GPTConfig(vocab_size=6, context_length=16, emb_dim=16, n_heads=2, n_layers=1)
-    params = jax.tree.map(lambda x: 8 * x, flaxgpt.init(cfg, jax.random.key(0)))
-    draft = (cfg, jax.tree.map(lambda x: 8 * x, flaxgpt.init(cfg, jax.random.key(1))))
+    params = jax.tree.map(lambda x: 3 * x, flaxgpt.init(cfg, jax.random.key(0)))
+    draft = (cfg, jax.tree.map(lambda x: 3 * x, flaxgpt.init(cfg, jax.random.key(1))))
     drafting = Drafting(lookup=2) if source == "lookup" else Drafting(draft=draft, draft_length=2)
     prompt, draws, accepted = [1, 2, 3, 1, 2, 3, 1, 2], [], 0
     for seed in range(5):

@@ -179,6 +179,27 @@ def test_beams_are_those_of_one_device_ragged_and_past_the_context(cfg, shape):
         np.testing.assert_allclose([b.score for b in row], [b.score for b in others], rtol=1e-5)
 
 
+@shapes
+@pytest.mark.parametrize("cfg", [CFG, UNEVEN], ids=["even", "uneven"])
+def test_drafts_change_no_ids_ragged_and_past_the_context(cfg, shape):
+    options = {"temperature": 0.9, "key": jax.random.key(3), "stop_ids": [5]}
+    params = split(shape, cfg)
+    plain = flaxgpt.generate(cfg, parameters(cfg), RAGGED, 24, **options)
+    assert flaxgpt.generate(cfg, params, RAGGED, 24, lookup=2, **options) == plain
+    assert flaxgpt.generate(cfg, params, RAGGED, 24, draft=(cfg, params), **options) == plain
+
+
+@slow
+def test_a_stream_with_drafts_has_the_ids_of_one_device():
+    plain = flaxgpt.generate(CFG, parameters(), RAGGED[:1], 24)[0]
+    assert list(flaxgpt.stream(CFG, split((2, 2, 2)), RAGGED[0], 24, lookup=3)) == plain
+
+
+def test_a_draft_model_on_other_devices_is_refused():
+    with pytest.raises(ValueError, match="the draft model must be on the devices of the model"):
+        flaxgpt.generate(CFG, split((8, 1, 1)), RAGGED, 4, draft=(CFG, parameters()))
+
+
 @slow
 @pytest.mark.parametrize(
     "function",
