@@ -11,7 +11,7 @@ import jax
 from flaxgpt._checks import check_params, check_size
 from flaxgpt.config import GPTConfig
 from flaxgpt.generation import speculative_programs as programs
-from flaxgpt.generation.decoding import DecodeState, Request
+from flaxgpt.generation.decoding import Request
 from flaxgpt.generation.loop_params import loop_params
 from flaxgpt.generation.programs import Program
 from flaxgpt.generation.prompts import Prepared
@@ -125,10 +125,10 @@ class Speculative(NamedTuple):
         options = self.program.program.platform.decode_options
         return programs.compiled_decode(options)(*self)
 
-    def steps(self) -> Generator[list[list[int]], None, DecodeState]:
+    def steps(self) -> Generator[list[list[int]], None, Any]:
         """Yield the new ids of each row, one step at a time, within the context.
 
-        Returns the state with which the plain steps go on.
+        Returns the `DecodeState` with which the plain steps go on, or None if there are none.
         """
         program, params, draft_params, request, _, _ = self
         state, step = programs.prefill(*self)
@@ -136,6 +136,7 @@ class Speculative(NamedTuple):
             new, gained, has_draft, is_unfinished = jax.device_get(step)
             yield [row[:count].tolist() for row, count in zip(new, gained, strict=True)]
             if not is_unfinished:
-                return programs.without_drafts(program, request, state)
+                is_last = request.final_length <= program.program.plan.context_length + 1
+                return None if is_last else programs.without_drafts(program, request, state)
             advance = programs.verifying_step if has_draft else programs.plain_step
             state, step = advance(program, params, draft_params, request, state)

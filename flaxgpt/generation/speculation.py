@@ -1,7 +1,7 @@
 """The decoding loop that verifies several drafted ids at once: pure, free of `lax.scan`.
 
 A draft is a guess of the next K ids of a row. The model reads the latest id and the draft together,
-which takes little longer than one id, and gives the logits after each of them. From these, ids are
+which is faster than one by one, and gives the logits after each of them. From these, ids are
 chosen one after another by the function of the plain loop, with the same key for each. As long as
 the chosen id is the drafted one, the logits that follow are those of the row's text, and the next
 id is chosen too. The first one that differs is a new id like any other, and the rest of the draft
