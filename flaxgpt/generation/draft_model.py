@@ -15,7 +15,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from flaxgpt.cache import KVCache
@@ -29,13 +28,18 @@ Memory = KVCache
 
 
 def read_prompts(
-    read: Read, ids: jax.Array, start: jax.Array, length: Any, cache: KVCache
+    read: Read,
+    context_length: int,  # of the small model
+    ids: jax.Array,
+    start: jax.Array,
+    length: Any,
+    cache: KVCache,
 ) -> KVCache:
-    """Return a cache that has read the prompts, `length` ids that are padded on the left."""
-    # With a length per row, positions past the small model's context are no error. NumPy's zeros
-    # are known to be an empty cache, also under `jit`.
-    none: Any = np.zeros(len(ids), np.int32)
-    cache = dataclasses.replace(cache, start=start, length=none)
+    """Return a cache, empty so far, that has read the prompts: `length` ids, padded on the left."""
+    cache = dataclasses.replace(cache, start=start)
+    if ids.shape[1] > context_length:
+        # With a length per row, positions past the context are no error.
+        cache = dataclasses.replace(cache, length=jnp.zeros_like(start))
     _, cache = read(ids, 0, cache)
     return cache.rewind(jnp.full_like(start, length))
 

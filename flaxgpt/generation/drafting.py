@@ -79,6 +79,12 @@ class Drafting:
     def add_to(self, prepared: Prepared) -> Speculative:
         """Return the arguments of a program with drafts, or raise ValueError."""
         program, params, request, ids, start = prepared
+        for option, value in (("capture", program.capture), ("patches", request.patches)):
+            if value:
+                raise ValueError(
+                    f"{option} does not work with drafts, of which the model also reads those that "
+                    "are dropped: leave it out, or leave out lookup and draft"
+                )
         name = "draft_length" if self.lookup is None else "lookup"
         if self.size >= program.cfg.context_length:
             raise ValueError(

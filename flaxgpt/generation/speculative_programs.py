@@ -58,7 +58,8 @@ class SpeculativeProgram:
         spare = 1 + max(self.size, draft_model.CATCH_UP)
         cache = self._cache(self.draft, len(ids), spare)
         read = self._draft_read(self.draft, draft_params)
-        return draft_model.read_prompts(read, ids, start, request.prompt_length, cache)
+        context_length, length = self.draft.context_length, request.prompt_length
+        return draft_model.read_prompts(read, context_length, ids, start, length, cache)
 
     def _cache(self, cfg: GPTConfig, batch: int, spare: int) -> KVCache:
         length = speculation.columns(self.program.plan) + spare
