@@ -273,6 +273,23 @@ def test_keys_of_rows_and_window_steps_work_with_drafts():
 
 
 @SLOW
+@pytest.mark.parametrize("source", ["lookup", "similar"])
+def test_samples_and_prefixes_work_with_drafts(source):
+    cfg, params, _ = model("book-small")
+    shared = golden.prompt("book-small", 3)
+    rows = [shared * 3, [*shared, 5]]
+    options = {"temperature": 0.9, "key": jax.random.key(2), "samples": 2}
+    plain = flaxgpt.generate(cfg, params, rows, 20, **options)
+    options |= sources(cfg, params)[source]
+    prefix = flaxgpt.prefill(cfg, params, shared)
+    assert flaxgpt.generate(cfg, params, rows, 20, **options) == plain
+    assert flaxgpt.generate(cfg, params, rows, 20, prefix=prefix, **options) == plain
+    del options["samples"]
+    options["key"] = jax.random.fold_in(options["key"], 0)[None]
+    assert list(flaxgpt.stream(cfg, params, rows[0], 20, prefix=prefix, **options)) == plain[0]
+
+
+@SLOW
 def test_texts_with_stop_strings_are_those_without_drafts():
     cfg, params, tokenizer = flaxgpt.load("tales")
     texts = ["The king said to the queen, the king said to", "Once upon"]
@@ -282,6 +299,7 @@ def test_texts_with_stop_strings_are_those_without_drafts():
     assert run(lookup=4, stop=["e"]) == [text[: text.index("e")] for text in plain]
     pieces = flaxgpt.stream_text(cfg, params, tokenizer, texts[0], 12, lookup=4)
     assert "".join(pieces) == plain[0]
+    assert run(lookup=4, match="( the| a| king)+") == run(match="( the| a| king)+")
 
 
 # --- The small model
@@ -471,6 +489,8 @@ def test_drafts_that_cannot_work_are_refused(options, message):
         ({"draft_length": 0}, "draft_length=0 must be a whole number"),
         ({"draft_length": 32}, "draft_length=32 must be below context_length=32"),
         ({"beams": 2}, "draft does not work with beam search"),
+        ({"capture": ["hidden_0"]}, "capture does not work with drafts"),
+        ({"patches": {"hidden_0": jnp.tanh}}, "patches does not work with drafts"),
     ],
 )
 def test_a_small_model_that_cannot_work_is_refused(options, message):

@@ -138,6 +138,7 @@ class Speculative(NamedTuple):
         """
         program, params, draft_params, request, _, _ = self
         state, step = programs.prefill(*self)
+        request = dataclasses.replace(request, prefix=None, unread=None)  # read by now
         while True:
             new, gained, has_draft, is_unfinished = jax.device_get(step)
             yield [row[:count].tolist() for row, count in zip(new, gained, strict=True)]

@@ -91,8 +91,8 @@ def decode(
     request: Request,
     ids: jax.Array,  # int32 [B, prompt_width], `request.prompt_length` ids, padded on the left
     start: jax.Array,  # int32 [B], where each row begins
-    cache: Any,  # the model's, empty, with K + 1 slots more than `columns(plan)`
-    memory: Any,  # of `functions.propose`
+    cache: Any,  # the model's, as in the plain loop, with K + 1 slots more than `columns(plan)`
+    memory: Any,  # of `functions.propose`, with a row per row of the loop
 ) -> tuple[Any, Counts]:
     """Return what `flaxgpt.generation.decoding.decode` returns, and what the steps were."""
     state, _ = prefill(functions, plan, request, ids, start, cache, memory)
@@ -135,15 +135,15 @@ def prefill(
     """Return the state after the prompts and the first new ids, int32 [B]; see `decode`."""
     narrow = dataclasses.replace(plan, width=columns(plan))
     text, new = decoding.prefill(functions.read, narrow, request, ids, start, cache)
-    text = _with_lengths(text, jnp.full_like(start, text.length))
+    text = _with_lengths(text, jnp.full_like(text.start, text.length))
     zero = jnp.zeros((), jnp.int32)
     state = SpeculativeState(
         text=text,
-        draft=jnp.full((len(ids), functions.size), -1, jnp.int32),
+        draft=jnp.full((len(text.ids), functions.size), -1, jnp.int32),
         memory=memory,
         wait=zero,
         pause=zero,
-        counts=Counts(zero, zero, jnp.zeros_like(start)),
+        counts=Counts(zero, zero, jnp.zeros_like(text.start)),
     )
     return _with_draft(functions, plan, request, state), new
 

@@ -45,21 +45,24 @@ class SpeculativeProgram:
             propose = partial(draft_model.propose, read, length, self.size, request)
         return Speculation(self.program.read_with(params), read_all, propose, self.size)
 
-    def empty_cache(self, batch: int) -> KVCache:
-        """Return a cache for the ids of the loop, and the drafts after them."""
-        return self._cache(self.program.cfg, batch, self.size + 1)
+    def first_cache(self, request: Request, start: jax.Array) -> KVCache:
+        """Return a cache for the ids of the loop and the drafts after them; see `Program`."""
+        cache = self._cache(self.program.cfg, len(start), self.size + 1)
+        return cache if request.prefix is None else request.prefix.place(start, cache.size)
 
     def memory(
         self, draft_params: Params, request: Request, ids: jax.Array, start: jax.Array
     ) -> Any:
-        """Return what `propose` remembers of the prompts."""
+        """Return what `propose` remembers of the prompts, which are read whole."""
         if self.draft is None:
             return ()
         spare = 1 + max(self.size, draft_model.CATCH_UP)
         cache = self._cache(self.draft, len(ids), spare)
         read = self._draft_read(self.draft, draft_params)
         context_length, length = self.draft.context_length, request.prompt_length
-        return draft_model.read_prompts(read, context_length, ids, start, length, cache)
+        cache = draft_model.read_prompts(read, context_length, ids, start, length, cache)
+        samples = self.program.plan.samples
+        return cache if samples == 1 else cache.repeat(samples)
 
     def _cache(self, cfg: GPTConfig, batch: int, spare: int) -> KVCache:
         length = speculation.columns(self.program.plan) + spare
@@ -94,7 +97,7 @@ def decode(
     """Run `flaxgpt.generation.speculation.decode` with a GPT. Pure, not compiled."""
     with in_force(program.program.mesh):
         functions = program.functions(params, draft_params, request)
-        cache = program.empty_cache(len(ids))
+        cache = program.first_cache(request, start)
         memory = program.memory(draft_params, request, ids, start)
         found = speculation.decode(
             functions, program.program.plan, request, ids, start, cache, memory
@@ -120,12 +123,12 @@ def prefill(
     """Return the state after the prompts, and the first new ids."""
     with in_force(program.program.mesh):
         functions = program.functions(params, draft_params, request)
-        cache = program.empty_cache(len(ids))
+        cache = program.first_cache(request, start)
         memory = program.memory(draft_params, request, ids, start)
         state, _ = speculation.prefill(
             functions, program.program.plan, request, ids, start, cache, memory
         )
-        before = jnp.full_like(start, request.prompt_length)
+        before = jnp.full_like(state.text.start, request.prompt_length)
         return state, _step(program, request, before, state)
 
 

@@ -106,7 +106,6 @@ def generate_text(
             temperature, top_k, top_p, key, stop_ids, allowed, logits_fn, min_new_tokens, grammar
         )
         watch = check_watch(cfg, None, patches)
-        drafting = Drafting(lookup, draft, draft_length)
         rows = stream_rows(
             cfg,
             params,
@@ -118,6 +117,7 @@ def generate_text(
             watch,
             samples,
             prefix,
+            Drafting(lookup, draft, draft_length),
         )
     else:
         rows = generate(
@@ -218,7 +218,16 @@ def stream_text(
     )
     watch = check_watch(cfg, None, patches)
     (row,) = stream_rows(
-        cfg, params, [ids], max_new_tokens, sampling, window_step, dtype, watch, prefix=prefix
+        cfg,
+        params,
+        [ids],
+        max_new_tokens,
+        sampling,
+        window_step,
+        dtype,
+        watch,
+        prefix=prefix,
+        drafting=Drafting(lookup, draft, draft_length),
     )
     return _pieces(tokenizer, ids, row, stop_ids, stops, grammar)
 
