@@ -376,14 +376,15 @@ def test_sampled_ids_have_the_distribution_of_the_model(source):
     params = jax.tree.map(lambda x: 3 * x, flaxgpt.init(cfg, jax.random.key(0)))
     draft = (cfg, jax.tree.map(lambda x: 3 * x, flaxgpt.init(cfg, jax.random.key(1))))
     drafting = Drafting(lookup=2) if source == "lookup" else Drafting(draft=draft, draft_length=2)
-    prompt, draws, accepted = [1, 2, 3, 1, 2, 3, 1, 2], [], 0
+    # Whatever follows the last 2 has followed one before, so that every row has a draft.
+    prompt, draws, accepted = [2, 0, 2, 1, 2, 3, 2, 4, 2, 5, 2, 2], [], 0
     for seed in range(5):
         sampling = Sampling(temperature=1.0, key=jax.random.key(seed))
         prepared = prepare(cfg, params, [prompt] * 4096, 3, sampling, "float32")
         out, counts = drafting.add_to(prepared).decode()
-        draws += np.asarray(out)[:, 8:11].tolist()
+        draws += np.asarray(out)[:, 12:15].tolist()
         accepted += int(counts.accepted.sum())
-    assert accepted > len(draws) / 20  # else the drafts are not tested
+    assert accepted > len(draws) / 10  # else the drafts are not tested
 
     every = np.stack(np.meshgrid(*[range(6)] * 3, indexing="ij"), axis=-1).reshape(-1, 3)
     ids = np.concatenate([np.tile(prompt, (len(every), 1)), every], axis=1)
