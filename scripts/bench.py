@@ -251,6 +251,8 @@ def main() -> None:
         _check(task, "rounds")
         if isinstance(task, Device):
             task.run()
+        elif isinstance(task, Drafts):
+            _print(task, task.run())
         else:
             _measure(task)
     except ValueError as error:

@@ -44,6 +44,8 @@ class Drafts:
     rounds: int = 5
     """Timed calls of each kind, after one that compiles."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    int8: bool = False
+    """Whether weights are int8, by `flaxgpt.quantize`."""
     peer: str | None = None
     """Python with torch and transformers, to time Hugging Face's prompt lookup too."""
 
@@ -59,7 +61,8 @@ class Drafts:
         if self.peer and self.batch > 1:
             raise ValueError(f"--peer looks up drafts for one row: use --batch 1, not {self.batch}")
         cfg = flaxgpt.GPTConfig.preset(self.preset)
-        params = jax.block_until_ready(flaxgpt.init(cfg, jax.random.key(0)))
+        params = flaxgpt.init(cfg, jax.random.key(0))
+        params = jax.block_until_ready(flaxgpt.quantize(params) if self.int8 else params)
         return {"texts": {name: self._measure(cfg, params, _text(name, self)) for name in TEXTS}}
 
     def _measure(self, cfg: Any, params: Any, ids: list[int]) -> Figures:

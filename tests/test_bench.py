@@ -60,6 +60,17 @@ SECTIONS = ("peer", "roofline", "decode", "train", "prefill", "attention")
 
 
 @pytest.mark.slow
+def test_the_drafts_task_compares_lookup_with_plain_steps_on_every_kind_of_text():
+    sizes = ("--prompt-length", "48", "--new-tokens", "16", "--rounds", "1")
+    _, found = run_bench("drafts", *sizes)
+    assert set(found["texts"]) == {"ordinary", "quote", "list", "code"}
+    for row in found["texts"].values():
+        assert row["lookup / plain"]["median"] == row["lookup"]["median"] / row["plain"]["median"]
+        assert row["plain_steps"] + row["verifying_steps"] <= 15
+    assert found["texts"]["quote"]["ids_per_step"] > 2
+
+
+@pytest.mark.slow
 def test_the_device_task_begins_no_row_after_its_budget():
     table, found = run_bench("device", "--quick", "--budget", "0.001")
     statuses = [row["status"] for section in SECTIONS for row in found.get(section, [])]

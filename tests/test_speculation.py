@@ -273,6 +273,15 @@ def test_keys_of_rows_and_window_steps_work_with_drafts():
 
 
 @SLOW
+def test_int8_weights_work_with_drafts():
+    cfg, params, _ = model("book-small")
+    small = flaxgpt.quantize(params)
+    plain = flaxgpt.generate(cfg, small, prompts(), 20, **SAMPLED)
+    for drafts in ({"lookup": 3}, {"draft": (cfg, small)}, {"draft": (cfg, params)}):
+        assert flaxgpt.generate(cfg, small, prompts(), 20, **SAMPLED, **drafts) == plain
+
+
+@SLOW
 @pytest.mark.parametrize("source", ["lookup", "similar"])
 def test_samples_and_prefixes_work_with_drafts(source):
     cfg, params, _ = model("book-small")
