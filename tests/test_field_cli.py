@@ -46,7 +46,7 @@ MISSPELLED = [
     ("generate --promt x", "flaxgpt generate PROMPT"),
     ("generate --prompt x", "flaxgpt generate PROMPT"),
     ("generate --tempratur 1 x", "--temperature?"),
-    ("generate --max-token=5 x", "--max-new-tokens?"),
+    ("generate --max-token=5 x", "did you mean --max-new-tokens"),
     ("generate --max_tokens 5 x", "--max-new-tokens?"),
     ("generate --num_samples=3 x", "--n?"),
     ("generate -n 3 x", "--n?"),

@@ -15,6 +15,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
 from flaxgpt.config import GPTConfig
+from flaxgpt.model import param_shapes
 from flaxgpt.sharding import ShardRules, check_mesh, shard, shard_rules
 from flaxgpt.tokenizer import Tokenizer, load_tokenizer
 from flaxgpt.tokenizer.folder import UnreadableTokenizerWarning, read_model_tokenizer
@@ -94,6 +95,9 @@ def load(
     path = locate(source)
     paths = weight_files(path)
     cfg = read_config_file(path)
+    if mesh is not None:
+        rules = shard_rules(cfg) if rules is None else rules
+        rules.shardings(param_shapes(cfg), mesh)  # raises for a rule that does not fit
     folder = path if path.is_dir() else path.parent
     tokenizer = None
     try:
