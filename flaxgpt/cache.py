@@ -159,14 +159,32 @@ class KVCache:
         Pure and jittable. `length` and `start` stay as they are.
 
         Args:
-            row: int [], the first of the rows to write.
+            row: int [], the first of the rows to write. Under `jit`, where it cannot be checked,
+                rows that are not there make those that are written NaN.
             other: a cache of the same model and layout with as many rows and slots or fewer.
+
+        Raises:
+            ValueError: `other` has another layout or does not fit, or `row` is out of range.
         """
+        if other.layout != self.layout:
+            raise ValueError(f'the layouts differ: "{other.layout}" and "{self.layout}"')
+        if other.batch > self.batch or other.size > self.size:
+            raise ValueError(
+                f"a cache of {other.batch} rows and {other.size} slots does not fit one of "
+                f"{self.batch} rows and {self.size} slots"
+            )
+        last = self.batch - other.batch
+        if not isinstance(row, jax.core.Tracer) and not 0 <= int(np.asarray(row)) <= last:
+            raise ValueError(
+                f"row={row} must be from 0 to {last}, for {other.batch} of {self.batch} rows"
+            )
+        index = jnp.asarray(row, jnp.int32)
+        valid = (index >= 0) & (index <= last)
 
         def write(buffer: jax.Array, new: jax.Array) -> jax.Array:
-            first = row * (buffer.shape[0] // self.batch)  # heads may be merged with rows
-            place = (first, *[0] * (buffer.ndim - 1))
-            return lax.dynamic_update_slice(buffer, new.astype(buffer.dtype), place)
+            new = jnp.where(valid, new.astype(buffer.dtype), jnp.nan)
+            first = index * (buffer.shape[0] // self.batch)  # heads may be merged with rows
+            return lax.dynamic_update_slice_in_dim(buffer, new, first, axis=0)
 
         return dataclasses.replace(
             self,
@@ -192,16 +210,23 @@ class KVCache:
 
         Args:
             start: int [B], the first slot of each row of the result, from 0 to `size`.
-            size: slots of the result (S), at least `self.length`.
+            size: slots of the result (S), at least `self.length`. Under `jit`, where they
+                cannot be checked, ids that do not fit are dropped.
 
         Returns:
             A cache with as many slots filled as this one: rows that begin later have fewer ids.
 
         Raises:
-            ValueError: this cache has more than one row.
+            ValueError: this cache has more than one row, or an argument is out of range.
         """
         if self.batch != 1:
             raise ValueError(f"a cache of {self.batch} rows cannot be placed: take one of them")
+        if not isinstance(self.length, jax.core.Tracer) and np.max(self.length) > size:
+            raise ValueError(f"size={size} is less than the {np.max(self.length)} ids of the cache")
+        if not isinstance(start, jax.core.Tracer):
+            starts = np.asarray(start)
+            if starts.ndim != 1 or (starts < 0).any() or (starts > size).any():
+                raise ValueError(f"start={start} must be a list of slots from 0 to size={size}")
         start = jnp.asarray(start, jnp.int32)
 
         def shift(buffer: jax.Array) -> jax.Array:
@@ -220,6 +245,7 @@ class KVCache:
             self,
             keys=tuple(map(shift, self.keys)),
             values=tuple(map(shift, self.values)),
+            length=jnp.reshape(self.length, ()),  # one number also if the row had its own
             start=start,
         )
 
@@ -260,6 +286,8 @@ def _write_by_row(buffer: jax.Array, new: jax.Array, length: jax.Array, rows: in
     def by_row(x: jax.Array) -> jax.Array:
         return x.reshape(rows, -1, *x.shape[1:]) if x.shape[0] != rows else x
 
+    if rows == 1:
+        return lax.dynamic_update_slice_in_dim(buffer, new, length[0], axis=buffer.ndim - 2)
     write = jax.vmap(partial(lax.dynamic_update_slice_in_dim, axis=-2))
     return write(by_row(buffer), by_row(new), length).reshape(buffer.shape)
 

@@ -345,3 +345,42 @@ def test_repeating_no_times_is_refused(filled):
 def test_an_unknown_layout_is_refused():
     with pytest.raises(ValueError, match="unknown cache layout 'apart'"):
         flaxgpt.init_cache(golden.model("book-small")[0], 1, 4, layout="apart")
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda cache: cache.put(1, cache), "row=1 must be from 0 to 0, for 3 of 3 rows"),
+        (lambda cache: cache.put(-1, cache), "row=-1 must be from 0 to 0"),
+        (lambda cache: cache.take([0]).put(0, cache), "3 rows and 12 slots does not fit one of 1"),
+        (lambda cache: cache.take([0]).place([3, -1], 12), "must be a list of slots from 0 to"),
+        (lambda cache: cache.take([0]).place([0], 7), "size=7 is less than the 8 ids"),
+        (lambda cache: cache.place([0], 12), "a cache of 3 rows cannot be placed"),
+    ],
+)
+def test_rows_that_do_not_fit_are_refused(filled, call, message):
+    cache = filled[3]["merged"].take([0, 1, 0])
+    with pytest.raises(ValueError, match=message):
+        call(cache)
+
+
+@pytest.mark.slow
+def test_rows_put_past_the_end_are_nan_under_jit(filled):
+    cache = filled[3]["merged"].take([0, 1, 0])
+    put = jax.jit(lambda row: cache.put(row, cache.take([0, 1])))
+    assert np.isnan(put(2).keys[0]).any()
+    assert not np.isnan(put(1).keys[0]).any()
+
+
+def test_a_cache_of_another_layout_is_refused(filled):
+    caches = filled[3]
+    with pytest.raises(ValueError, match='the layouts differ: "joined" and "merged"'):
+        caches["merged"].put(0, caches["joined"])
+
+
+@pytest.mark.slow
+def test_a_row_with_a_length_of_its_own_can_be_placed(filled):
+    cfg, params, ids, caches = filled
+    placed = caches["merged"].take([0]).rewind([6]).place([0, 1], 12)
+    logits, _ = flaxgpt.extend(cfg, params, ids[[0, 0], 6:8], placed)
+    golden.assert_logits_agree(logits[:1], flaxgpt.forward(cfg, params, ids[:1, :8])[:, 6:])

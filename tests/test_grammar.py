@@ -101,6 +101,13 @@ def test_classes_have_the_characters_that_they_have_in_re(escape, flags):
             assert automaton.matches(character.encode()) == matches, character
 
 
+@pytest.mark.parametrize("pattern", ["(?:){1000000000}a", "(?:){0,1000000000}a", "(?:)*a"])
+def test_repetitions_of_nothing_are_nothing(pattern):
+    automaton = byte_automaton(pattern)
+    assert automaton.matches(b"a")
+    assert not automaton.matches(b"")
+
+
 @settings(max_examples=30)
 @given(st.integers(0, 0x10FFFF), st.integers(0, 0x10FFFF))
 def test_byte_ranges_cover_a_range_of_characters(first, last):

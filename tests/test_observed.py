@@ -120,7 +120,7 @@ def test_values_have_the_shapes_of_activations_of_the_text_without_its_last_id(s
 
 
 @SLOW
-@pytest.mark.parametrize("choice", ["merged", "separate", "joined", "tpu"])
+@pytest.mark.parametrize("choice", ["merged", "separate", "tpu"])
 def test_it_is_so_on_every_platform_and_where_rows_end_early(choice, choose, model):
     plain = flaxgpt.generate(*model, PROMPTS, NEW, stop_ids=[174])
     assert len({*map(len, plain)}) > 1
@@ -131,7 +131,7 @@ def test_it_is_so_on_every_platform_and_where_rows_end_early(choice, choose, mod
 
 
 @SLOW
-@pytest.mark.parametrize("name", ["book-qkv-bias", "hf-inverse-layer"])
+@pytest.mark.parametrize("name", ["hf-inverse-layer"])
 def test_it_is_so_for_other_architectures(name):
     other = golden.model(name)[:2]
     assert_captured(other, flaxgpt.generate(*other, PROMPTS, 4, capture=["*"]), PROMPTS)
@@ -203,7 +203,7 @@ def test_ids_follow_from_the_patched_logits_of_the_whole_text(name, model):
 
 
 @SLOW
-@pytest.mark.parametrize("choice", ["separate", "joined", "tpu"])
+@pytest.mark.parametrize("choice", ["separate", "tpu"])
 def test_patches_work_on_every_platform(choice, choose, model):
     patches = PATCHES["the weights of a head"] | PATCHES["keys and values"]
     choose(choice)
@@ -323,7 +323,7 @@ def test_options_that_cannot_work_are_refused(options, message, shallow):
 
 @pytest.mark.parametrize(
     ("length", "new", "message"),
-    [(5, 61, "max_new_tokens can be 60 at most"), (65, 1, "65 ids exceed context_length=64")],
+    [(5, 61, "set max_new_tokens to at most 60"), (65, 1, "65 ids exceed context_length=64")],
 )
 def test_capture_needs_texts_within_the_context(length, new, message, shallow):
     with pytest.raises(ValueError, match=message):

@@ -47,7 +47,7 @@ def test_a_batch_has_the_ids_that_it_has_without_the_prefix():
 
 
 @slow
-@pytest.mark.parametrize("more", [0, 1, 16, 17, 43, 44])
+@pytest.mark.parametrize("more", [0, 17, 44])
 def test_a_prompt_of_any_length_has_the_ids_that_it_has_without_also_past_the_context(more):
     prompt, prefix = SHARED + IDS[1][:more], prefill(SHARED)
     assert generate([prompt], 50, prefix=prefix) == generate([prompt], 50)
@@ -56,7 +56,7 @@ def test_a_prompt_of_any_length_has_the_ids_that_it_has_without_also_past_the_co
 
 
 @slow
-@pytest.mark.parametrize("length", [1, 16, 17, 64])
+@pytest.mark.parametrize("length", [1, 64])
 def test_a_prefix_may_have_any_length_up_to_the_context(length):
     prefix = prefill(IDS[0][:length])
     prompts = [IDS[0][:length], IDS[0]]
@@ -64,7 +64,7 @@ def test_a_prefix_may_have_any_length_up_to_the_context(length):
 
 
 @slow
-@pytest.mark.parametrize("layout", ["merged", "separate", "joined"])
+@pytest.mark.parametrize("layout", ["separate", "joined"])
 def test_all_cache_layouts_give_the_same_ids(layout, monkeypatch):
     expected = generate(RAGGED, 8, **sampled()), generate(RAGGED, 8, samples=2, **sampled())
     other = dataclasses.replace(PLATFORMS["cpu"], cache_layout=layout)
@@ -76,7 +76,7 @@ def test_all_cache_layouts_give_the_same_ids(layout, monkeypatch):
 
 
 @slow
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["bfloat16"])
 def test_narrow_dtypes_give_the_same_probabilities_up_to_rounding(dtype):
     options = {"return_logprobs": True, "dtype": dtype}
     found = generate(RAGGED, 1, prefix=prefill(SHARED, dtype=dtype), **options)

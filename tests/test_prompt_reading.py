@@ -30,8 +30,9 @@ def decoded(*arguments):
     return np.asarray(jax.jit(programs.decode, static_argnums=0)(program, *arrays))
 
 
-@pytest.mark.parametrize("layout", ["separate", "merged", "joined"])
-@pytest.mark.parametrize("at_once", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("at_once", "layout"), [(1, "merged"), (2, "separate"), (2, "merged"), (2, "joined")]
+)
 def test_reading_a_few_rows_at_a_time_gives_the_same_ids(at_once, layout):
     together = decoded(5, layout, 2**13)
     np.testing.assert_array_equal(decoded(5, layout, 16 * at_once), together)

@@ -214,9 +214,11 @@ def test_a_pause_is_halved_by_some_right_ids_and_ends_with_many(later, steps):
 # --- The ids are those without drafts
 
 
-@pytest.mark.parametrize("source", ["lookup", "similar"])
-@pytest.mark.parametrize("options", [{}, SAMPLED], ids=["greedy", "sampled"])
-@pytest.mark.parametrize("new", [12, 40], ids=["within the context", "past it"])
+@pytest.mark.parametrize(
+    ("source", "options", "new"),
+    [("lookup", {}, 12), ("similar", SAMPLED, 12), ("lookup", SAMPLED, 40), ("similar", {}, 40)],
+    ids=["lookup", "similar, sampled", "lookup, sampled, past the context", "similar, past it"],
+)
 @SLOW
 def test_ids_are_those_without_drafts_in_a_ragged_batch(source, options, new):
     cfg, params, _ = model("book-small")
@@ -229,8 +231,7 @@ def test_ids_are_those_without_drafts_in_a_ragged_batch(source, options, new):
 
 
 @SLOW
-@pytest.mark.parametrize("source", ["lookup", "similar"])
-@pytest.mark.parametrize("new", [1, 100])
+@pytest.mark.parametrize(("source", "new"), [("similar", 1), ("lookup", 100)])
 def test_a_stream_has_the_ids_without_drafts(source, new):
     cfg, params, _ = model("book-small")
     plain = flaxgpt.generate(cfg, params, prompts()[:1], new, **SAMPLED)[0]
@@ -436,8 +437,7 @@ def test_neither_driver_has_a_scan_in_its_jaxpr(layout, draft):
 
 
 @SLOW
-@pytest.mark.parametrize("rows", [1, 8])
-@pytest.mark.parametrize("draft", [False, True])
+@pytest.mark.parametrize(("rows", "draft"), [(1, False), (8, False), (1, True)])
 def test_no_step_of_the_loop_copies_a_cache_on_cpu(rows, draft):
     cfg = GPTConfig(vocab_size=64, context_length=192, n_layers=1)
     params = flaxgpt.init(cfg, jax.random.key(0))
@@ -514,5 +514,8 @@ def test_a_small_model_that_does_not_fit_is_refused():
     other, weights, _ = golden.model("hf-small")
     with pytest.raises(ValueError, match="the draft model has vocab_size=300, but the model has"):
         flaxgpt.generate(cfg, params, [[1]], 3, draft=(other, weights))
-    with pytest.raises(ValueError, match="missing"):
+    with pytest.raises(ValueError, match=r"the draft model: params do not fit .* missing"):
         flaxgpt.generate(cfg, params, [[1]], 3, draft=(cfg, weights))
+    short = dataclasses.replace(cfg, context_length=4)
+    with pytest.raises(ValueError, match="draft_length=5 exceeds context_length=4 of the draft"):
+        flaxgpt.generate(cfg, params, [[1]], 3, draft=(short, params), draft_length=5)

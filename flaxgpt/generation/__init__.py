@@ -11,8 +11,10 @@ beams        the loop of beam search, also with the model injected
 speculation  the loop that verifies several drafted ids at once, also with the model injected
 lookup       drafts from earlier text
 draft_model  drafts from a smaller model
-programs     the first two loops with the GPT put in, compiled
-speculative_programs  the third
+programs     `decoding` and `beams` with the GPT put in, compiled
+speculative_programs  `speculation` with the GPT put in
+prompt_reading  prompts, read a few rows at a time
+loop_params  parameters as the loop reads them
 prefix       what prompts begin with, read before
 prompts      prompts and options to arrays
 abstract     the same without arrays, to compile for other devices

@@ -108,6 +108,7 @@ def generate(
     allowed: ArrayLike | None = None,
     logits_fn: LogitsFn | None = None,
     min_new_tokens: int = 0,
+    match: Grammar | None = None,
     capture: Iterable[str],
     patches: Mapping[str, Intervention] | None = None,
     dtype: DTypeLike = jnp.float32,
@@ -172,10 +173,10 @@ def generate(
     In float32, a row gets the same ids in a batch as alone, unless two ids are equally likely up to
     rounding. (For random sampling this holds with JAX's default keys, threefry; `rbg` keys draw
     differently in a batch.) In bfloat16 and float16 the ids can differ, because the matrix products
-    of a batch are blocked differently, so they round differently; so can they with int8 weights
-    (`flaxgpt.quantize`), whose products round activations. Where prompt and new ids
-    outgrow `cfg.context_length`, the model reads the last `context_length` of them with positions
-    counted from 0, as the book's `generate_text_simple` does (section 4.7).
+    of a batch are blocked differently, so they round differently. The same holds for int8 weights
+    (`flaxgpt.quantize`), whose products round activations. Where prompt and new ids outgrow
+    `cfg.context_length`, the model reads the last `context_length` of them with positions counted
+    from 0, as the book's `generate_text_simple` does (section 4.7).
 
     Args:
         cfg: the configuration, static.
@@ -225,12 +226,13 @@ def generate(
             replacement, which is applied to every position once, when it is read. For functions
             that treat all positions alike, the ids follow from the logits of `patch` for the whole
             text. A function sees the positions read together: first [B, T, ...] of all prompts,
-            padded on both sides, then [B, 1, ...] of each new id; attention weights have an axis
-            S of the prompts' columns, then of the cache's slots. It is compiled once per function
-            object; `jax.tree_util.Partial(function, array)` binds arrays that may change.
+            padded on both sides, then [B * samples, 1, ...] of new ids; attention weights have an
+            axis S of the prompts' columns, then of the cache's slots. It is compiled once per
+            function object; `jax.tree_util.Partial(function, array)` binds arrays that may change.
         lookup: how many ids to draft per step from what followed the latest ids of the row earlier
             in its text; None for none. One step verifies them all, which is faster for text that
-            repeats itself. It changes no id, unless two are equally likely up to rounding.
+            repeats itself. In float32 it changes no id, unless two are equally likely up to
+            rounding; in other dtypes and with int8 weights, ids can differ as in a batch.
         draft: a small model that drafts ids instead, `(cfg, params)` of the same vocabulary, with
             the same effect on the ids.
         draft_length: how many ids it drafts per step.
@@ -245,7 +247,7 @@ def generate(
 
     Returns:
         B * samples lists of at most `max_new_tokens` ids. With `return_beams`, B lists of that many
-        `flaxgpt.generation.Beam`, best first; with `return_logprobs`, B
+        `flaxgpt.generation.Beam`, best first; with `return_logprobs`, B * samples
         `flaxgpt.generation.ScoredIds`; with `capture`, B `flaxgpt.generation.ObservedIds`.
 
     Raises:
@@ -282,11 +284,11 @@ def generate(
         max_new_tokens,
         sampling,
         dtype,
-        alternatives,
-        window_step,
-        watch,
-        samples,
-        prefix,
+        alternatives=alternatives,
+        window_step=window_step,
+        watch=watch,
+        samples=samples,
+        prefix=prefix,
     )
     program, params, request, ids, start = prepared
     rows_in_loop = len(ids) * program.plan.samples

@@ -23,9 +23,6 @@ from flaxgpt.generation.speculation import append, latest
 
 CATCH_UP = 4  # ids that are read at once, where the text has grown without the small model
 
-Memory = KVCache
-"""What the small model has read: a length per row."""
-
 
 def read_prompts(
     read: Read,

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from flaxgpt._checks import check_params, check_size
+from flaxgpt._checks import check_params, check_size, value_errors
 from flaxgpt.config import GPTConfig
 from flaxgpt.generation import speculative_programs as programs
 from flaxgpt.generation.decoding import Request
@@ -63,7 +63,7 @@ class Drafting:
         if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], GPTConfig)):
             raise ValueError(
                 "draft must be the configuration and the parameters of a model, as in "
-                'draft=flaxgpt.load("tales")[:2]'
+                f'draft=flaxgpt.load("tales")[:2], got {type(pair).__name__}'
             )
 
     @property
@@ -82,8 +82,8 @@ class Drafting:
         for option, value in (("capture", program.capture), ("patches", request.patches)):
             if value:
                 raise ValueError(
-                    f"{option} does not work with drafts, of which the model also reads those that "
-                    "are dropped: leave it out, or leave out lookup and draft"
+                    f"{option} does not work with drafts, because the model also reads drafted ids "
+                    f"that are rejected: leave out {option}, or lookup and draft"
                 )
         name = "draft_length" if self.lookup is None else "lookup"
         if self.size >= program.cfg.context_length:
@@ -94,26 +94,38 @@ class Drafting:
         cfg = draft_params = None
         if self.draft is not None:
             cfg, draft_params = self.draft
-            draft_params = _placed(program, cfg, draft_params)
+            if self.size > cfg.context_length:
+                raise ValueError(
+                    f"draft_length={self.size} exceeds context_length={cfg.context_length} of the "
+                    "draft model: 4 to 10 ids are usual"
+                )
+            draft_params = _placed(program, devices_of(params), cfg, draft_params)
         speculative = SpeculativeProgram(program, self.size, cfg)
         return Speculative(speculative, params, draft_params, request, ids, start)
 
 
-def _placed(program: Program, cfg: GPTConfig, params: Params) -> Params:
+def _placed(program: Program, devices: Any, cfg: GPTConfig, params: Params) -> Params:
     """Return the parameters of a small model as the loop reads them, or raise ValueError."""
     if cfg.vocab_size != program.cfg.vocab_size:
         raise ValueError(
             f"the draft model has vocab_size={cfg.vocab_size}, but the model has "
             f"{program.cfg.vocab_size}: use one with the same tokenizer"
         )
-    check_params(param_shapes(cfg), params)
+    with value_errors("the draft model"):
+        check_params(param_shapes(cfg), params)
     params = to_automatic(params)
-    if mesh_of(params) != program.mesh:
+    if mesh_of(params) != program.mesh or devices_of(params) != devices:
         raise ValueError(
-            "the draft model must be on the devices of the model: place it with flaxgpt.shard on "
-            "the same mesh"
+            "the draft model must be on the devices of the model: place it with jax.device_put, or "
+            "with flaxgpt.shard on the same mesh"
         )
     return loop_params(program.platform, program.dtype, params)
+
+
+def devices_of(params: Params) -> Any:
+    """Return the devices of the first array, or None for arrays on the host."""
+    leaf = jax.tree.leaves(params)[0]
+    return leaf.devices() if isinstance(leaf, jax.Array) else None
 
 
 class Speculative(NamedTuple):
@@ -134,7 +146,7 @@ class Speculative(NamedTuple):
     def steps(self) -> Generator[list[list[int]], None, Any]:
         """Yield the new ids of each row, one step at a time, within the context.
 
-        Returns the `DecodeState` with which the plain steps go on, or None if there are none.
+        Returns the `DecodeState` from which the plain steps continue, or None if there are none.
         """
         program, params, draft_params, request, _, _ = self
         state, step = programs.prefill(*self)

@@ -62,9 +62,9 @@ class Watch:
         if self.names is not None and longest + max_new_tokens > context_length + 1:
             raise ValueError(
                 f"capture needs texts within the context: a prompt of {longest} ids and "
-                f"max_new_tokens={max_new_tokens} exceed context_length={context_length}, past "
-                "which the ids in view move, so an id has no one value; max_new_tokens can be "
-                f"{context_length + 1 - longest} at most"
+                f"max_new_tokens={max_new_tokens} exceed context_length={context_length}, beyond "
+                "which the window moves and the values of an id change: set max_new_tokens to at "
+                f"most {context_length + 1 - longest}"
                 if longest <= context_length
                 else f"capture needs prompts within the context: {longest} ids exceed "
                 f"context_length={context_length}, so crop the prompts first"

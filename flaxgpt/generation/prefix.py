@@ -92,8 +92,9 @@ class Prefix:
                 found = f"has {int(row[shared])}" if shared < len(row) else "ends"
                 raise ValueError(
                     f"prompt {i} does not begin with the prefix: at place {shared}, the prefix has "
-                    f"{self.ids[shared]}, but the prompt {found}. Prompts include the ids of the "
-                    "prefix, and a text can have other tokens where it goes on"
+                    f"{self.ids[shared]}, but the prompt {found}. Prompts must include the ids of "
+                    "the prefix. A tokenizer may split a longer text differently at the end of the "
+                    "prefix: end the prefix after a whole word"
                 )
 
 

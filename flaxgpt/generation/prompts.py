@@ -45,6 +45,7 @@ def prepare(
     max_new_tokens: int,
     sampling: Sampling,
     dtype: DTypeLike,
+    *,
     alternatives: int | None = None,
     window_step: int = 1,
     watch: Watch | None = None,

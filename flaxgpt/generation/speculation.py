@@ -14,7 +14,7 @@ with the probability that the model gives it, and otherwise another one is drawn
 
 Rows accept different numbers of ids, so each has its own length. `KVCache.rewind` drops what was
 read of rejected ids, and later ids overwrite it. Past the context, where every id takes a full
-pass, all rows have the same length again, and the plain loop goes on.
+pass, all rows have the same length again, and the plain loop continues.
 
 A step in which no row has a draft is a plain one. Where drafts fail, the loop pauses them for twice
 as many steps each time, because a step is longer with them. Where a row gains one id or more on
@@ -202,7 +202,7 @@ def verifying_step(
 
 
 def without_drafts(plan: Plan, request: Request, state: SpeculativeState) -> DecodeState:
-    """Return the state with which the plain loop goes on, past the context."""
+    """Return the state from which the plain loop continues, past the context."""
     text = state.text
     more = plan.width - columns(plan)
 

@@ -170,5 +170,5 @@ verifying_step = _compile_step(speculation.verifying_step)
 def without_drafts(
     program: SpeculativeProgram, request: Request, state: SpeculativeState
 ) -> DecodeState:
-    """Return the state with which the plain steps go on, past the context."""
+    """Return the state from which the plain steps continue, past the context."""
     return speculation.without_drafts(program.program.plan, request, state)

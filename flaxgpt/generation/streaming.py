@@ -52,7 +52,7 @@ def stream(
     The ids are those of `generate(cfg, params, [prompt], ...)` with the same arguments, unless two
     ids are equally likely up to rounding; see there for the arguments not listed here. Arguments
     are checked at the call, before the first id is requested. Memory stays that of one context,
-    however many ids are requested, and with `logits_fn` or `match` also the ids.
+    however many ids are requested, and with `logits_fn`, `match` or `min_new_tokens` also the ids.
 
     Args:
         cfg: the configuration, static.
@@ -82,9 +82,9 @@ def stream(
         [prompt],
         max_new_tokens,
         sampling,
-        window_step,
         dtype,
-        watch,
+        window_step=window_step,
+        watch=watch,
         prefix=prefix,
         drafting=Drafting(lookup, draft, draft_length),
     )
@@ -97,8 +97,9 @@ def stream_rows(
     prompts: Sequence[ArrayLike | Sequence[int]],
     max_new_tokens: int,
     sampling: Sampling,
-    window_step: int,
     dtype: DTypeLike,
+    *,
+    window_step: int = 1,
     watch: Watch | None = None,
     samples: int = 1,
     prefix: Prefix | None = None,

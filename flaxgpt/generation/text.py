@@ -68,8 +68,7 @@ def generate_text(
         match: a regular expression in the syntax of Python's `re`, such as "[0-9]{1,3}". Each new
             text is a whole match that fits `max_new_tokens`, whatever the model prefers. A text
             ends at one of `stop_ids`, by default those of the tokenizer, which are left out. Or a
-            grammar, which is a compiled one. Lookaround, backreferences and anchors are not
-            supported; see `flaxgpt.generation.compile_grammar`.
+            `Grammar`, from `flaxgpt.generation.compile_grammar`, which has the syntax.
         stop: strings that end a text, wherever they begin and end within its tokens. Only new text
             is searched: a string that begins in the prompt does not count. Of several strings, the
             one that ends first in the text counts, and of those that end at the same place, the
@@ -101,7 +100,7 @@ def generate_text(
         refuse_with_beams(match=match)
     if stops.strings:
         if options.is_search:
-            refuse_with_beams(stop=stops.strings, patches=patches is not None)
+            refuse_with_beams(stop=stops.strings)
         sampling = Sampling(
             temperature, top_k, top_p, key, stop_ids, allowed, logits_fn, min_new_tokens, grammar
         )
@@ -112,12 +111,12 @@ def generate_text(
             encoded,
             max_new_tokens,
             sampling,
-            window_step,
             dtype,
-            watch,
-            samples,
-            prefix,
-            Drafting(lookup, draft, draft_length),
+            window_step=window_step,
+            watch=watch,
+            samples=samples,
+            prefix=prefix,
+            drafting=Drafting(lookup, draft, draft_length),
         )
     else:
         rows = generate(
@@ -223,9 +222,9 @@ def stream_text(
         [ids],
         max_new_tokens,
         sampling,
-        window_step,
         dtype,
-        watch,
+        window_step=window_step,
+        watch=watch,
         prefix=prefix,
         drafting=Drafting(lookup, draft, draft_length),
     )

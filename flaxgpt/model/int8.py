@@ -60,10 +60,10 @@ def int8_product(
     if x.ndim == 1:
         return int8_product(x[None], weight, scales, platform)[0]
     if not platform.round_to_int8:
-        return _flat_dot(x, weight.astype(x.dtype), jnp.float32) * _expand(scales, x.ndim)
+        return _flat_dot(x, weight.astype(x.dtype), jnp.float32) * expand(scales, x.ndim)
     rows, of_rows = quantize_rows(x)
     sums = _flat_dot(add_copies(rows, platform), weight, jnp.int32)
-    scale = of_rows[..., None] * _expand(scales, x.ndim)
+    scale = of_rows[..., None] * expand(scales, x.ndim)
     return drop_copies(sums, len(x)).astype(jnp.float32) * scale
 
 
@@ -74,5 +74,6 @@ def _flat_dot(x: jax.Array, weight: jax.Array, dtype: DTypeLike) -> jax.Array:
     return product.reshape(*x.shape[:-1], -1)
 
 
-def _expand(vector: jax.Array, ndim: int) -> jax.Array:  # [D] -> [1, ..., 1, D]
+def expand(vector: jax.Array, ndim: int) -> jax.Array:  # [D] -> [1, ..., 1, D]
+    """Return a vector as an array whose other axes have one element."""
     return vector.reshape((1,) * (ndim - 1) + vector.shape)

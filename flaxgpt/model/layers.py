@@ -11,7 +11,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from flaxgpt.config import GPTConfig
-from flaxgpt.model.int8 import int8_product, restore_rows, scales_of
+from flaxgpt.model.int8 import expand, int8_product, restore_rows, scales_of
 from flaxgpt.platform import Platform
 from flaxgpt.sharding import constrain, gather_weight
 
@@ -50,7 +50,7 @@ class Linear(nn.Module):
             y = int8_product(x, weight, scales, self.platform).astype(self.out_dtype or self.dtype)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros_init(), (self.features,), jnp.float32)
-            y = y + _expand(bias.astype(y.dtype), y.ndim)
+            y = y + expand(bias.astype(y.dtype), y.ndim)
         return y
 
 
@@ -113,10 +113,10 @@ class LayerNorm(nn.Module):
             variance = jnp.maximum(variance, 0.0)
         else:
             variance = jnp.square(centered).mean(axis=-1, keepdims=True)
-        y = centered * lax.rsqrt(variance + self.eps) * _expand(scale.astype(x.dtype), x.ndim)
+        y = centered * lax.rsqrt(variance + self.eps) * expand(scale.astype(x.dtype), x.ndim)
         if self.use_bias:
             shift = self.param("shift", nn.initializers.zeros_init(), (x.shape[-1],), jnp.float32)
-            y = y + _expand(shift.astype(x.dtype), x.ndim)
+            y = y + expand(shift.astype(x.dtype), x.ndim)
         return y.astype(self.dtype)
 
 
@@ -200,7 +200,3 @@ def _rows_by_bits(table: jax.Array, index: jax.Array) -> jax.Array:
 def _rows_by_bits_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
     (table, index), (d_table, _) = primals, tangents
     return _rows_by_bits(table, index), d_table.at[index].get(mode="fill", fill_value=0)
-
-
-def _expand(vector: jax.Array, ndim: int) -> jax.Array:  # [D] -> [1, ..., 1, D]
-    return vector.reshape((1,) * (ndim - 1) + vector.shape)

@@ -197,6 +197,9 @@ def test_a_stream_with_drafts_has_the_ids_of_one_device():
 def test_a_draft_model_on_other_devices_is_refused():
     with pytest.raises(ValueError, match="the draft model must be on the devices of the model"):
         flaxgpt.generate(CFG, split((8, 1, 1)), RAGGED, 4, draft=(CFG, parameters()))
+    elsewhere = jax.device_put(parameters(), jax.devices()[1])
+    with pytest.raises(ValueError, match="the draft model must be on the devices of the model"):
+        flaxgpt.generate(CFG, parameters(), RAGGED, 4, draft=(CFG, elsewhere))
 
 
 @slow

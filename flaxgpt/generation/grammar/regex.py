@@ -154,9 +154,15 @@ class _Builder:
         else:
             state = out
             for _ in range(most - least):
-                state = self.either([self.sequence(inner, state), out])
+                once = self.sequence(inner, state)
+                if once == state:  # what is repeated is empty
+                    break
+                state = self.either([once, out])
         for _ in range(least):
-            state = self.sequence(inner, state)
+            once = self.sequence(inner, state)
+            if once == state:
+                break
+            state = once
         return state
 
     def characters(self, items: tuple[tuple[str, Any], ...], out: int) -> int:

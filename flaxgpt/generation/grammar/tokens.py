@@ -58,7 +58,7 @@ class Grammar:
     def hook(self, lengths: Any, max_new_tokens: int) -> Partial:
         """Return the hook, for `logits_fn`, that continues prompts by texts that match.
 
-        An id is excluded if no match that begins with the new ids and it fits `max_new_tokens`.
+        An id is excluded if no match that starts with the new ids and this one fits.
 
         Args:
             lengths: int [B], ids in each prompt.
