@@ -2,6 +2,7 @@
 
 import atexit
 import os
+import pathlib
 import shutil
 import tempfile
 
@@ -43,12 +44,31 @@ def pytest_collection_modifyitems(items):
 
 
 _compiled = []
+_unchecked = []  # compilations since memory maps were counted
+
+
+def _on_event(event, _duration, **_):
+    if event.endswith("backend_compile_duration"):
+        _compiled.append(event)
+        _unchecked.append(event)
+
+
 # Registered once, because jax 0.7 has no public function that removes a listener.
-jax.monitoring.register_event_duration_secs_listener(
-    lambda event, _duration, **_: (
-        event.endswith("backend_compile_duration") and _compiled.append(event)
-    )
-)
+jax.monitoring.register_event_duration_secs_listener(_on_event)
+
+
+@pytest.fixture(autouse=True)
+def _few_memory_maps():
+    """Free compiled code in time: each program takes some memory maps, and Linux allows 65,530.
+
+    A process that has no more of them crashes in the next compilation.
+    """
+    yield
+    maps = pathlib.Path("/proc/self/maps")
+    if len(_unchecked) >= 100 and maps.exists():
+        del _unchecked[:]
+        if maps.read_bytes().count(b"\n") > 30_000:
+            jax.clear_caches()
 
 
 @pytest.fixture
