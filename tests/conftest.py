@@ -38,9 +38,16 @@ def compiles_quickly(item):
     return "quick_compilation" in item.fixturenames
 
 
+# They start other processes and take minutes, in which the other tests can run.
+LONGEST = ("test_sharding.py", "test_notebook.py")
+
+
 def pytest_collection_modifyitems(items):
-    """Run the files that compile quickly one after another, because they share compiled code."""
-    items.sort(key=lambda item: not compiles_quickly(item))
+    """Run the longest files first, and those that compile quickly one after another.
+
+    The latter share compiled code.
+    """
+    items.sort(key=lambda item: (item.path.name not in LONGEST, not compiles_quickly(item)))
 
 
 _compiled = []
