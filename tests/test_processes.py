@@ -260,7 +260,7 @@ def test_killing_one_process_stops_the_others_and_the_run_resumes(victim, group,
     training.wait_until(8)
     training.processes[victim].kill()
     codes, _ = training.wait(60)
-    assert codes[1 - victim] == 1
+    assert codes[1 - victim] == 1, training.messages()[1 - victim]
     message = training.messages()[1 - victim]
     if jax.__version_info__ < (0, 8):  # JAX ends the process in a way that cannot be caught
         assert "another task died" in message or "flaxgpt: another process" in message
