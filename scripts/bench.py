@@ -6,6 +6,7 @@
     python scripts/bench.py train --recipe shakespeare-char --batch 12 --length 64 --steps 50
     python scripts/bench.py prefix --prefix-length 896 --batch 4
     python scripts/bench.py drafts --preset gpt2 --lookup 8 --peer peers/bin/python
+    python scripts/bench.py draft-model --preset gpt2-large --blocks 2 --scale 0.1
     python scripts/bench.py device
 
 Weights and text are random. Decoding is greedy and never stops early. Its throughput counts only
@@ -20,8 +21,8 @@ The task `prefix` measures the time to the first new id of prompts that begin wi
 read whole, after `prefill`, and with a prefix that a `PrefixStore` has. The calls alternate, and
 each ratio compares two consecutive ones.
 
-The task `drafts` compares `generate` with and without prompt lookup on texts of several kinds; see
-scripts/drafts.py.
+The task `drafts` compares `generate` with and without prompt lookup on texts of several kinds, and
+`draft-model` with and without a small model that drafts; see scripts/drafts.py.
 
 The task `device` measures an accelerator in under 9 minutes and prints its table before the JSON
 object; see scripts/device_table.py.
@@ -39,7 +40,7 @@ from typing import Any, Literal
 
 import tyro
 from device_table import Device
-from drafts import Drafts
+from drafts import DraftModel, Drafts
 from timing import Figures, in_turn, machine, peak_memory, spread, timed
 
 
@@ -59,6 +60,8 @@ class Decode:
     int8: bool = False
     """Whether weights are int8, by `flaxgpt.quantize`."""
     driver: Literal["generate", "stream"] = "generate"
+    beams: int = 1
+    """Beams of `generate`; 2 or more for beam search, where only the best beam's tokens count."""
     against: str | None = None
     """Command of a peer to alternate with."""
     rounds: int = 5
@@ -72,8 +75,8 @@ class Decode:
         import flaxgpt
 
         _check(self, "batch", "prompt_length", "new_tokens", "repeats")
-        if self.driver == "stream" and self.batch != 1:
-            raise ValueError(f"--driver stream decodes one row: use --batch 1, not {self.batch}")
+        if self.driver == "stream" and (self.batch, self.beams) != (1, 1):
+            raise ValueError("--driver stream decodes one row: leave out --batch and --beams")
         cfg = flaxgpt.GPTConfig.preset(self.preset)
         params = flaxgpt.init(cfg, jax.random.key(0))
         params = jax.block_until_ready(flaxgpt.quantize(params) if self.int8 else params)
@@ -89,6 +92,7 @@ class Decode:
             if self.driver == "stream":
                 rows = [list(flaxgpt.stream(cfg, params, prompts[0], self.new_tokens, **options))]
             else:
+                options["beams"] = self.beams
                 rows = flaxgpt.generate(cfg, params, prompts, self.new_tokens, **options)
             assert [len(row) for row in rows] == [self.new_tokens] * self.batch
 
@@ -234,16 +238,20 @@ class Prefix:
         }
 
 
+Task = Decode | Train | Prefix | Drafts | DraftModel | Device
+TASKS: dict[str, Callable[..., Task]] = {
+    "decode": Decode,
+    "train": Train,
+    "prefix": Prefix,
+    "drafts": Drafts,
+    "draft-model": DraftModel,
+    "device": Device,
+}
+
+
 def main() -> None:
     """Parse the command line, run the benchmark and print the result."""
-    tasks: dict[str, Callable[..., Decode | Train | Prefix | Drafts | Device]] = {
-        "decode": Decode,
-        "train": Train,
-        "prefix": Prefix,
-        "drafts": Drafts,
-        "device": Device,
-    }
-    task = tyro.extras.subcommand_cli_from_dict(tasks, description=__doc__)
+    task = tyro.extras.subcommand_cli_from_dict(TASKS, description=__doc__)
     try:
         if isinstance(task, Prefix):
             _print(task, task.run())
@@ -251,7 +259,7 @@ def main() -> None:
         _check(task, "rounds")
         if isinstance(task, Device):
             task.run()
-        elif isinstance(task, Drafts):
+        elif isinstance(task, Drafts | DraftModel):
             _print(task, task.run())
         else:
             _measure(task)
@@ -261,11 +269,10 @@ def main() -> None:
 
 def _measure(task: Decode | Train) -> None:
     """Run a benchmark, alone or in turn with a peer, and print the result."""
-    name = type(task).__name__.lower()
     if task.against is None:
         figures = task.run()
     else:
-        alone = [sys.executable, __file__, name]
+        alone = [sys.executable, __file__, _name(task)]
         for option, value in dataclasses.asdict(task).items():
             flag = option.replace("_", "-")
             if isinstance(value, bool):
@@ -276,12 +283,15 @@ def _measure(task: Decode | Train) -> None:
     _print(task, figures)
 
 
-def _print(task: Decode | Train | Prefix | Drafts, figures: Figures) -> None:
-    name = type(task).__name__.lower()
-    print(json.dumps({"task": name} | dataclasses.asdict(task) | machine() | figures))
+def _name(task: Task) -> str:
+    return next(name for name, kind in TASKS.items() if kind is type(task))
 
 
-def _check(task: Decode | Train | Prefix | Drafts | Device, *names: str) -> None:
+def _print(task: Task, figures: Figures) -> None:
+    print(json.dumps({"task": _name(task)} | dataclasses.asdict(task) | machine() | figures))
+
+
+def _check(task: Task, *names: str) -> None:
     """Raise ValueError unless these options are whole numbers, 1 or more."""
     from flaxgpt._checks import check_size
 

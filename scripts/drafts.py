@@ -1,7 +1,8 @@
-"""What drafts save: the task `drafts` of scripts/bench.py.
+"""What drafts save: the tasks `drafts` and `draft-model` of scripts/bench.py.
 
-The weights are random, but the texts are not: a hook makes the model write a given text, so drafts
-are accepted as they would be by a model that writes it. The texts are tokens of GPT-2:
+For `drafts`, the weights are random, but the texts are not: a hook makes the model write a given
+text, so drafts are accepted as they would be by a model that writes it. The texts are tokens of
+GPT-2:
 
     ordinary   a story
     quote      the same story, which repeats a passage of the prompt
@@ -11,6 +12,10 @@ are accepted as they would be by a model that writes it. The texts are tokens of
 For each, `generate` with and without drafts takes turns, all in one process. The peer is Hugging
 Face's `generate` with and without `prompt_lookup_num_tokens`, in a process of its own, in the same
 turns (scripts/drafts_peer.py, which needs torch and transformers).
+
+For `draft-model`, the first blocks of a random model draft for all of them, and what the other
+blocks add to the states is scaled down: at 0 every draft is right, and the larger the scale, the
+fewer are.
 """
 
 from __future__ import annotations
@@ -103,18 +108,123 @@ class Drafts:
         sampling = Sampling(logits_fn=hook)
         prepared = prepare(cfg, params, prompts, self.new_tokens, sampling, self.dtype)
         _, counts = Drafting(lookup=self.lookup).add_to(prepared).decode()
-        verifying, accepted = int(counts.verifying), float(np.mean(counts.accepted))
         figures = {name: spread(values) for name, values in rates.items()}
         pairs = [("lookup", "plain")] + [("lookup", "peer lookup")] * bool(peer)
         for ours, other in pairs:
             ratios = [a / b for a, b in zip(rates[ours], rates[other], strict=True)]
             figures[f"{ours} / {other}"] = spread(ratios)
-        return figures | {
-            "plain_steps": int(counts.plain),
-            "verifying_steps": verifying,
-            "accepted_per_verifying_step": accepted / max(1, verifying),
-            "ids_per_step": (self.new_tokens - 1) / (int(counts.plain) + verifying),
+        return figures | _steps(counts, self.new_tokens)
+
+
+@dataclasses.dataclass(frozen=True)
+class DraftModel:
+    """Tokens per second of `generate` with and without `draft`, a model's own first blocks."""
+
+    preset: str = "gpt2"
+    """Name of a `GPTConfig` preset."""
+    blocks: int = 2
+    """How many blocks of the model draft for it."""
+    scale: float = 0.0
+    """Factor of what the other blocks add; 0 makes every draft right."""
+    draft_length: int = 4
+    batch: int = 1
+    prompt_length: int = 192
+    new_tokens: int = 128
+    rounds: int = 5
+    """Timed calls of each kind, after one that compiles."""
+    temperature: float = 1.0
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    int8: bool = False
+    """Whether the weights of both are int8, by `flaxgpt.quantize`."""
+
+    def run(self) -> Figures:
+        """Measure `generate` with and without drafts in turn."""
+        import jax
+        import numpy as np
+
+        import flaxgpt
+        from flaxgpt._checks import check_size
+        from flaxgpt.generation import Sampling
+        from flaxgpt.generation.drafting import Drafting
+        from flaxgpt.generation.prompts import prepare
+
+        for name in ("blocks", "draft_length", "batch", "prompt_length", "new_tokens"):
+            check_size(f"--{name.replace('_', '-')}", getattr(self, name))
+        cfg = flaxgpt.GPTConfig.preset(self.preset)
+        if self.blocks > cfg.n_layers:
+            raise ValueError(
+                f"--blocks {self.blocks} is more than the {cfg.n_layers} blocks of {self.preset}"
+            )
+        params, key = flaxgpt.init(cfg, jax.random.key(0)), jax.random.key(1)
+        others = cfg.block_names[self.blocks :]
+        small = {name: part for name, part in params.items() if name not in others}
+        params |= {name: _scaled(params[name], self.scale) for name in others}
+        if self.int8:
+            params, small = flaxgpt.quantize(params), flaxgpt.quantize(small)
+        draft = (dataclasses.replace(cfg, n_layers=self.blocks), small)
+
+        shape = (self.batch, self.prompt_length)
+        prompts = np.random.default_rng(0).integers(0, cfg.vocab_size, shape)
+        call = partial(
+            flaxgpt.generate,
+            cfg,
+            params,
+            prompts,
+            self.new_tokens,
+            temperature=self.temperature,
+            key=key,
+            dtype=self.dtype,
+        )
+        calls: dict[str, Callable[[], object]] = {
+            "plain": call,
+            "draft": partial(call, draft=draft, draft_length=self.draft_length),
         }
+        rates = _in_turn(calls, self.rounds, self.batch * self.new_tokens)
+        ratios = [a / b for a, b in zip(rates["draft"], rates["plain"], strict=True)]
+
+        sampling = Sampling(self.temperature, key=key)
+        prepared = prepare(cfg, params, list(prompts), self.new_tokens, sampling, self.dtype)
+        drafting = Drafting(draft=draft, draft_length=self.draft_length)
+        _, counts = drafting.add_to(prepared).decode()
+        return {
+            "size_of_draft": _nbytes(small) / _nbytes(params),
+            **{name: spread(values) for name, values in rates.items()},
+            "ratio": spread(ratios),
+            **_steps(counts, self.new_tokens),
+        }
+
+
+def _steps(counts: Any, new_tokens: int) -> Figures:
+    """Return what the steps after the prompts were."""
+    import numpy as np
+
+    verifying, accepted = int(counts.verifying), float(np.mean(counts.accepted))
+    return {
+        "plain_steps": int(counts.plain),
+        "verifying_steps": verifying,
+        "accepted_per_verifying_step": accepted / max(1, verifying),
+        "ids_per_step": (new_tokens - 1) / max(1, int(counts.plain) + verifying),
+    }
+
+
+def _scaled(block: Any, scale: float) -> Any:
+    """Return the parameters of a block that adds `scale` times as much to the states."""
+    import jax
+
+    def scaled(linear: Any) -> Any:
+        return jax.tree.map(lambda x: x * scale, linear)
+
+    att, ff = block["att"], block["ff"]
+    return block | {
+        "att": att | {"out_proj": scaled(att["out_proj"])},
+        "ff": ff | {"layers_2": scaled(ff["layers_2"])},
+    }
+
+
+def _nbytes(params: Any) -> int:
+    import jax
+
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(params))
 
 
 def _write(text: Any, ids: Any, length: Any, logits: Any) -> Any:

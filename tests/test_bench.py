@@ -71,6 +71,17 @@ def test_the_drafts_task_compares_lookup_with_plain_steps_on_every_kind_of_text(
 
 
 @pytest.mark.slow
+def test_the_draft_model_task_compares_drafts_with_plain_steps():
+    sizes = ("--prompt-length", "8", "--new-tokens", "16", "--rounds", "1")
+    _, found = run_bench("draft-model", "--scale", "0", *sizes)
+    assert found["task"] == "draft-model"
+    assert 0.4 < found["size_of_draft"] < 0.45  # 2 blocks of 12, and the embeddings
+    assert found["ratio"]["median"] == found["draft"]["median"] / found["plain"]["median"]
+    # All are right, so 15 ids after the first one take three steps of 5.
+    assert (found["plain_steps"], found["verifying_steps"], found["ids_per_step"]) == (0, 3, 5)
+
+
+@pytest.mark.slow
 def test_the_device_task_begins_no_row_after_its_budget():
     table, found = run_bench("device", "--quick", "--budget", "0.001")
     statuses = [row["status"] for section in SECTIONS for row in found.get(section, [])]
@@ -98,7 +109,9 @@ def test_the_device_task_prints_what_it_has_when_a_row_outlasts_the_budget(tmp_p
         (["decode", "--prompt-length", "0"], "--prompt-length=0 must be a whole number"),
         (["decode", "--repeats", "0"], "--repeats=0 must be a whole number"),
         (["decode", "--against", "peer", "--rounds", "0"], "--rounds=0 must be a whole number"),
-        (["decode", "--batch", "2", "--driver", "stream"], "use --batch 1, not 2"),
+        (["decode", "--batch", "2", "--driver", "stream"], "leave out --batch and --beams"),
+        (["decode", "--beams", "2", "--driver", "stream"], "leave out --batch and --beams"),
+        (["draft-model", "--blocks", "13"], "more than the 12 blocks of gpt2"),
         (["train", "--batch", "0"], "--batch=0 must be a whole number"),
         (["train", "--steps-per-call", "0"], "--steps-per-call=0 must be a whole number"),
         (["train", "--steps", "7"], "--steps 7 must be a multiple of 10"),
