@@ -263,6 +263,18 @@ def test_no_step_of_the_loop_copies_a_cache_on_cpu(rows, capture):
     assert not re.search(rf"= {buffer}\S* copy\(", program)
 
 
+@pytest.mark.parametrize("rows", [1, 8])
+def test_no_step_of_the_loop_transposes_a_weight_on_cpu(rows):
+    cfg = GPTConfig(vocab_size=64, context_length=192, n_layers=1)
+    params = flaxgpt.init(cfg, jax.random.key(0))
+    prepared = prepare(cfg, params, np.ones((rows, 32), int), 128, Sampling(), "float32")
+    decode = programs.compiled_decode(PLATFORMS["cpu"].decode_options)
+    program = decode.lower(*prepared).compile().as_text()
+    weight = r"f32\[(?:3072,768|768,3072|768,768)\]"
+    assert re.search(weight, program)
+    assert not re.search(rf"= {weight}\S* (?:copy|transpose|fusion|call)\(", program)
+
+
 def test_the_walk_finds_a_scan_inside_a_loop_inside_a_jit():
     def hidden(x):
         return jax.lax.while_loop(

@@ -155,9 +155,10 @@ def _product(
 ) -> jax.Array:
     """Return `x @ weight.T` without a transpose: [..., in], [out, in] -> [..., out]."""
     rounded = rounded and dtype is None and x.dtype != jnp.float32
-    if not rounded and dtype in (None, x.dtype):
+    if not rounded and dtype in (None, x.dtype) and 1 not in x.shape[1:-1]:
         return _dot(x, weight, dtype)
-    # XLA:CPU of jax 0.7 multiplies bfloat16 into float32 only if rows are one dimension.
+    # With more than one dimension of rows, XLA:CPU of jax 0.7 does not multiply bfloat16 into
+    # float32, and for [B, 1, D] it transposes the weight in each step of a loop.
     rows = x.reshape(-1, x.shape[-1])
     product = _rounded_dot(rows, weight) if rounded else _dot(rows, weight, dtype)
     return product.reshape(*x.shape[:-1], -1)
