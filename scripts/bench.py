@@ -74,7 +74,7 @@ class Decode:
 
         import flaxgpt
 
-        _check(self, "batch", "prompt_length", "new_tokens", "repeats")
+        _check(self, "batch", "prompt_length", "new_tokens", "repeats", "beams")
         if self.driver == "stream" and (self.batch, self.beams) != (1, 1):
             raise ValueError("--driver stream decodes one row: leave out --batch and --beams")
         cfg = flaxgpt.GPTConfig.preset(self.preset)
@@ -92,8 +92,9 @@ class Decode:
             if self.driver == "stream":
                 rows = [list(flaxgpt.stream(cfg, params, prompts[0], self.new_tokens, **options))]
             else:
-                options["beams"] = self.beams
-                rows = flaxgpt.generate(cfg, params, prompts, self.new_tokens, **options)
+                rows = flaxgpt.generate(
+                    cfg, params, prompts, self.new_tokens, beams=self.beams, **options
+                )
             assert [len(row) for row in rows] == [self.new_tokens] * self.batch
 
         figures = timed(call, self.repeats, self.batch * self.new_tokens)

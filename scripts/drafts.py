@@ -187,7 +187,7 @@ class DraftModel:
         drafting = Drafting(draft=draft, draft_length=self.draft_length)
         _, counts = drafting.add_to(prepared).decode()
         return {
-            "size_of_draft": _nbytes(small) / _nbytes(params),
+            "size_of_draft": flaxgpt.count_params(small).bytes / flaxgpt.count_params(params).bytes,
             **{name: spread(values) for name, values in rates.items()},
             "ratio": spread(ratios),
             **_steps(counts, self.new_tokens),
@@ -219,12 +219,6 @@ def _scaled(block: Any, scale: float) -> Any:
         "att": att | {"out_proj": scaled(att["out_proj"])},
         "ff": ff | {"layers_2": scaled(ff["layers_2"])},
     }
-
-
-def _nbytes(params: Any) -> int:
-    import jax
-
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(params))
 
 
 def _write(text: Any, ids: Any, length: Any, logits: Any) -> Any:

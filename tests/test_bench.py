@@ -110,6 +110,7 @@ def test_the_device_task_prints_what_it_has_when_a_row_outlasts_the_budget(tmp_p
         (["decode", "--repeats", "0"], "--repeats=0 must be a whole number"),
         (["decode", "--against", "peer", "--rounds", "0"], "--rounds=0 must be a whole number"),
         (["decode", "--batch", "2", "--driver", "stream"], "leave out --batch and --beams"),
+        (["decode", "--beams", "0"], "--beams=0 must be a whole number, 1 or more"),
         (["decode", "--beams", "2", "--driver", "stream"], "leave out --batch and --beams"),
         (["draft-model", "--blocks", "13"], "more than the 12 blocks of gpt2"),
         (["train", "--batch", "0"], "--batch=0 must be a whole number"),

@@ -43,7 +43,7 @@ class Prefix:
         return dataclasses.replace(self.cache, length=known)
 
     def shared(self, row: np.ndarray) -> int:
-        """Return with how many of the ids a row, int32 [T], begins."""
+        """Return how many ids at the start of a row, int32 [T], are those of the prefix."""
         size = min(len(self.ids), len(row))
         differing = np.flatnonzero(np.array(self.ids[:size], np.int32) != row[:size])
         return int(differing[0]) if differing.size else size

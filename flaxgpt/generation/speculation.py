@@ -119,7 +119,7 @@ def decode(
 
 
 def columns(plan: Plan) -> int:
-    """Return how many ids a row has at most as long as drafts are verified."""
+    """Return the most ids that a row can have while drafts are still verified."""
     return min(plan.width, plan.context_length + 1)
 
 
